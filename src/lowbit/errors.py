@@ -1,0 +1,25 @@
+"""The errors lowbit raises for bad input. All are ``ValueError``s, so one ``except`` catches them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ConfigError(ValueError):
+    """An option or a combination of options that can't be honoured."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint whose files or tensors are not what its configuration promises."""
+
+
+class UnsupportedError(ValueError):
+    """No implementation can do what was asked.
+
+    Attributes:
+        reasons: one line per implementation that was considered, saying why it can't run.
+    """
+
+    def __init__(self, message: str, reasons: Sequence[str] = ()) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__("\n".join([message, *(f"  - {reason}" for reason in self.reasons)]))

@@ -1,0 +1,1 @@
+"""How to compute: operators on tensors, their references in plain torch and their backends."""

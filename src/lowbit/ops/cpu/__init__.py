@@ -1,0 +1,1 @@
+"""CPU backends of the operators, one module per implementation."""

@@ -1,0 +1,35 @@
+"""The ``torch.library`` namespace ``lowbit::`` and the one way to define an operator in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "lowbit"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def define_operator(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define ``lowbit::<name>`` with its reference for every device and its shape function.
+
+    Args:
+        schema: e.g. ``"int8_scaled_mm(Tensor x, ...) -> Tensor"``.
+        reference: plain-torch implementation, the definition of the operator's numbers.
+        fake: computes the results' shapes and dtypes without data (meta tensors, ``torch.compile``).
+
+    Returns:
+        The operator's default overload, callable.
+    """
+    name = schema.split("(", 1)[0].strip()
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    operator: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return operator
+
+
+def register_kernel(name: str, dispatch_key: str, kernel: Callable[..., Any]) -> None:
+    """Give ``lowbit::<name>`` a faster implementation for a device (``dispatch_key``: ``"CPU"``, ``"CUDA"``...)."""
+    _library.impl(name, kernel, dispatch_key)
