@@ -1,0 +1,33 @@
+"""lowbit runs diffusion transformers in 8 bits and below."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lowbit.integrations import registration
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Omni": "lowbit.engine",
+    "OmniDiffusionConfig": "lowbit.engine",
+    "OmniDiffusionSamplingParams": "lowbit.inputs.data",
+    "OmniRequestOutput": "lowbit.outputs",
+    "build_quant_config": "lowbit.quantization",
+    "quantize_model": "lowbit.quantization",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+registration.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,1 @@
+"""lowbit as a quantizer of diffusers and of transformers."""

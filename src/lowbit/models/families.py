@@ -1,0 +1,83 @@
+"""Which linear layers of which model family stay in high precision, and why.
+
+Layer patterns are those of ``ignored_layers`` (see ``lowbit.models.patterns``). The shares of weights in the comments
+were counted on the model classes of diffusers 0.42 with their default configurations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# What every transformer keeps. Quantizing modulation, timestep embeddings and the last projection with W8A8 raised
+# LPIPS on Qwen-Image from 0.17 to 0.39 (vllm-omni #2728, #2795).
+COMMON_KEPT_LAYERS: Mapping[str, tuple[str, ...]] = {
+    "embedding": ("*embed*", "re:time_proj$", "caption_projection", "image_projector", "glyph_projector"),
+    "modulation": ("*modulation*", "img_mod", "txt_mod", "norm*", "adaln*", "distilled_guidance_layer"),
+    "first projection": ("re:(img_in|txt_in|proj_in)$",),
+    "last projection": ("re:(proj_out|lm_head)$", "*final_layer*"),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of diffusion transformers.
+
+    Attributes:
+        name: as its makers write it.
+        classes: names of its transformer classes in diffusers.
+        kept_layers: reason -> patterns, beyond ``COMMON_KEPT_LAYERS``.
+        kept_share: share of the linear layers' weights that ``kept_layers`` and the common ones keep, 0 to 1.
+        note: what was reported about quantizing it, with its source.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    kept_layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kept_share: float = 0.0
+    note: str = ""
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "Z-Image",
+        ("ZImageTransformer2DModel",),
+        kept_share=0.022,
+        note="Int8 and FP8 W8A8 of all attention and feed-forward layers: validated by vLLM-Omni (Z-Image-Turbo).",
+    ),
+    Family(
+        "Qwen-Image",
+        ("QwenImageTransformer2DModel",),
+        kept_share=0.335,
+        note="vLLM-Omni: Int8 LPIPS 0.0197, with ignored_layers=['img_mlp'] 0.0027; keep img_mlp in FP8 when quality"
+        " regresses.",
+    ),
+    Family("FLUX.1", ("FluxTransformer2DModel",), kept_share=0.277, note="vLLM-Omni: FP8 of all layers."),
+    Family("FLUX.2", ("Flux2Transformer2DModel",), kept_share=0.026, note="vLLM-Omni: FP8 of all layers (klein)."),
+    Family("Wan", ("WanTransformer3DModel",), kept_share=0.016, note="Not validated by vLLM-Omni for Int8 or FP8."),
+    Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), kept_share=0.287),
+    Family(
+        "HunyuanVideo-1.5",
+        ("HunyuanVideo15Transformer3DModel",),
+        kept_share=0.343,
+        note="vLLM-Omni: FP8 of all layers.",
+    ),
+    Family("HunyuanImage", ("HunyuanImageTransformer2DModel",), kept_share=0.29),
+    Family("GLM-Image", ("GlmImageTransformer2DModel",), kept_share=0.17, note="Not validated by vLLM-Omni."),
+)
+
+
+def family_of(class_name: str) -> Family | None:
+    """Return the family whose transformer class is ``class_name``, or ``None``."""
+    return next((family for family in FAMILIES if class_name in family.classes), None)
+
+
+def kept_layers(class_name: str) -> dict[str, tuple[str, ...]]:
+    """Return reason -> patterns of the layers that a model of class ``class_name`` keeps in high precision."""
+    family = family_of(class_name)
+    return {**COMMON_KEPT_LAYERS, **(family.kept_layers if family else {})}
+
+
+def is_diffusion_transformer(library: str, class_name: str) -> bool:
+    """Tell whether an entry of ``model_index.json`` is a denoising transformer (what a plain method applies to)."""
+    return library == "diffusers" and "Transformer" in class_name

@@ -1,0 +1,25 @@
+"""What to compute: the quantization methods, their configuration, and applying them to models."""
+
+from lowbit.quantization.base import LinearMethod, QuantizationConfig
+from lowbit.quantization.component import ComponentQuantizationConfig
+from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS, build_quant_config
+from lowbit.quantization.fp8 import Fp8Config
+from lowbit.quantization.int8 import Int8Config
+from lowbit.quantization.linear import QuantizedLinear
+from lowbit.quantization.manifest import LayerRecord, Manifest
+from lowbit.quantization.plan import plan_layers, quantize_model
+
+__all__ = [
+    "SUPPORTED_QUANTIZATION_METHODS",
+    "ComponentQuantizationConfig",
+    "Fp8Config",
+    "Int8Config",
+    "LayerRecord",
+    "LinearMethod",
+    "Manifest",
+    "QuantizationConfig",
+    "QuantizedLinear",
+    "build_quant_config",
+    "plan_layers",
+    "quantize_model",
+]

@@ -1,0 +1,209 @@
+"""The two contracts of a quantization method: its configuration and what it does to a linear layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from lowbit.errors import CheckpointError, ConfigError
+from lowbit.models.patterns import matches_any
+from lowbit.ops.dispatch import AUTO, Implementation, Problem, select
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from lowbit.quantization.linear import QuantizedLinear
+
+
+class MethodName(str):
+    """A method's name that also answers to ``.value``, as the enumerations of diffusers and transformers do."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        """The plain string."""
+        return str(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig(ABC):
+    """How to quantize one component.
+
+    Attributes:
+        ignored_layers: patterns of layers to keep as they are, see ``lowbit.models.patterns``.
+        kernel: implementation to compute with: ``"auto"`` or a name that ``lowbit info`` lists. A choice of this run,
+            not part of a checkpoint.
+    """
+
+    ignored_layers: list[str] | None = None
+    kernel: str = AUTO
+
+    # What other names of an option mean, when reading.
+    aliases: ClassVar[Mapping[str, str]] = {"modules_to_not_convert": "ignored_layers"}
+    # Options that say how to run rather than what the checkpoint is.
+    runtime_options: ClassVar[frozenset[str]] = frozenset({"kernel"})
+
+    def __post_init__(self) -> None:
+        layers = self.ignored_layers if self.ignored_layers is not None else []
+        if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
+            raise ConfigError(f"ignored_layers must be a list of layer names or patterns, not {layers!r}")
+        if not isinstance(self.kernel, str):
+            raise ConfigError(f"kernel must be a name, not {self.kernel!r}")
+        # A normalization at construction, so that everyone after sees a list of their own.
+        object.__setattr__(self, "ignored_layers", list(layers))
+
+    @classmethod
+    @abstractmethod
+    def get_name(cls) -> str:
+        """Return the method's name as the user spells it."""
+
+    @property
+    @abstractmethod
+    def is_serialized(self) -> bool:
+        """Whether the checkpoint's tensors are already quantized."""
+
+    @abstractmethod
+    def linear_method(self) -> LinearMethod:
+        """Return what this configuration does to a linear layer."""
+
+    @abstractmethod
+    def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
+        """Return the configuration of a checkpoint written from a model that was quantized with this one.
+
+        Args:
+            ignored_layers: full names of the linear layers that were kept as they are.
+        """
+
+    @property
+    def quant_method(self) -> MethodName:
+        """The name, under the attribute diffusers and transformers look for."""
+        return MethodName(self.get_name())
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build from a dictionary such as a checkpoint's ``quantization_config``.
+
+        Raises:
+            ConfigError: an option that does not exist, or a value that is not allowed.
+        """
+        return cls(**cls._options(config))
+
+    @classmethod
+    def _options(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return keyword arguments for the constructor from a dictionary with aliases and the method's name."""
+        options: dict[str, Any] = {}
+        known = {item.name for item in fields(cls)}
+        for key, value in config.items():
+            if key in ("method", "quant_method"):
+                continue
+            name = cls.aliases.get(key, key)
+            if name not in known:
+                raise ConfigError(
+                    f"Unknown option {key!r} for quantization method {cls.get_name()!r}."
+                    f" Known options: {', '.join(sorted(known))}"
+                )
+            if name in options and options[name] != value:
+                raise ConfigError(f"Options {name!r} and its other name contradict each other: {config}")
+            options[name] = value
+        return options
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint's ``config.json`` holds: ``quant_method`` and every option that is not at rest."""
+        values = asdict(self)
+        defaults = {
+            item.name: item.default if item.default_factory is MISSING else item.default_factory()
+            for item in fields(self)
+        }
+        kept = {
+            name: value
+            for name, value in values.items()
+            if name not in self.runtime_options and value not in (None, []) and value != defaults[name]
+        }
+        return {"quant_method": self.get_name(), **kept}
+
+    def is_ignored(self, name: str) -> bool:
+        """Tell whether ``ignored_layers`` keeps the layer with this full name."""
+        return matches_any(self.ignored_layers or (), name)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethod | None:
+        """Return what to do with ``layer``, whose full name is ``prefix``; ``None`` to leave it as it is."""
+        if not isinstance(layer, torch.nn.Linear) or self.is_ignored(prefix):
+            return None
+        return self.linear_method()
+
+
+class LinearMethod(ABC):
+    """What a quantization method does to a linear layer.
+
+    Attributes:
+        name: of the method.
+        family: of operators, a module in ``lowbit.ops``.
+        table: the family's implementations.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    table: ClassVar[Sequence[Implementation]]
+
+    def __init__(self, kernel: str = AUTO) -> None:
+        self.kernel = kernel
+
+    @abstractmethod
+    def create_weights(self, layer: QuantizedLinear) -> None:
+        """Register the parameters that a checkpoint of this format has, empty, on the layer's device."""
+
+    @abstractmethod
+    def quantize_weight(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Quantize a weight [N, K] of any floating dtype to the checkpoint's tensors."""
+
+    @abstractmethod
+    def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Compute the layer for x [..., K]; returns [..., N] in ``x.dtype``."""
+
+    def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Bring a checkpoint's tensor to the shape and dtype that ``create_weights`` registered under ``name``.
+
+        Raises:
+            CheckpointError: it can't be; names the tensor, what was found and what would be right.
+        """
+        expected = layer.get_parameter(name)
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            raise CheckpointError(
+                f"{layer.prefix}.{name}: found {_describe(tensor)}, {self.name} needs {_describe(expected)}"
+            )
+        return tensor
+
+    def problem(self, layer: QuantizedLinear, device: torch.device) -> Problem:
+        """Return what ``layer`` asks of an implementation on ``device``."""
+        return Problem(device, layer.compute_dtype, layer.out_features, layer.in_features)
+
+    def refusal(self, layer: torch.nn.Linear) -> str | None:
+        """Return why this method can't take a linear layer of this shape, or ``None``."""
+        return None
+
+    def process_weights_after_loading(self, layer: QuantizedLinear) -> None:
+        """Choose the kernel for the layer's device and bring the weight to its layout.
+
+        Raises:
+            UnsupportedError: no kernel can run the layer; lists every reason.
+        """
+        weight = layer.get_parameter("weight")
+        implementation = select(self.family, self.table, self.problem(layer, weight.device), self.kernel)
+        module = implementation.load()
+        layer.replace_tensor("weight", module.pack_weight(weight.data))
+        layer.implementation, layer.kernel = implementation, module
+
+    def restore_weights(self, layer: QuantizedLinear) -> None:
+        """Undo ``process_weights_after_loading``: bring the weight back to the checkpoint's layout."""
+        if layer.kernel is not None:
+            layer.replace_tensor("weight", layer.kernel.unpack_weight(layer.get_parameter("weight").data))
+            layer.implementation = layer.kernel = None
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

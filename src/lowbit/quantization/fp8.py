@@ -1,0 +1,152 @@
+"""FP8 W8A8 in e4m3: activations dynamic per token or static per tensor; weights per output channel or per block.
+
+On disk: ``weight`` e4m3 [N, K] with ``weight_scale`` float32 [N, 1], or with ``weight_block_size`` and
+``weight_scale_inv`` float32 [ceil(N / rows), ceil(K / columns)] (the names of vLLM and of DeepSeek's checkpoints; the
+value is multiplied with, whatever the name says); with the static scheme also ``input_scale`` float32 [].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowbit.errors import ConfigError
+from lowbit.ops import fp8
+from lowbit.ops.dispatch import Problem
+from lowbit.quantization.base import LinearMethod, QuantizationConfig
+from lowbit.quantization.scales import per_channel_scale, per_tensor_scale
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from lowbit.quantization.linear import QuantizedLinear
+
+ACTIVATION_SCHEMES = ("dynamic", "static")
+UNCALIBRATED = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Config(QuantizationConfig):
+    """Configuration of ``fp8``.
+
+    Attributes:
+        activation_scheme: ``"dynamic"``: scaled per token while running (per group of columns with
+            ``weight_block_size``); ``"static"``: by one scale per layer, from the checkpoint or from calibration.
+        weight_block_size: [rows, columns] of a weight block with one scale; ``None`` for one per output channel.
+        is_checkpoint_fp8_serialized: the checkpoint's weights are FP8 already.
+    """
+
+    activation_scheme: str = "dynamic"
+    weight_block_size: list[int] | None = None
+    is_checkpoint_fp8_serialized: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activation_scheme not in ACTIVATION_SCHEMES:
+            raise ConfigError(
+                f"fp8 has no activation_scheme {self.activation_scheme!r}; use one of {', '.join(ACTIVATION_SCHEMES)}"
+            )
+        if not isinstance(self.is_checkpoint_fp8_serialized, bool):
+            raise ConfigError("is_checkpoint_fp8_serialized must be true or false")
+        if self.weight_block_size is not None:
+            self._check_block_size(self.weight_block_size)
+
+    def _check_block_size(self, block_size: Sequence[int]) -> None:
+        if len(block_size) != 2 or not all(isinstance(edge, int) and edge > 0 for edge in block_size):
+            raise ConfigError(f"weight_block_size must be [rows, columns], such as [128, 128], not {block_size!r}")
+        if self.activation_scheme == "static":
+            raise ConfigError(
+                "weight_block_size needs activation_scheme 'dynamic': activations are scaled in groups of the block's"
+                " columns while running"
+            )
+        object.__setattr__(self, "weight_block_size", list(block_size))
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return ``"fp8"``."""
+        return "fp8"
+
+    @property
+    def is_serialized(self) -> bool:
+        """Whether the checkpoint's weights are FP8 already."""
+        return self.is_checkpoint_fp8_serialized
+
+    def linear_method(self) -> Fp8LinearMethod:
+        """Return the method with this configuration's scheme, blocks and kernel."""
+        block = None if self.weight_block_size is None else (self.weight_block_size[0], self.weight_block_size[1])
+        return Fp8LinearMethod(self.activation_scheme, block, self.kernel)
+
+    def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
+        """Return the configuration to write beside the quantized tensors."""
+        return replace(self, is_checkpoint_fp8_serialized=True, ignored_layers=list(ignored_layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` holds; the scheme is always named, for readers that require it."""
+        values = super().to_dict()
+        return {**values, "activation_scheme": self.activation_scheme}
+
+
+class Fp8LinearMethod(LinearMethod):
+    """FP8 W8A8 of a linear layer."""
+
+    name = "fp8"
+    family = "fp8"
+    table = fp8.IMPLEMENTATIONS
+
+    def __init__(self, activation_scheme: str, block_size: tuple[int, int] | None, kernel: str) -> None:
+        super().__init__(kernel)
+        self.activation_scheme = activation_scheme
+        self.block_size = block_size
+        self.scale_name = "weight_scale" if block_size is None else "weight_scale_inv"
+
+    def create_weights(self, layer: QuantizedLinear) -> None:
+        """Register ``weight``, its scale and, for static activations, ``input_scale``."""
+        shape = (layer.out_features, layer.in_features)
+        layer.register_quantized("weight", shape, fp8.E4M3)
+        layer.register_quantized(self.scale_name, self._scale_shape(shape), torch.float32)
+        if self.activation_scheme == "static":
+            layer.register_quantized("input_scale", (), torch.float32)
+
+    def _scale_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        if self.block_size is None:
+            return shape[0], 1
+        rows, columns = self.block_size
+        return -(-shape[0] // rows), -(-shape[1] // columns)
+
+    def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Accept weight scales [N, 1], [N] or one for the whole layer, and input scales [] or [1]."""
+        if name == "weight_scale":
+            tensor = per_channel_scale(tensor, layer.out_features)
+        if name == "input_scale":
+            tensor = per_tensor_scale(tensor)
+        return super().canonical_tensor(layer, name, tensor)
+
+    def quantize_weight(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Quantize [N, K] by rows or blocks; an ``input_scale`` still to be calibrated is ``UNCALIBRATED``."""
+        if self.block_size is None:
+            quantized, scale = fp8.quantize_per_token_operator(weight)
+        else:
+            quantized, scale = fp8.quantize_fp8_per_block(weight, self.block_size)
+        tensors = {"weight": quantized, self.scale_name: scale}
+        if self.activation_scheme == "static":
+            tensors["input_scale"] = torch.tensor(UNCALIBRATED, dtype=torch.float32, device=weight.device)
+        return tensors
+
+    def problem(self, layer: QuantizedLinear, device: torch.device) -> Problem:
+        """Add the scheme and the blocks to the layer's problem."""
+        return replace(
+            super().problem(layer, device),
+            activation_scheme=self.activation_scheme,
+            weight_block_size=self.block_size,
+        )
+
+    def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Quantize x as the scheme says and multiply."""
+        assert layer.kernel is not None
+        input_scale = layer.input_scale if self.activation_scheme == "static" else None
+        scale = layer.get_parameter(self.scale_name)
+        result: torch.Tensor = layer.kernel.linear(x, layer.weight, scale, bias, input_scale, self.block_size)
+        return result

@@ -1,0 +1,100 @@
+"""Int8 W8A8: symmetric; weights per output channel, activations per token at run time.
+
+On disk (the layout of vLLM-Omni): ``weight`` int8 [N, K] and ``weight_scale`` float32 [N, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowbit.errors import ConfigError
+from lowbit.ops import int8
+from lowbit.quantization.base import LinearMethod, QuantizationConfig
+from lowbit.quantization.scales import per_channel_scale
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from lowbit.quantization.linear import QuantizedLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Config(QuantizationConfig):
+    """Configuration of ``int8``.
+
+    Attributes:
+        activation_scheme: ``"dynamic"``, the only one.
+        is_checkpoint_int8_serialized: the checkpoint's weights are int8 already.
+    """
+
+    activation_scheme: str = "dynamic"
+    is_checkpoint_int8_serialized: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activation_scheme != "dynamic":
+            raise ConfigError(
+                f"int8 has no activation_scheme {self.activation_scheme!r}: activations are scaled per token while"
+                " running; use 'dynamic'"
+            )
+        if not isinstance(self.is_checkpoint_int8_serialized, bool):
+            raise ConfigError("is_checkpoint_int8_serialized must be true or false")
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return ``"int8"``."""
+        return "int8"
+
+    @property
+    def is_serialized(self) -> bool:
+        """Whether the checkpoint's weights are int8 already."""
+        return self.is_checkpoint_int8_serialized
+
+    def linear_method(self) -> Int8LinearMethod:
+        """Return the method with this configuration's kernel."""
+        return Int8LinearMethod(self.kernel)
+
+    def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
+        """Return the configuration to write beside the quantized tensors."""
+        return replace(self, is_checkpoint_int8_serialized=True, ignored_layers=list(ignored_layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` holds; the scheme is always named, for readers that require it."""
+        values = super().to_dict()
+        return {**values, "activation_scheme": self.activation_scheme}
+
+
+class Int8LinearMethod(LinearMethod):
+    """Int8 W8A8 of a linear layer."""
+
+    name = "int8"
+    family = "int8"
+    table = int8.IMPLEMENTATIONS
+
+    def create_weights(self, layer: QuantizedLinear) -> None:
+        """Register ``weight`` int8 [N, K] and ``weight_scale`` float32 [N, 1]."""
+        layer.register_quantized("weight", (layer.out_features, layer.in_features), torch.int8)
+        layer.register_quantized("weight_scale", (layer.out_features, 1), torch.float32)
+
+    def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Accept scales [N, 1], [N] or one for the whole layer."""
+        if name == "weight_scale":
+            tensor = per_channel_scale(tensor, layer.out_features)
+        return super().canonical_tensor(layer, name, tensor)
+
+    def quantize_weight(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Quantize [N, K] by rows; see ``lowbit.ops.int8``."""
+        quantized, scale = int8.quantize_operator(weight)
+        return {"weight": quantized, "weight_scale": scale}
+
+    def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Quantize x by tokens and multiply."""
+        assert layer.kernel is not None
+        result: torch.Tensor = layer.kernel.linear(x, layer.weight, layer.weight_scale, bias)
+        return result
+
+

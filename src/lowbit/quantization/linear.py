@@ -1,0 +1,147 @@
+"""A linear layer whose weight is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.ops.dispatch import Implementation
+from lowbit.quantization.base import LinearMethod
+
+
+class QuantizedLinear(nn.Linear):
+    """An ``nn.Linear`` whose parameters are those of a quantized checkpoint and whose method computes it.
+
+    Being an ``nn.Linear``, LoRA, hooks and ``torch.compile`` treat it as one. ``state_dict`` holds the checkpoint's
+    tensors whatever layout the kernel reads. ``to(dtype)`` leaves quantized tensors and scales alone; ``to(device)``
+    takes the kernel of the new device at the next use.
+
+    Attributes:
+        prefix: full name in the model, for messages.
+        method: what computes it.
+        compute_dtype: of the activations it expects.
+        implementation: the table's entry of its kernel, ``None`` before the first use on a device.
+        kernel: the module of that implementation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        method: LinearMethod,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        prefix: str = "",
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the unquantized weight
+        self.in_features = in_features
+        self.out_features = out_features
+        self.method = method
+        self.compute_dtype = dtype
+        self.prefix = prefix
+        self.implementation: Implementation | None = None
+        self.kernel: ModuleType | None = None
+        self.creation_device = torch.device(device or "cpu")
+        method.create_weights(self)
+        self.quantized_names = tuple(self._parameters)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    def like(cls, linear: nn.Linear, method: LinearMethod, prefix: str, dtype: torch.dtype) -> QuantizedLinear:
+        """Return an empty quantized layer on the meta device with the shape of ``linear``."""
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            method,
+            device="meta",
+            dtype=dtype,
+            prefix=prefix,
+        )
+
+    def register_quantized(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Register an empty parameter of the checkpoint (called by the method's ``create_weights``)."""
+        empty = torch.empty(shape, dtype=dtype, device=self.creation_device)
+        self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def replace_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Put ``tensor`` under the parameter ``name``, as it is."""
+        self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def load_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a checkpoint's tensor for ``name``.
+
+        Raises:
+            CheckpointError: shape or dtype is not what the method reads.
+        """
+        self.replace_tensor(name, self.method.canonical_tensor(self, name, tensor))
+
+    def load_unquantized(self, weight: torch.Tensor) -> None:
+        """Quantize ``weight`` [N, K] and take the result."""
+        for name, tensor in self.method.quantize_weight(weight).items():
+            self.load_tensor(name, tensor)
+
+    def process_weights_after_loading(self) -> None:
+        """Choose the kernel and bring the weight to its layout, if that has not been done for this device."""
+        if self.kernel is None:
+            self.method.process_weights_after_loading(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute x [..., K] -> [..., N] in ``x.dtype``."""
+        if self.kernel is None:
+            self.method.process_weights_after_loading(self)
+        return self.method.apply(self, x, self.bias)
+
+    def quantized_bytes(self) -> int:
+        """Return the bytes of the quantized tensors, in the checkpoint's layout."""
+        tensors = (self.get_parameter(name) for name in self.quantized_names)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print(model)``."""
+        kernel = self.implementation.name if self.implementation else "not chosen yet"
+        return f"{super().extra_repr()}, method={self.method.name}, kernel={kernel}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
+        # Called by to(), cuda(), half()...: the quantized tensors follow to a device, never to another dtype.
+        weight = self.get_parameter("weight")
+        target = fn(torch.empty(0, device=weight.device)).device
+        if target != weight.device:
+            self.method.restore_weights(self)
+        quantized = {id(self._parameters[name]) for name in self.quantized_names}
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in quantized:
+                return fn(tensor)
+            if target == tensor.device:
+                return tensor.data
+            return torch.empty_like(tensor, device=target) if tensor.is_meta else tensor.to(target)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        if self.bias is not None:
+            self.compute_dtype = self.bias.dtype
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles hold the checkpoint's layout and choose their kernel anew.
+        state = {**self.__dict__, "implementation": None, "kernel": None}
+        if self.kernel is not None:
+            weight = self.kernel.unpack_weight(self.get_parameter("weight").data)
+            state["_parameters"] = {**self._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+        return state
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.kernel is not None:
+            packed = self.get_parameter("weight").data
+            destination[prefix + "weight"] = self.kernel.unpack_weight(packed)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.method.restore_weights(self)
+        super()._load_from_state_dict(*args, **kwargs)

@@ -1,0 +1,164 @@
+"""Deciding which linear layers of a model take the method, and replacing them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.errors import ConfigError
+from lowbit.models import kept_layers
+from lowbit.models.patterns import matches, matches_any
+from lowbit.quantization.base import LinearMethod, QuantizationConfig
+from lowbit.quantization.factory import build_quant_config
+from lowbit.quantization.linear import QuantizedLinear
+from lowbit.quantization.manifest import LayerRecord, Manifest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one linear layer: a method, or the reason for none."""
+
+    method: LinearMethod | None
+    reason: str = ""
+
+
+Plan = Mapping[str, Decision]
+
+
+def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
+    """Decide for every linear layer of ``model`` (which may be on the meta device).
+
+    A model quantized now keeps what its family keeps (``lowbit.models``) and what ``ignored_layers`` names; of a
+    checkpoint that is already quantized, ``ignored_layers`` alone says what was kept.
+
+    Raises:
+        ConfigError: a pattern of ``ignored_layers`` names no module, or nothing is left to quantize.
+    """
+    check_patterns(config.ignored_layers or (), (name for name, _ in model.named_modules() if name))
+    family = {} if config.is_serialized else kept_layers(type(model).__name__)
+    plan = {
+        name: _decide(name, layer, config, family) for name, layer in model.named_modules() if type(layer) is nn.Linear
+    }
+    if not any(decision.method for decision in plan.values()):
+        reasons = sorted({decision.reason for decision in plan.values()})
+        because = f"all {len(plan)} are kept ({'; '.join(reasons)})" if plan else "it has none"
+        raise ConfigError(f"{config.get_name()} applies to no linear layer of {type(model).__name__}: {because}")
+    return plan
+
+
+def _decide(name: str, layer: nn.Linear, config: QuantizationConfig, family: Mapping[str, Iterable[str]]) -> Decision:
+    for reason, patterns in family.items():
+        if matches_any(patterns, name):
+            return Decision(None, reason)
+    method = config.get_quant_method(layer, name)
+    if method is None:
+        return Decision(None, "ignored_layers")
+    refusal = method.refusal(layer)
+    return Decision(None, refusal) if refusal else Decision(method)
+
+
+def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Raise ``ConfigError`` for patterns that match none of ``names``, showing what there is to name."""
+    names = list(names)
+    unmatched = [pattern for pattern in patterns if not any(matches(pattern, name) for name in names)]
+    if unmatched:
+        parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+        raise ConfigError(
+            f"ignored_layers {unmatched} match no layer of this model. Its layers are made of: {', '.join(parts)}"
+        )
+
+
+def replace_layers(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
+    """Put an empty ``QuantizedLinear`` on the meta device in place of every layer that takes a method."""
+    for name, decision in plan.items():
+        if decision.method is not None:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            model.set_submodule(name, QuantizedLinear.like(layer, decision.method, name, dtype))
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Return the quantized layers of ``model`` by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+
+
+def make_manifest(model: nn.Module, plan: Plan, component: str = "") -> Manifest:
+    """Record what became of ``model``'s linear layers."""
+    records = []
+    for name, decision in plan.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, QuantizedLinear):
+            kernel = layer.implementation.name if layer.implementation else None
+            before = layer.out_features * layer.in_features * layer.compute_dtype.itemsize
+            records.append(LayerRecord(name, layer.method.name, kernel, "", before, layer.quantized_bytes()))
+        else:
+            assert isinstance(layer, nn.Linear)
+            size = layer.weight.numel() * layer.weight.element_size()
+            records.append(LayerRecord(name, None, None, decision.reason, size, size))
+    linear_bytes = sum(record.bytes_after for record in records)
+    total = sum(_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
+    return Manifest(component or type(model).__name__, records, total - linear_bytes)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    quantization: str | Mapping[str, Any] | QuantizationConfig,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Manifest:
+    """Quantize the linear layers of a model in memory, in place, one at a time.
+
+    Args:
+        model: any module; the layers that its family keeps in high precision stay (see ``lowbit.models``).
+        quantization: a method's name, a dictionary with ``method``, or a configuration.
+        progress: called with (layers done, layers to do).
+        options: of the method, such as ``ignored_layers=["img_mlp"]``.
+
+    Returns:
+        What was done; also kept as ``model.lowbit_manifest``.
+
+    Raises:
+        ConfigError: an option is wrong, or nothing is left to quantize. The model is unchanged then.
+        UnsupportedError: no kernel can run a layer.
+    """
+    config = build_quant_config(quantization, **options)
+    if not isinstance(config, QuantizationConfig):
+        raise ConfigError("quantize_model takes one method for one model, not a configuration per component")
+    if config.is_serialized:
+        raise ConfigError("quantize_model quantizes unquantized weights; load serialized ones with from_pretrained")
+    plan = plan_layers(model, config)
+    chosen = {name: decision.method for name, decision in plan.items() if decision.method is not None}
+    for done, (name, method) in enumerate(chosen.items(), start=1):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        model.set_submodule(name, quantize_layer(layer, method, name))
+        if progress is not None:
+            progress(done, len(chosen))
+    manifest = make_manifest(model, plan)
+    model.lowbit_manifest = manifest  # type: ignore[assignment]
+    model.lowbit_config = config  # type: ignore[assignment]
+    logger.info("%s", manifest.summary())
+    return manifest
+
+
+def quantize_layer(linear: nn.Linear, method: LinearMethod, name: str = "") -> QuantizedLinear:
+    """Return ``linear`` quantized with ``method``, on the same device; ``linear`` is unchanged."""
+    quantized = QuantizedLinear.like(linear, method, name, linear.weight.dtype)
+    quantized.load_unquantized(linear.weight.data)
+    quantized.bias = linear.bias
+    quantized.train(linear.training)
+    quantized.process_weights_after_loading()
+    return quantized
