@@ -55,7 +55,8 @@ class Fp8Config(QuantizationConfig):
             self._check_block_size(self.weight_block_size)
 
     def _check_block_size(self, block_size: Sequence[int]) -> None:
-        if len(block_size) != 2 or not all(isinstance(edge, int) and edge > 0 for edge in block_size):
+        edges = list(block_size) if isinstance(block_size, list | tuple) else []
+        if len(edges) != 2 or not all(isinstance(edge, int) and edge > 0 for edge in edges):
             raise ConfigError(f"weight_block_size must be [rows, columns], such as [128, 128], not {block_size!r}")
         if self.activation_scheme == "static":
             raise ConfigError(
