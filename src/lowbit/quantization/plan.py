@@ -31,6 +31,9 @@ class Decision:
 
 Plan = Mapping[str, Decision]
 
+# Called with a model after it was quantized in memory. The integrations add what lets a model's own library save it.
+AFTER_QUANTIZING: list[Callable[[nn.Module], None]] = []
+
 
 def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
     """Decide for every linear layer of ``model`` (which may be on the meta device).
@@ -150,6 +153,8 @@ def quantize_model(
     manifest = make_manifest(model, plan)
     model.lowbit_manifest = manifest  # type: ignore[assignment]
     model.lowbit_config = config  # type: ignore[assignment]
+    for hook in AFTER_QUANTIZING:
+        hook(model)
     logger.info("%s", manifest.summary())
     return manifest
 
