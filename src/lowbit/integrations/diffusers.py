@@ -123,7 +123,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         assert self.preparation is not None
         return self.preparation.find(param_name) is not None
 
-    def create_quantized_param(
+    def create_quantized_param(  # noqa: PLR0917 - diffusers' signature
         self,
         model: nn.Module,
         param_value: torch.Tensor,
@@ -173,7 +173,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module) -> nn.Module:
         loading.dequantize(model)
         config: Any = model.config
-        model._internal_dict = FrozenDict(  # type: ignore[assignment]
+        model._internal_dict = FrozenDict(
             {name: value for name, value in config.items() if name != "quantization_config"}
         )
         return model

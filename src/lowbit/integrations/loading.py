@@ -12,8 +12,8 @@ from torch import nn
 
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models.patterns import matches_any
-from lowbit.ops.dispatch import select
-from lowbit.quantization.base import QuantizationConfig
+from lowbit.ops.dispatch import ANY_DEVICE, requested_kernel, select
+from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.calibration import uncalibrated_layers
 from lowbit.quantization.fp8 import UNCALIBRATED
 from lowbit.quantization.linear import QuantizedLinear
@@ -23,6 +23,7 @@ from lowbit.quantization.plan import Decision, Plan, make_manifest, plan_layers,
 logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+AUTOMATIC_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 SCALE_SUFFIXES = (".weight_scale", ".weight_scale_inv")
 
 
@@ -57,7 +58,7 @@ def prepare(
     config: QuantizationConfig,
     dtype: torch.dtype,
     *,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     kept: Mapping[str, Collection[str]] | None = None,
 ) -> Preparation:
     """Replace the linear layers of ``model`` (on the meta device) that take the method by empty quantized ones.
@@ -66,7 +67,8 @@ def prepare(
         model: as the library made it.
         config: online or serialized.
         dtype: the model computes in.
-        device: the layers will run on, to refuse what no kernel can run before any work is done.
+        device: the layers will be loaded to, to refuse what no kernel can run before any work is done; ``None`` when
+            that is not known.
         kept: reason -> patterns of layers to keep beyond those of ``config`` and of the model's family; not used for
             a checkpoint that is already quantized, which says itself what it keeps.
 
@@ -81,7 +83,8 @@ def prepare(
         plan = _keep(plan, kept or {})
     replace_layers(model, plan, dtype)
     layers = quantized_layers(model)
-    _check_kernels(layers.values(), torch.device(device))
+    if device is not None:
+        _check_kernels(layers.values(), torch.device(device))
     return Preparation(config, plan, layers)
 
 
@@ -97,7 +100,15 @@ def _keep(plan: Plan, kept: Mapping[str, Collection[str]]) -> Plan:
 def _check_kernels(layers: Iterable[QuantizedLinear], device: torch.device) -> None:
     problems = {layer.method.problem(layer, device): layer.method for layer in layers}
     for problem, method in problems.items():
-        select(method.family, method.table, problem, method.kernel)
+        if not _is_for_other_device(method, device):
+            select(method.family, method.table, problem, method.kernel)
+
+
+def _is_for_other_device(method: LinearMethod, device: torch.device) -> bool:
+    """Tell whether the user named a kernel of another device: a model may be loaded on the CPU and moved later."""
+    name = requested_kernel(method.family, method.kernel)
+    named = [entry for entry in method.table if entry.name == name]
+    return device.type == "cpu" and bool(named) and not named[0].devices & {"cpu", *ANY_DEVICE}
 
 
 def resolve_serialized(config: QuantizationConfig, tensor_names: Iterable[str]) -> QuantizationConfig:
@@ -126,12 +137,10 @@ def check_device_map(device_map: object) -> None:
         )
 
 
-def first_device(device_map: object) -> torch.device:
-    """Return a device that ``device_map`` names; the CPU when it names none."""
-    device = next(iter(device_map.values()), "cpu") if isinstance(device_map, Mapping) else device_map
-    if device is None or device in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.device("cpu")
-    return torch.device(device)  # type: ignore[call-overload, no-any-return]
+def first_device(device_map: object) -> torch.device | None:
+    """Return a device that ``device_map`` names; the CPU without one, ``None`` when it is still to be chosen."""
+    device: Any = next(iter(device_map.values()), None) if isinstance(device_map, Mapping) else device_map or "cpu"
+    return None if device in (None, *AUTOMATIC_DEVICE_MAPS) else torch.device(device)
 
 
 def check_loaded(model: nn.Module, missing: Iterable[str] = ()) -> None:
@@ -146,9 +155,7 @@ def check_loaded(model: nn.Module, missing: Iterable[str] = ()) -> None:
     """
     absent = {name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta} | set(missing)
     if absent:
-        raise CheckpointError(
-            f"{type(model).__name__}: {len(absent)} tensors are missing: {', '.join(sorted(absent))}"
-        )
+        raise CheckpointError(f"{type(model).__name__}: {len(absent)} tensors are missing: {', '.join(sorted(absent))}")
     foreign = [
         f"{name}.weight ({str(layer.weight.dtype).removeprefix('torch.')})"
         for name, layer in model.named_modules()
@@ -167,7 +174,8 @@ def finish(model: nn.Module, preparation: Preparation) -> Manifest:
     Sets ``model.lowbit_manifest`` and ``model.lowbit_config``, as ``quantize_model`` does.
     """
     for layer in preparation.layers.values():
-        layer.process_weights_after_loading()
+        if not _is_for_other_device(layer.method, layer.weight.device):
+            layer.process_weights_after_loading()
     manifest = replace(make_manifest(model, preparation.plan), notes=_expert_notes(model))
     model.lowbit_manifest = manifest  # type: ignore[assignment]
     model.lowbit_config = preparation.config  # type: ignore[assignment]
@@ -225,8 +233,19 @@ def dequantize_layer(layer: QuantizedLinear) -> nn.Linear:
     scale = layer.get_parameter(getattr(layer.method, "scale_name", "weight_scale")).data
     block = getattr(layer.method, "block_size", None)
     if block is not None:
-        scale = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: weight.shape[0], : weight.shape[1]]
+        scale = scale.repeat_interleave(block[0], 0)[: weight.shape[0]]
+        scale = scale.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight = nn.Parameter((weight.float() * scale).to(layer.compute_dtype), requires_grad=False)
     linear.bias = layer.bias
     return linear.train(layer.training)
+
+
+def manifests(pipeline: Any) -> dict[str, Manifest]:
+    """Return the manifest of every component of a diffusers pipeline that lowbit quantized or loaded, by its name."""
+    found = {
+        name: getattr(component, "lowbit_manifest", None)
+        for name, component in pipeline.components.items()
+        if isinstance(component, nn.Module)
+    }
+    return {name: replace(manifest, component=name) for name, manifest in found.items() if manifest is not None}

@@ -6,6 +6,7 @@ transformers calls a quantizer of its own ``"fp8"``; ``dispatch.claims`` says wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -80,8 +81,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(
         self,
-        model: nn.Module,
-        dtype: torch.dtype | None = None,
+        model: Any,
         device_map: Any = None,
         checkpoint_files: Sequence[str] | None = None,
         **kwargs: Any,
@@ -93,12 +93,12 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         files = list(checkpoint_files or ())
         refuse_pickles(files)
         headers = read_headers(file for file in files if str(file).endswith(".safetensors"))
-        config = loading.resolve_serialized(self.quantization_config, headers)
+        config = _for_base_model(loading.resolve_serialized(self.quantization_config, headers), model)
         self.quantization_config, self.pre_quantized = config, config.is_serialized
         self.preparation = loading.prepare(
             model,
             config,
-            dtype or torch.float32,
+            model.dtype,
             device=loading.first_device(device_map),
             kept=_kept_by_model(model),
         )
@@ -183,6 +183,14 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
+def _for_base_model(config: QuantizationConfig, model: Any) -> QuantizationConfig:
+    """Return the configuration of a checkpoint of a model with a head (``model.layers.0``) for the model without."""
+    prefix = f"{model.base_model_prefix}."
+    if not config.is_serialized or prefix == "." or hasattr(model, model.base_model_prefix):
+        return config
+    return replace(config, ignored_layers=[name.removeprefix(prefix) for name in config.ignored_layers or ()])
+
+
 def _kept_by_model(model: Any) -> dict[str, list[str]]:
     """Return reason -> names of the layers that a model itself wants in float32, tied, or as its output."""
     tied = {**getattr(model, "all_tied_weights_keys", {})}
@@ -197,7 +205,9 @@ def _kept_by_model(model: Any) -> dict[str, list[str]]:
 
 def _missing(layer: QuantizedLinear) -> list[str]:
     """Return the names of a layer's tensors that did not come from the checkpoint."""
-    return [f"{layer.prefix}.{name}" for name, tensor in layer.named_parameters() if not getattr(tensor, _LOADED, False)]
+    return [
+        f"{layer.prefix}.{name}" for name, tensor in layer.named_parameters() if not getattr(tensor, _LOADED, False)
+    ]
 
 
 def _settle(layer: QuantizedLinear) -> None:

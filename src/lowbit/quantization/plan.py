@@ -42,9 +42,11 @@ def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
     checkpoint that is already quantized, ``ignored_layers`` alone says what was kept.
 
     Raises:
-        ConfigError: a pattern of ``ignored_layers`` names no module, or nothing is left to quantize.
+        ConfigError: a pattern of ``ignored_layers`` names no module (a user's mistake; a checkpoint's may name layers
+            of a larger model, such as ``lm_head``), or nothing is left to quantize.
     """
-    check_patterns(config.ignored_layers or (), (name for name, _ in model.named_modules() if name))
+    if not config.is_serialized:
+        check_patterns(config.ignored_layers or (), (name for name, _ in model.named_modules() if name))
     family = {} if config.is_serialized else kept_layers(type(model).__name__)
     plan = {
         name: _decide(name, layer, config, family) for name, layer in model.named_modules() if type(layer) is nn.Linear
