@@ -105,7 +105,9 @@ def test_shards_and_their_index(tmp_path: Path, z_family: Family) -> None:
     shards = weight_files(folder)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     shards[1].unlink()
-    with pytest.raises(CheckpointError, match=rf"{index.name}: 1 of {len(shards)} shards are missing: {shards[1].name}"):
+    with pytest.raises(
+        CheckpointError, match=rf"{index.name}: 1 of {len(shards)} shards are missing: {shards[1].name}"
+    ):
         check_component(folder)
     index.write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
     with pytest.raises(CheckpointError, match="names files outside its folder"):
