@@ -138,15 +138,18 @@ class MemoryWatch:
 
     @staticmethod
     def read() -> dict[str, int]:
+        """Return both in bytes."""
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return {name: 1024 * int(fields[name].split()[0]) for name in ("RssAnon", "RssFile")}
 
     def watch(self) -> None:
+        """Keep the highest values until stopped."""
         while not self.stopped.wait(self.seconds):
             found = self.read()
             self.peak = {name: max(value, self.peak[name]) for name, value in found.items()}
 
     def stop(self) -> None:
+        """Stop watching."""
         self.stopped.set()
         self.thread.join()
 

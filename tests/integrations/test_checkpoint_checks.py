@@ -95,7 +95,7 @@ def test_pickles_are_refused(checkpoint: Path) -> None:
 
 def test_no_weights_at_all(checkpoint: Path) -> None:
     (checkpoint / NAME).unlink()
-    with pytest.raises(CheckpointError, match="no weights; looked for diffusion_pytorch_model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no weights; looked for diffusion_pytorch_model.safetensors"):
         check_component(checkpoint)
 
 

@@ -75,11 +75,11 @@ def test_a_pipeline_loads_with_a_mapping_and_saves(folder: Path, tmp_path: Path)
 
 
 def test_a_pipeline_is_checked_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no model_index.json: it is the folder of one model"):
+    with pytest.raises(CheckpointError, match=r"has no model_index.json: it is the folder of one model"):
         check_pipeline(folder / "transformer")
     with pytest.raises(CheckpointError, match=r"has no model_index.json: no such folder"):
         check_pipeline(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="has no component trnsformer; it has: .*transformer"):
+    with pytest.raises(ConfigError, match=r"has no component trnsformer; it has: .*transformer"):
         check_pipeline(folder, {"trnsformer": Int8Config()})
     vae, encoder = (next((folder / name).glob("*.safetensors")) for name in ("vae", "text_encoder"))
     vae.write_bytes(vae.read_bytes()[:-100])

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
 from lowbit.errors import CheckpointError
@@ -45,8 +44,12 @@ def attach(model: nn.Module) -> None:
         model.config.quantization_config = loading.serialized_config(model)
 
 
-class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
-    """Turns one weight [N, K] into its quantized tensors while transformers loads it."""
+class QuantizeOnLoad:
+    """Turns one weight [N, K] into its quantized tensors while transformers loads it.
+
+    It is called as a ``ConversionOps`` of transformers is. It does not inherit from that: importing it here would be
+    circular when ``transformers.quantizers`` is what is being imported.
+    """
 
     def __init__(self, quantizer: LowbitTransformersQuantizer) -> None:
         self.quantizer = quantizer
