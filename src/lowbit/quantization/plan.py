@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,14 +49,24 @@ def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
     if not config.is_serialized:
         check_patterns(config.ignored_layers or (), (name for name, _ in model.named_modules() if name))
     family = {} if config.is_serialized else kept_layers(type(model).__name__)
-    plan = {
-        name: _decide(name, layer, config, family) for name, layer in model.named_modules() if type(layer) is nn.Linear
-    }
+    linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
+    if config.is_serialized:
+        config = _with_full_names(config, linear)
+    plan = {name: _decide(name, layer, config, family) for name, layer in linear.items()}
     if not any(decision.method for decision in plan.values()):
         reasons = sorted({decision.reason for decision in plan.values()})
         because = f"all {len(plan)} are kept ({'; '.join(reasons)})" if plan else "it has none"
         raise ConfigError(f"{config.get_name()} applies to no linear layer of {type(model).__name__}: {because}")
     return plan
+
+
+def _with_full_names(config: QuantizationConfig, names: Collection[str]) -> QuantizationConfig:
+    """Let full names in ``ignored_layers`` stand for themselves alone.
+
+    A checkpoint names its kept layers in full: ``proj_out`` of FLUX.1 is not ``single_transformer_blocks.0.proj_out``.
+    """
+    patterns = [f"re:{re.escape(name)}$" if name in names else name for name in config.ignored_layers or ()]
+    return replace(config, ignored_layers=patterns)
 
 
 def _decide(name: str, layer: nn.Linear, config: QuantizationConfig, family: Mapping[str, Iterable[str]]) -> Decision:
