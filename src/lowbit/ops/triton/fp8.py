@@ -11,8 +11,6 @@ float16, which is exact, and multiply those: weights still take half the memory,
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -44,12 +42,12 @@ VALUES_PER_PROGRAM = 2048
 
 @triton.jit
 def quantize_groups_kernel(
-    x: Any,
-    quantized: Any,
-    scale: Any,
-    columns: Any,
-    groups: Any,
-    row_stride: Any,
+    x: tl.tensor,
+    quantized: tl.tensor,
+    scale: tl.tensor,
+    columns: tl.tensor,
+    groups: tl.tensor,
+    row_stride: tl.tensor,
     GROUP_SIZE: tl.constexpr,
     ENCODING: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -74,7 +72,7 @@ def quantize_groups_kernel(
 
 @triton.jit
 def quantize_with_scale_kernel(
-    x: Any, quantized: Any, scale: Any, columns: Any, row_stride: Any, ENCODING: tl.constexpr, BLOCK: tl.constexpr
+    x: tl.tensor, quantized: tl.tensor, scale: tl.tensor, columns: tl.tensor, row_stride: tl.tensor, ENCODING: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
     """Quantize BLOCK columns of one row a program by the one scale (float32 [])."""
     row = tl.program_id(0).to(tl.int64)
@@ -86,7 +84,7 @@ def quantize_with_scale_kernel(
 
 
 @triton.jit
-def operand(pointers: Any, mask: Any, MASKED: tl.constexpr, NATIVE: tl.constexpr) -> Any:
+def operand(pointers: tl.tensor, mask: tl.tensor, MASKED: tl.constexpr, NATIVE: tl.constexpr) -> tl.tensor:
     """Load a tile of e4m3, as float16 unless ``NATIVE``."""
     if NATIVE:
         return tl.load(pointers, mask=mask, other=0.0) if MASKED else tl.load(pointers)
@@ -96,21 +94,21 @@ def operand(pointers: Any, mask: Any, MASKED: tl.constexpr, NATIVE: tl.constexpr
 
 @triton.jit
 def scaled_mm_kernel(
-    x: Any,
-    x_scale: Any,
-    weight: Any,
-    weight_scale: Any,
-    bias: Any,
-    out: Any,
-    m: Any,
-    n: Any,
-    k: Any,
-    x_stride: Any,
-    weight_stride: Any,
-    x_scale_row: Any,
-    x_scale_group: Any,
-    weight_scale_row: Any,
-    weight_scale_block: Any,
+    x: tl.tensor,
+    x_scale: tl.tensor,
+    weight: tl.tensor,
+    weight_scale: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    m: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    x_stride: tl.tensor,
+    weight_stride: tl.tensor,
+    x_scale_row: tl.tensor,
+    x_scale_group: tl.tensor,
+    weight_scale_row: tl.tensor,
+    weight_scale_block: tl.tensor,
     BLOCK_ROWS: tl.constexpr,
     NATIVE: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -237,9 +235,6 @@ def tile_for(target: Target, m: int, block: list[int] | None) -> Tile:
     tile = choose_tile(tiles_for(target), m)
     if block is None:
         return tile
-    if m > 64 and target.backend != "interpreter":
-        tile = WIDE_BLOCK_TILE if target.has_wide_tiles else SMALL_BLOCK_TILE
-        tile = HIP_BLOCK_TILE if target.backend == "hip" else tile
     return replace(tile, block_k=block[1])
 
 

@@ -6,8 +6,6 @@ multiplications and addition are done in the reference's order without contracti
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -26,17 +24,17 @@ LARGEST_K = (2**31 - 1) // (128 * 128)
 
 @triton.jit
 def scaled_mm_kernel(
-    x: Any,
-    x_scale: Any,
-    weight: Any,
-    weight_scale: Any,
-    bias: Any,
-    out: Any,
-    m: Any,
-    n: Any,
-    k: Any,
-    x_stride: Any,
-    weight_stride: Any,
+    x: tl.tensor,
+    x_scale: tl.tensor,
+    weight: tl.tensor,
+    weight_scale: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    m: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    x_stride: tl.tensor,
+    weight_stride: tl.tensor,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,

@@ -120,7 +120,7 @@ SMALL_TILES = (
 WIDE_TILES = (
     (16, Tile(16, 64, 128, num_warps=4, num_stages=5)),
     (64, Tile(64, 128, 128, num_warps=4, num_stages=4)),
-    (None, Tile(128, 256, 128, num_warps=8, num_stages=3)),
+    (None, Tile(128, 128, 128, num_warps=8, num_stages=4)),
 )
 # ROCm prefetches into registers: two stages take one buffer of LDS.
 HIP_TILES = (

@@ -28,11 +28,11 @@ LONGEST_BLOCK = 8192
 
 @triton.jit
 def quantize_rows_kernel(
-    x: Any,
-    quantized: Any,
-    scale: Any,
-    columns: Any,
-    row_stride: Any,
+    x: tl.tensor,
+    quantized: tl.tensor,
+    scale: tl.tensor,
+    columns: tl.tensor,
+    row_stride: tl.tensor,
     ENCODING: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -67,7 +67,7 @@ def quantize_rows_kernel(
 
 
 @triton.jit
-def _quotient(values: Any, divisor: Any, absmax: Any, ENCODING: tl.constexpr) -> Any:
+def _quotient(values: tl.tensor, divisor: tl.tensor, absmax: tl.tensor, ENCODING: tl.constexpr) -> tl.tensor:
     """Return ``values / divisor`` encoded; in int8 a row whose maximum is not finite is all zeros."""
     quotient = tl.math.div_rn(values, divisor)
     if ENCODING == INT8:

@@ -7,8 +7,6 @@ floats drops NaN, rounding to an integer lives in a library per vendor, float8 n
 from __future__ import annotations
 
 import struct
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -30,20 +28,20 @@ E4M3_SOFTWARE = tl.constexpr(2)
 
 
 @triton.jit
-def magnitude_bits(values: Any) -> Any:
+def magnitude_bits(values: tl.tensor) -> tl.tensor:
     """Return the bits of ``abs(values)`` (float32) as int32: ordered as the magnitudes are, NaN above infinity."""
     return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def scale_of(absmax_bits: Any, LARGEST: tl.constexpr) -> Any:
+def scale_of(absmax_bits: tl.tensor, LARGEST: tl.constexpr) -> tl.tensor:
     """Return ``max(absmax, 1e-30) / LARGEST`` (float32), NaN for NaN."""
     absmax = tl.maximum(absmax_bits, SMALLEST_ABSMAX_BITS).to(tl.float32, bitcast=True)
     return tl.math.div_rn(absmax, LARGEST)
 
 
 @triton.jit
-def encode_int8(quotient: Any) -> Any:
+def encode_int8(quotient: tl.tensor) -> tl.tensor:
     """Round float32 of magnitude about 127 at most, half to even, to int8 in [-127, 127]; 0 for NaN and infinity."""
     rounded = (quotient + ROUNDER) - ROUNDER
     clamped = tl.minimum(tl.maximum(rounded, -INT8_MAX), INT8_MAX)
@@ -51,7 +49,7 @@ def encode_int8(quotient: Any) -> Any:
 
 
 @triton.jit
-def encode_e4m3(quotient: Any, NATIVE: tl.constexpr) -> Any:
+def encode_e4m3(quotient: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
     """Convert float32 to e4m3: nearest even, saturating; NaN for NaN and infinity. As bytes unless ``NATIVE``."""
     finite = magnitude_bits(quotient) < INFINITY_BITS
     clamped = tl.minimum(tl.maximum(quotient, -E4M3_MAX), E4M3_MAX)
@@ -69,7 +67,7 @@ def encode_e4m3(quotient: Any, NATIVE: tl.constexpr) -> Any:
 
 
 @triton.jit
-def decode_e4m3(byte: Any) -> Any:
+def decode_e4m3(byte: tl.tensor) -> tl.tensor:
     """Convert the bytes of e4m3 values (uint8) to float16, which holds them all exactly."""
     wide = byte.to(tl.int32)
     magnitude = wide & 0x7F
@@ -79,7 +77,7 @@ def decode_e4m3(byte: Any) -> Any:
 
 
 @triton.jit
-def encode(quotient: Any, ENCODING: tl.constexpr) -> Any:
+def encode(quotient: tl.tensor, ENCODING: tl.constexpr) -> tl.tensor:
     """Convert float32 to what ``ENCODING`` names."""
     if ENCODING == INT8:
         return encode_int8(quotient)

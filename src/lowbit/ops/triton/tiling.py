@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def program_tile(m: Any, n: Any, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr) -> Any:
+def program_tile(m: tl.tensor, n: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr) -> tl.tensor:
     """Return this program's row tile and column tile of an [m, n] result.
 
     Programs that run together walk down ``GROUP_M`` row tiles before they take the next column tile, so that both
@@ -24,7 +22,7 @@ def program_tile(m: Any, n: Any, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G
 
 
 @triton.jit
-def clamped(first: Any, end: Any, BLOCK: tl.constexpr) -> Any:
+def clamped(first: tl.tensor, end: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
     """Return offsets 0 .. BLOCK-1 (int32) from ``first`` that stop at the last one before ``end``.
 
     What lies beyond the edge repeats the last row or column: loads need no mask, and its results are not stored.
@@ -34,7 +32,7 @@ def clamped(first: Any, end: Any, BLOCK: tl.constexpr) -> Any:
 
 @triton.jit
 def store_tile(
-    out: Any, result: Any, m: Any, n: Any, first_row: Any, first_column: Any, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    out: tl.tensor, result: tl.tensor, m: tl.tensor, n: tl.tensor, first_row: tl.tensor, first_column: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ) -> None:
     """Store ``result`` [BLOCK_M, BLOCK_N] in the contiguous ``out`` [m, n] from (first_row, first_column) (int64) on."""
     rows = tl.arange(0, BLOCK_M)
