@@ -1,16 +1,21 @@
 """FP8 W8A8 (e4m3) in Triton: quantization per token, per group and with a known scale, and scaled matrix products.
 
 The quantized values and scales are the reference's, bit for bit. Products accumulate in float32; in what order, and how
-exactly inside a tensor core, is the chip's. Hopper's adds within about 14 bits, so sums move to full float32 every
-``BLOCK_K`` columns.
+exactly inside a tensor core, is the chip's. Hopper's is reported to keep about 14 bits of a sum, so there sums move to
+float32 registers every ``BLOCK_K`` columns.
 
 Where the chip has no e4m3 in the OCP encoding (gfx942 multiplies only FNUZ; XPU) the kernels decode operands to
 float16, which is exact, and multiply those: weights still take half the memory, products run at float16's rate.
 """
 
+# Kernels name compile-time arguments in capitals, and triton.jit is not typed.
+# ruff: noqa: N803, N806
+# mypy: disable-error-code="untyped-decorator"
+
 from __future__ import annotations
 
 from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +29,7 @@ from lowbit.ops.triton.launch import (
     Tile,
     choose_tile,
     device_refusal,
+    expect_shape,
     on_device_of,
     row_major,
     target_of,
@@ -72,7 +78,13 @@ def quantize_groups_kernel(
 
 @triton.jit
 def quantize_with_scale_kernel(
-    x: tl.tensor, quantized: tl.tensor, scale: tl.tensor, columns: tl.tensor, row_stride: tl.tensor, ENCODING: tl.constexpr, BLOCK: tl.constexpr
+    x: tl.tensor,
+    quantized: tl.tensor,
+    scale: tl.tensor,
+    columns: tl.tensor,
+    row_stride: tl.tensor,
+    ENCODING: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     """Quantize BLOCK columns of one row a program by the one scale (float32 [])."""
     row = tl.program_id(0).to(tl.int64)
@@ -222,20 +234,10 @@ def quantize_fp8_per_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tenso
     return quantized
 
 
-# With scales per K block a step adds a product to a second accumulator of the same size, and a step is a block of the
-# weights. Chosen by the limits in ``lowbit.ops.triton.launch``, not measured.
-SMALL_BLOCK_TILE = Tile(64, 128, 128, num_warps=4, num_stages=3)
-WIDE_BLOCK_TILE = Tile(128, 128, 128, num_warps=8, num_stages=4)
-# Operands wait in LDS as float16 where they are decoded.
-HIP_BLOCK_TILE = Tile(64, 64, 128, num_warps=4, num_stages=2)
-
-
 def tile_for(target: Target, m: int, block: list[int] | None) -> Tile:
-    """Return the tile for a product with ``m`` rows on ``target``."""
+    """Return the tile for a product with ``m`` rows on ``target``; with block-wise scales a step is a weight block."""
     tile = choose_tile(tiles_for(target), m)
-    if block is None:
-        return tile
-    return replace(tile, block_k=block[1])
+    return tile if block is None else replace(tile, block_k=block[1])
 
 
 def block_refusal(columns: int) -> str | None:
@@ -245,9 +247,12 @@ def block_refusal(columns: int) -> str | None:
     return f"takes weight blocks of {', '.join(map(str, BLOCK_COLUMNS))} columns, not of {columns}"
 
 
-def _strides(scale: torch.Tensor) -> tuple[int, int]:
-    """Return a scale's strides; 0, 0 for one per tensor."""
-    return (0, 0) if scale.numel() == 1 else (scale.stride(0), scale.stride(1))
+def _strides(name: str, scale: torch.Tensor, *shape: int) -> tuple[int, int]:
+    """Return the strides of a scale that is one per tensor (0, 0) or has ``shape``."""
+    if scale.numel() == 1:
+        return 0, 0
+    expect_shape(name, scale, *shape)
+    return scale.stride(0), scale.stride(1)
 
 
 def fp8_scaled_mm(
@@ -262,9 +267,15 @@ def fp8_scaled_mm(
     """Multiply two e4m3 matrices and scale the result; arguments and result as in ``lowbit.ops.fp8``."""
     m, k = x.shape
     n = weight.shape[0]
-    refusal = None if weight_block_size is None else block_refusal(weight_block_size[1])
-    if refusal is not None:
-        raise UnsupportedError(f"fp8_scaled_mm {refusal}")
+    block_rows, blocks = 0, 1
+    if weight_block_size is not None:
+        refusal = block_refusal(weight_block_size[1])
+        if refusal is not None:
+            raise UnsupportedError(f"fp8_scaled_mm {refusal}")
+        block_rows, blocks = weight_block_size[0], -(-k // weight_block_size[1])
+    expect_shape("weight", weight, n, k)
+    if bias is not None:
+        expect_shape("bias", bias, n)
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -284,9 +295,9 @@ def fp8_scaled_mm(
             k,
             x.stride(0),
             weight.stride(0),
-            *_strides(x_scale),
-            *_strides(weight_scale),
-            BLOCK_ROWS=0 if weight_block_size is None else weight_block_size[0],
+            *_strides("x_scale", x_scale, m, blocks),
+            *_strides("weight_scale", weight_scale, -(-n // block_rows) if block_rows else n, blocks),
+            BLOCK_ROWS=block_rows,
             NATIVE=encoding == E4M3_NATIVE,
             EVEN_K=k % tile.block_k == 0,
             **tile.constants(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -150,8 +151,8 @@ def choose_tile(tiles: TileTable, m: int) -> Tile:
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """Make ``tensor``'s device current: Triton launches on the current one, whatever its arguments live on."""
-    context: AbstractContextManager[None]
-    context = torch.xpu.device_of(tensor) if tensor.device.type == "xpu" else torch.cuda.device_of(tensor)
+    module: Any = torch.xpu if tensor.device.type == "xpu" else torch.cuda
+    context: AbstractContextManager[None] = module.device_of(tensor)
     return context
 
 
@@ -160,3 +161,13 @@ def row_major(matrix: torch.Tensor) -> torch.Tensor:
     if matrix.stride(1) == 1 and matrix.stride(0) <= LARGEST_ROW_STRIDE:
         return matrix
     return matrix.contiguous()
+
+
+def expect_shape(name: str, tensor: torch.Tensor, *shape: int) -> None:
+    """Raise for a tensor of another shape: a kernel would read beyond its end.
+
+    Raises:
+        ValueError: names the tensor and both shapes.
+    """
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has to have the shape {shape}, not {tuple(tensor.shape)}")

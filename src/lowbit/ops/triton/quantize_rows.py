@@ -1,5 +1,9 @@
 """Symmetric quantization of rows, to int8 or e4m3: one read of a row, or two of a long one."""
 
+# Kernels name compile-time arguments in capitals, and triton.jit is not typed.
+# ruff: noqa: N803, N806
+# mypy: disable-error-code="untyped-decorator"
+
 from __future__ import annotations
 
 from typing import Any

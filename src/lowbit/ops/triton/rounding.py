@@ -4,9 +4,14 @@ They use integer arithmetic where Triton's own operation differs between chips o
 floats drops NaN, rounding to an integer lives in a library per vendor, float8 needs a chip that has it.
 """
 
+# Kernels name compile-time arguments in capitals, and triton.jit is not typed.
+# ruff: noqa: N803
+# mypy: disable-error-code="untyped-decorator"
+
 from __future__ import annotations
 
 import struct
+
 import triton
 import triton.language as tl
 
@@ -18,7 +23,7 @@ INT8_MAX = tl.constexpr(_INT8_MAX)
 E4M3_MAX = tl.constexpr(_E4M3_MAX)
 SMALLEST_ABSMAX_BITS = tl.constexpr(struct.unpack("<i", struct.pack("<f", SMALLEST_ABSMAX))[0])
 INFINITY_BITS = tl.constexpr(0x7F800000)
-# Adding 1.5 * 2**23 to a float32 of magnitude below 2**22 leaves no bits for a fraction: the sum is rounded half to even.
+# A float32 of magnitude below 2**22 plus 1.5 * 2**23 has no bits left for a fraction: it is rounded half to even.
 ROUNDER = tl.constexpr(12582912.0)
 
 # What a kernel writes.

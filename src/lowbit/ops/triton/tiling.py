@@ -1,5 +1,9 @@
 """Device functions that place a program's tile in a matrix product's result."""
 
+# Kernels name compile-time arguments in capitals, and triton.jit is not typed.
+# ruff: noqa: N803
+# mypy: disable-error-code="untyped-decorator"
+
 from __future__ import annotations
 
 import triton
@@ -7,7 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def program_tile(m: tl.tensor, n: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr) -> tl.tensor:
+def program_tile(
+    m: tl.tensor, n: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
+) -> tl.tensor:
     """Return this program's row tile and column tile of an [m, n] result.
 
     Programs that run together walk down ``GROUP_M`` row tiles before they take the next column tile, so that both
@@ -32,9 +38,16 @@ def clamped(first: tl.tensor, end: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def store_tile(
-    out: tl.tensor, result: tl.tensor, m: tl.tensor, n: tl.tensor, first_row: tl.tensor, first_column: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    out: tl.tensor,
+    result: tl.tensor,
+    m: tl.tensor,
+    n: tl.tensor,
+    first_row: tl.tensor,
+    first_column: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:
-    """Store ``result`` [BLOCK_M, BLOCK_N] in the contiguous ``out`` [m, n] from (first_row, first_column) (int64) on."""
+    """Store ``result`` [BLOCK_M, BLOCK_N] in the contiguous ``out`` [m, n] from (first_row, first_column), int64, on."""
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     inside = (rows[:, None] < m - first_row) & (columns[None, :] < n - first_column)
