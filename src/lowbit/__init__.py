@@ -18,7 +18,10 @@ _PUBLIC = {
     "quantize_model": "lowbit.quantization",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [  # noqa: PLE0604, the table above holds strings
+    "__version__",
+    *_PUBLIC,
+]
 
 registration.install()
 

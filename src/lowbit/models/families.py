@@ -28,6 +28,7 @@ class Family:
         classes: names of its transformer classes in diffusers.
         kept_layers: reason -> patterns, beyond ``COMMON_KEPT_LAYERS``.
         kept_share: share of the linear layers' weights that ``kept_layers`` and the common ones keep, 0 to 1.
+        latent_patch: latent pixels along a patch's side; ``None`` where the pipeline alone checks sizes.
         note: what was reported about quantizing it, with its source.
     """
 
@@ -35,6 +36,7 @@ class Family:
     classes: tuple[str, ...]
     kept_layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kept_share: float = 0.0
+    latent_patch: int | None = None
     note: str = ""
 
 
@@ -43,17 +45,27 @@ FAMILIES: tuple[Family, ...] = (
         "Z-Image",
         ("ZImageTransformer2DModel",),
         kept_share=0.022,
+        latent_patch=2,
         note="Int8 and FP8 W8A8 of all attention and feed-forward layers: validated by vLLM-Omni (Z-Image-Turbo).",
     ),
     Family(
         "Qwen-Image",
         ("QwenImageTransformer2DModel",),
         kept_share=0.335,
+        latent_patch=2,
         note="vLLM-Omni: Int8 LPIPS 0.0197, with ignored_layers=['img_mlp'] 0.0027; keep img_mlp in FP8 when quality"
         " regresses.",
     ),
-    Family("FLUX.1", ("FluxTransformer2DModel",), kept_share=0.277, note="vLLM-Omni: FP8 of all layers."),
-    Family("FLUX.2", ("Flux2Transformer2DModel",), kept_share=0.026, note="vLLM-Omni: FP8 of all layers (klein)."),
+    Family(
+        "FLUX.1", ("FluxTransformer2DModel",), kept_share=0.277, latent_patch=2, note="vLLM-Omni: FP8 of all layers."
+    ),
+    Family(
+        "FLUX.2",
+        ("Flux2Transformer2DModel",),
+        kept_share=0.026,
+        latent_patch=2,
+        note="vLLM-Omni: FP8 of all layers (klein).",
+    ),
     Family("Wan", ("WanTransformer3DModel",), kept_share=0.016, note="Not validated by vLLM-Omni for Int8 or FP8."),
     Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), kept_share=0.287),
     Family(

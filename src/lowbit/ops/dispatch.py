@@ -109,6 +109,7 @@ def select(family: str, table: Sequence[Implementation], problem: Problem, optio
     Args:
         family: ``"int8"``, ``"fp8"``: the module in ``ops`` whose table this is.
         table: implementations, the preferred first.
+        problem: what the layer asks for.
         option: a name from the table, or ``"auto"``. A named one is used or refused, never replaced.
 
     Raises:

@@ -8,15 +8,15 @@ The reference here defines the numbers. With ``absmax`` taken over a token, a gr
 and the product is made from ``q * scale`` on both sides, accumulated in float32. NaN and infinity in a row give NaN in
 that row of the result.
 
-Scales say by their shape what they scale:
+The shapes of scales:
 
-=============  ==========================  ==============================================
-\              activations [M, K]          weights [N, K]
-=============  ==========================  ==============================================
-per tensor     []                          []
-per row        [M, 1] (token)              [N, 1] (output channel)
-per block      [M, ceil(K / columns)]      [ceil(N / rows), ceil(K / columns)]
-=============  ==========================  ==============================================
+===========  ======================  ===================================
+what         activations [M, K]      weights [N, K]
+===========  ======================  ===================================
+per tensor   []                      []
+per row      [M, 1] (token)          [N, 1] (output channel)
+per block    [M, ceil(K / columns)]  [ceil(N / rows), ceil(K / columns)]
+===========  ======================  ===================================
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 SMALLEST_ABSMAX = 1e-30
 
-_WEIGHT_ONLY = "no FP8 matrix product here, so weights are stored in FP8 and products made in the activations' precision"
+_WEIGHT_ONLY = "no FP8 matrix product here: weights are stored in FP8, products made in the activations' precision"
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", "lowbit.ops.triton.fp8", frozenset({"cuda", "xpu"})),
@@ -144,7 +144,7 @@ def fp8_scaled_mm(
 
     Args:
         x: e4m3 [M, K].
-        x_scale: float32, per tensor or per token; per group of ``weight_block_size[1]`` columns with block-wise weights.
+        x_scale: float32, per tensor or per token; with block-wise weights per group of their columns.
         weight: e4m3 [N, K].
         weight_scale: float32, per tensor or per output channel; per block with ``weight_block_size``.
         bias: [N] or ``None``.
@@ -215,7 +215,7 @@ def quantize_activation(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize activations x [M, K] the way the scales ask for.
 
-    With ``input_scale`` (float32 []) by that scale, with ``weight_block_size`` in groups of its columns, else per token.
+    By ``input_scale`` (float32 []) if there is one, in groups of the columns of ``weight_block_size``, else per token.
     As operators in eager mode, as plain torch when compiling, so that it fuses with what precedes it.
 
     Returns:

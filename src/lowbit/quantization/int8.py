@@ -96,5 +96,3 @@ class Int8LinearMethod(LinearMethod):
         assert layer.kernel is not None
         result: torch.Tensor = layer.kernel.linear(x, layer.weight, layer.weight_scale, bias)
         return result
-
-

@@ -1,0 +1,101 @@
+"""``lowbit generate``: a prompt to a picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowbit.cli import options
+from lowbit.errors import ConfigError
+from lowbit.inputs.data import OmniDiffusionSamplingParams
+from lowbit.models.embedded import EMBEDDED_NAME
+from lowbit.outputs import check_image_path
+
+if TYPE_CHECKING:
+    from lowbit.engine import Omni
+    from lowbit.outputs import OmniRequestOutput
+
+EXAMPLES = """Examples:
+
+  lowbit generate "a large red circle left of a small blue square" --quantization int8 --output picture.png
+
+  lowbit generate "a cat on a windowsill" --model Qwen/Qwen-Image -q fp8 --ignored-layers img_mlp --steps 20
+
+  lowbit generate "a cat" -m ./z-image --quantization-config '{"transformer": "int8", "text_encoder": "int8"}'
+"""
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    model: options.Model = None,
+    quantization: options.Quantization = None,
+    quantization_config: options.QuantizationConfigText = None,
+    ignored_layers: options.IgnoredLayers = None,
+    kernel: options.Kernel = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "output.png",
+    steps: Annotated[
+        int | None, typer.Option("--steps", "--num-inference-steps", help="Denoising steps. Default: the model's.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the starting noise: same seed, same picture.")] = 0,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    num_images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures to make, seeds counting up.")] = 1,
+    dtype: options.Dtype = "bfloat16",
+    device: options.Device = None,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager/--compile", help="--compile compiles the transformer's blocks.")
+    ] = True,
+    calibration_prompt: Annotated[
+        list[str] | None, typer.Option(help="For FP8's static activation scheme; may be given several times.")
+    ] = None,
+) -> None:
+    """Make a picture from a prompt."""
+    if not prompt.strip():
+        raise ConfigError("The prompt is empty")
+    target = check_image_path(output)
+    params = OmniDiffusionSamplingParams(
+        num_inference_steps=steps,
+        height=height,
+        width=width,
+        seed=seed,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        num_outputs_per_prompt=num_images_per_prompt,
+    )
+    spec = options.quantization_spec(quantization, quantization_config, ignored_layers, kernel)
+    from lowbit.engine import Omni
+
+    omni = Omni(
+        model,
+        quantization_config=spec,
+        dtype=dtype,
+        device=device,
+        enforce_eager=enforce_eager,
+        calibration_prompts=calibration_prompt or (),
+    )
+    _show_load(omni, model or EMBEDDED_NAME)
+    result = omni.generate(prompt, params)
+    assert not isinstance(result, list)
+    _show_result(result)
+    for path in result.save_images(target):
+        typer.echo(f"wrote       {path}")
+
+
+def _show_load(omni: Omni, model: str) -> None:
+    dtype = str(omni.config.dtype).removeprefix("torch.")
+    typer.echo(f"model       {model} ({type(omni.pipeline).__name__}) in {dtype} on {omni.device}")
+    for manifest in omni.manifests.values():
+        typer.echo(f"quantized   {manifest.summary()}")
+    if not omni.manifests:
+        typer.echo("quantized   nothing")
+    typer.echo(f"loaded      in {omni.load_time_s:.2f} s, peak memory {omni.load_peak_memory_mb:,.0f} MB")
+
+
+def _show_result(result: OmniRequestOutput) -> None:
+    typer.echo(
+        f"generated   in {result.generation_time_s:.2f} s: {result.num_inference_steps} steps of"
+        f" {result.step_time_s * 1e3:,.0f} ms, seed {result.seeds[0]}, peak memory {result.peak_memory_mb:,.0f} MB"
+    )

@@ -1,0 +1,122 @@
+"""``lowbit info``: what this machine can run, and what would be quantized in a model."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import re
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import lowbit
+from lowbit.cli import options
+from lowbit.errors import ConfigError
+from lowbit.models import FAMILIES, family_of
+from lowbit.ops.cpu import native
+from lowbit.ops.dispatch import Problem, verdicts
+from lowbit.quantization.base import QuantizationConfig
+from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS, build_quant_config, config_class
+from lowbit.quantization.plan import plan_layers
+
+EXAMPLES = """Examples:
+
+  lowbit info
+
+  lowbit info embedded --quantization int8
+
+  lowbit info ./z-image --quantization fp8 --ignored-layers feed_forward
+"""
+
+_PACKAGES = ("torch", "diffusers", "transformers", "triton")
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(help="A folder, a Hub id, or `embedded`.")] = None,
+    quantization: options.Quantization = "int8",
+    quantization_config: options.QuantizationConfigText = None,
+    ignored_layers: options.IgnoredLayers = None,
+) -> None:
+    """Show which kernels run here and why not the others; of a MODEL, what would be quantized and why not the rest."""
+    if model is None:
+        _show_machine()
+    else:
+        method = None if quantization_config is not None else quantization
+        _show_model(model, options.quantization_spec(method, quantization_config, ignored_layers))
+
+
+def devices() -> list[torch.device]:
+    """Return the devices of this machine, the accelerator first."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return [*([accelerator] if accelerator else []), torch.device("cpu")]
+
+
+def _show_machine() -> None:
+    typer.echo(f"lowbit {lowbit.__version__} on Python {platform.python_version()}, {platform.system()}")
+    typer.echo("  ".join(f"{name} {_version(name)}" for name in _PACKAGES))
+    typer.echo(f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    typer.echo(f"native helpers: {native.description()}")
+    for device in devices():
+        for method in SUPPORTED_QUANTIZATION_METHODS:
+            typer.echo(f"\n{method} on {device}:")
+            _show_kernels(method, device)
+    typer.echo("\nmodel families with known defaults: " + ", ".join(family.name for family in FAMILIES))
+
+
+def _show_kernels(method: str, device: torch.device) -> None:
+    family = importlib.import_module(f"lowbit.ops.{config_class(method)().linear_method().family}")
+    problem = Problem(device, torch.bfloat16, 1024, 1024)
+    chosen = False
+    for implementation, reason in verdicts(family.IMPLEMENTATIONS, problem):
+        if reason is not None:
+            verdict = f"no: {reason}"
+        elif chosen or not implementation.automatic:
+            verdict = "yes, when asked for by name"
+        else:
+            verdict, chosen = "in use" + (f": {implementation.slow}" if implementation.slow else ""), True
+        typer.echo(f"  {implementation.name:12} {verdict}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _show_model(model: str, spec: Any) -> None:
+    from lowbit.engine.loading import read_components, resolve_model, route
+    from lowbit.integrations.skeleton import empty_component
+
+    config = build_quant_config(spec)
+    source = resolve_model(model)
+    components = read_components(source)
+    chosen = route(config, components)
+    for name, (library, class_name) in components.items():
+        if name not in chosen:
+            typer.echo(f"{name}: {class_name}, as it is")
+            continue
+        _show_component(name, class_name, empty_component(source, name, library, class_name), chosen[name])
+    if not chosen:
+        raise ConfigError("Nothing to quantize: give --quantization or --quantization-config")
+
+
+def _show_component(name: str, class_name: str, skeleton: torch.nn.Module, config: QuantizationConfig) -> None:
+    plan = plan_layers(skeleton, config)
+    groups: Counter[tuple[str, str]] = Counter()
+    for layer, decision in plan.items():
+        what = decision.method.name if decision.method else f"kept: {decision.reason}"
+        groups[re.sub(r"(?<=\.)\d+(?=\.)", "*", layer), what] += 1
+    weights = {layer: skeleton.get_submodule(layer).weight.numel() for layer in plan}
+    quantized = sum(weights[layer] for layer, decision in plan.items() if decision.method)
+    typer.echo(f"{name}: {class_name}, {sum(weights.values()) / 1e6:,.1f} M weights in linear layers,")
+    typer.echo(f"  of which {config.get_name()} takes {quantized / max(1, sum(weights.values())):.1%}")
+    width = max(len(layer) for layer, _ in groups)
+    for (layer, what), count in groups.items():
+        typer.echo(f"  {layer:{width}}  x{count:<4} {what}")
+    family = family_of(class_name)
+    if family and family.note:
+        typer.echo(f"  {family.name}: {family.note}")

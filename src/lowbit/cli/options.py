@@ -1,0 +1,79 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowbit.errors import ConfigError
+from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="A folder in diffusers' format or a Hub id. Default: the embedded model."),
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option("--quantization", "-q", help=f"Method: {', '.join(SUPPORTED_QUANTIZATION_METHODS)}, none."),
+]
+QuantizationConfigText = Annotated[
+    str | None,
+    typer.Option("--quantization-config", help="Method with options, or one per component: JSON, or a file of it."),
+]
+IgnoredLayers = Annotated[
+    str | None,
+    typer.Option("--ignored-layers", help="Layers to keep, by name or pattern, separated by commas."),
+]
+Kernel = Annotated[
+    str | None, typer.Option("--kernel", help="Implementation to compute with, as `lowbit info` lists them.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="Of what is not quantized: bfloat16, float16 or float32.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, xpu... Default: an accelerator if there is one.")
+]
+
+
+def quantization_spec(
+    method: str | None, config: str | None, ignored_layers: str | None = None, kernel: str | None = None
+) -> Any:
+    """Combine the command line's options to what ``build_quant_config`` takes.
+
+    Raises:
+        ConfigError: JSON that can't be read, or options that nothing applies to.
+    """
+    spec: Any = read_json(config) if config is not None else None
+    options: dict[str, Any] = {}
+    if ignored_layers is not None:
+        options["ignored_layers"] = [name.strip() for name in ignored_layers.split(",") if name.strip()]
+    if kernel is not None:
+        options["kernel"] = kernel
+    if isinstance(spec, dict) and method is not None and ("method" in spec or "quant_method" in spec):
+        raise ConfigError("Give the method in --quantization or in --quantization-config, not in both")
+    if method is not None:
+        spec = {"method": method, **(spec or {})}
+    if options and (spec is None or (method or "").lower() == "none"):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise ConfigError(f"{names} needs --quantization")
+    if options and not ("method" in spec or "quant_method" in spec):
+        raise ConfigError("With a configuration per component, write ignored_layers and kernel into it")
+    return {**spec, **options} if options else spec
+
+
+def read_json(text: str) -> dict[str, Any]:
+    """Return the dictionary that ``text`` is, or that the file ``text`` holds."""
+    source = text
+    if not text.lstrip().startswith("{"):
+        path = Path(text)
+        if not path.is_file():
+            raise ConfigError(f"--quantization-config: {text!r} is neither a JSON dictionary nor a file")
+        source = path.read_text()
+    try:
+        value = json.loads(source)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--quantization-config: {text!r} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"--quantization-config: {text!r} is not a JSON dictionary")
+    return value

@@ -1,0 +1,104 @@
+"""What an engine is told once, at its start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowbit.errors import ConfigError
+from lowbit.quantization.factory import AnyQuantizationConfig, QuantizationSpec, build_quant_config
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniDiffusionConfig:
+    """A model and how to run it.
+
+    Attributes:
+        model: a folder in diffusers' format or a Hub id; ``None`` is the embedded model.
+        quantization_config: anything ``build_quant_config`` takes; held as the configuration it builds.
+        dtype: of weights that are not quantized and of activations: a torch dtype or its name.
+        device: ``None`` takes an accelerator when there is one.
+        enforce_eager: ``False`` compiles the transformers' repeated blocks with ``torch.compile``.
+        calibration_prompts: for the static activation scheme where the checkpoint holds no input scales.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    model: str | None = None
+    quantization_config: QuantizationSpec = None
+    dtype: torch.dtype | str = torch.bfloat16
+    device: torch.device | str | None = None
+    enforce_eager: bool = True
+    calibration_prompts: Sequence[str] = ()
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        # Normalizations at construction: what users may write becomes what the engine reads.
+        object.__setattr__(self, "quantization_config", build_quant_config(self.quantization_config))
+        object.__setattr__(self, "dtype", parse_dtype(self.dtype))
+        object.__setattr__(self, "device", parse_device(self.device))
+
+    @property
+    def quantization(self) -> AnyQuantizationConfig | None:
+        """The configuration that was built."""
+        config = self.quantization_config
+        assert config is None or not isinstance(config, str | Mapping)
+        return config
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the dtype; raises ``ConfigError`` for one that pipelines can't run in."""
+    if isinstance(dtype, str) and dtype.lower() in DTYPES:
+        return DTYPES[dtype.lower()]
+    if dtype in DTYPES.values():
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    raise ConfigError(f"Unknown dtype {dtype!r}. Known: {', '.join(DTYPES)}. (Fewer bits are what quantization is for)")
+
+
+def parse_device(device: torch.device | str | None) -> torch.device:
+    """Return the device, an accelerator if there is one and none is named.
+
+    Raises:
+        ConfigError: there is no such device on this machine.
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"Can't use device {str(device)!r}: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def merge_quantization(quantization: QuantizationSpec, config: QuantizationSpec) -> QuantizationSpec:
+    """Combine ``quantization="int8"`` with ``quantization_config={"ignored_layers": [...]}``.
+
+    Raises:
+        ConfigError: both say how to quantize, and differently.
+    """
+    if quantization is None or config is None:
+        return quantization if config is None else config
+    if isinstance(quantization, str) and isinstance(config, Mapping) and not _names_method(config):
+        return {"method": quantization, **config}
+    built, other = build_quant_config(quantization), build_quant_config(config)
+    if (built and built.get_name()) != (other and other.get_name()):
+        raise ConfigError(f"quantization={quantization!r} and quantization_config={config!r} contradict each other")
+    return config
+
+
+def _names_method(config: Mapping[str, Any]) -> bool:
+    return "method" in config or "quant_method" in config or any(isinstance(v, Mapping) for v in config.values())

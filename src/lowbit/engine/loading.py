@@ -1,0 +1,116 @@
+"""From a model's name to a pipeline whose chosen components are quantized."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowbit.engine.config import OmniDiffusionConfig
+from lowbit.errors import CheckpointError, ConfigError
+from lowbit.integrations.checks import check_pipeline_folder
+from lowbit.models import is_diffusion_transformer
+from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
+from lowbit.quantization.base import QuantizationConfig
+from lowbit.quantization.component import ComponentQuantizationConfig
+from lowbit.quantization.factory import AnyQuantizationConfig
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+ComponentIndex = Mapping[str, tuple[str, str]]
+
+
+def load_pipeline(config: OmniDiffusionConfig) -> Any:
+    """Load the pipeline of ``config``, quantizing tensor by tensor.
+
+    Raises:
+        ConfigError: there is no such model, or the quantization names components it lacks or contradicts it.
+        CheckpointError: files or tensors are missing, damaged or of the wrong shape.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.quantizers import PipelineQuantizationConfig
+
+    source = resolve_model(config.model)
+    components = read_components(source)
+    chosen = route(config.quantization, components)
+    if Path(source).is_dir():
+        check_pipeline_folder(Path(source), components, chosen)
+    device = config.device
+    arguments: dict[str, Any] = {
+        "torch_dtype": config.dtype,
+        "use_safetensors": True,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if chosen:
+        arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping=dict(chosen))
+    if device is not None and str(device) != "cpu":
+        arguments["device_map"] = str(device)  # each tensor goes to the device by itself, not the model through memory
+    return DiffusionPipeline.from_pretrained(source, **arguments)
+
+
+def resolve_model(model: str | None) -> str:
+    """Return the folder or Hub id to load.
+
+    Raises:
+        ConfigError: it is neither an existing folder nor of the form ``owner/name``.
+        CheckpointError: a folder without ``model_index.json``.
+    """
+    if model is None or model == EMBEDDED_NAME:
+        return str(embedded_model().folder)
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise ConfigError(f"{model} is a file; name a folder in diffusers' format (with model_index.json) or a Hub id")
+    if not path.is_dir():
+        if _HUB_ID.fullmatch(model):
+            return model
+        raise ConfigError(f"There is no folder {model}, and it is no Hub id of the form owner/name")
+    if not (path / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{path / 'model_index.json'} is missing: a pipeline's folder holds it beside one folder per component"
+        )
+    return str(path)
+
+
+def read_components(source: str) -> ComponentIndex:
+    """Return component -> (library, class) from the pipeline's ``model_index.json``, of a folder or from the Hub.
+
+    Raises:
+        CheckpointError: the file is not what diffusers writes.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        index = dict(DiffusionPipeline.load_config(source))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"Can't read model_index.json of {source}: {str(error).splitlines()[0]}") from error
+    return {
+        name: (value[0], value[1])
+        for name, value in index.items()
+        if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    }
+
+
+def route(config: AnyQuantizationConfig | None, components: ComponentIndex) -> dict[str, QuantizationConfig]:
+    """Return component -> configuration for the components to quantize.
+
+    A plain method, and the default of a configuration per component, go to the diffusion transformers.
+
+    Raises:
+        ConfigError: a component the pipeline lacks, or a method and no component to apply it to.
+    """
+    if config is None:
+        return {}
+    transformers = [name for name, entry in components.items() if is_diffusion_transformer(*entry)]
+    if isinstance(config, ComponentQuantizationConfig):
+        config.check_components(components)
+        named = {name for name in components if name in config.component_configs}
+        resolved = {name: config.resolve(name) for name in [*transformers, *named]}
+        return {name: found for name, found in resolved.items() if found is not None}
+    if not transformers:
+        raise ConfigError(
+            f"{config.get_name()} applies to diffusion transformers and the pipeline has none. Name a component:"
+            f" {{component: {config.get_name()!r}}} with one of {', '.join(components)}"
+        )
+    return dict.fromkeys(transformers, config)

@@ -1,0 +1,237 @@
+"""The engine: a loaded pipeline that answers prompts."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lowbit.engine.config import OmniDiffusionConfig, merge_quantization
+from lowbit.engine.loading import load_pipeline
+from lowbit.engine.memory import PeakMemory
+from lowbit.engine.sizes import check_size
+from lowbit.errors import ConfigError
+from lowbit.inputs.data import OmniDiffusionSamplingParams
+from lowbit.models import is_diffusion_transformer
+from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
+from lowbit.outputs import OmniRequestOutput
+from lowbit.quantization.calibration import calibration, uncalibrated_layers
+from lowbit.quantization.factory import QuantizationSpec
+from lowbit.quantization.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+_request_numbers = itertools.count()
+
+
+class Omni:
+    """A pipeline, quantized while loading.
+
+    Attributes:
+        config: what it was built from.
+        pipeline: the diffusers pipeline.
+        manifests: component -> which layers took which method and kernel, which were kept and why, and the bytes.
+        load_time_s: seconds that loading took.
+        load_peak_memory_mb: highest memory while loading, in 10^6 bytes (see ``engine.memory``).
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        quantization: QuantizationSpec = None,
+        quantization_config: QuantizationSpec = None,
+        dtype: torch.dtype | str = torch.bfloat16,
+        device: torch.device | str | None = None,
+        enforce_eager: bool = True,
+        calibration_prompts: Sequence[str] = (),
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Load ``model``.
+
+        Args:
+            model: a folder in diffusers' format or a Hub id; ``None`` or ``"embedded"`` is the embedded model.
+            quantization: a method's name, such as ``"int8"``.
+            quantization_config: a method with options, or a dictionary from components to methods; see
+                ``build_quant_config``.
+            dtype: of weights that are not quantized and of activations.
+            device: ``None`` takes an accelerator when there is one.
+            enforce_eager: ``False`` compiles the transformers' repeated blocks.
+            calibration_prompts: for FP8's static activation scheme where the checkpoint holds no input scales.
+            trust_remote_code: run code that comes with the checkpoint.
+
+        Raises:
+            ConfigError: options that don't exist, contradict each other or the checkpoint.
+            CheckpointError: files or tensors that are missing, damaged or of the wrong shape.
+            UnsupportedError: nothing can run this here; lists every reason.
+        """
+        self.config = OmniDiffusionConfig(
+            model=None if model == EMBEDDED_NAME else model,
+            quantization_config=merge_quantization(quantization, quantization_config),
+            dtype=dtype,
+            device=device,
+            enforce_eager=enforce_eager,
+            calibration_prompts=tuple(calibration_prompts),
+            trust_remote_code=trust_remote_code,
+        )
+        peak, start = PeakMemory(self.device), time.perf_counter()
+        self.pipeline = load_pipeline(self.config)
+        self.load_time_s = time.perf_counter() - start
+        self.load_peak_memory_mb = peak.megabytes()
+        self._calibrate(self.config.calibration_prompts)
+        if not enforce_eager:
+            for transformer in self.transformers().values():
+                transformer.compile_repeated_blocks(fullgraph=True)
+        for manifest in self.manifests.values():
+            logger.info("%s", manifest.summary())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        assert isinstance(self.config.device, torch.device)
+        return self.config.device
+
+    @property
+    def manifests(self) -> dict[str, Manifest]:
+        """What loading did to each quantized component."""
+        found = {name: getattr(part, "lowbit_manifest", None) for name, part in self.pipeline.components.items()}
+        return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+    def transformers(self) -> dict[str, Any]:
+        """Return the pipeline's diffusion transformers by component name."""
+        return {
+            name: part
+            for name, part in self.pipeline.components.items()
+            if isinstance(part, torch.nn.Module)
+            and is_diffusion_transformer(type(part).__module__.split(".")[0], type(part).__name__)
+        }
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        sampling_params: OmniDiffusionSamplingParams | None = None,
+        *,
+        progress: bool = True,
+    ) -> OmniRequestOutput | list[OmniRequestOutput]:
+        """Make pictures.
+
+        Args:
+            prompts: one prompt, or several.
+            sampling_params: how; ``None`` takes the model's defaults.
+            progress: show a bar per prompt.
+
+        Returns:
+            An output for one prompt, a list of them for several.
+
+        Raises:
+            ConfigError: a prompt or parameter the model can't take.
+        """
+        params = sampling_params or OmniDiffusionSamplingParams()
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ConfigError("A prompt must be text that is not empty")
+        arguments = self._arguments(params)
+        outputs = [self._generate_one(text, params, arguments, progress) for text in texts]
+        return outputs[0] if isinstance(prompts, str) else outputs
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the pipeline with its quantized components to ``folder``; ``Omni(folder)`` loads it again."""
+        self.pipeline.save_pretrained(folder, safe_serialization=True)
+
+    def _arguments(self, params: OmniDiffusionSamplingParams) -> dict[str, Any]:
+        """Return the pipeline's arguments other than prompt and generator, checked."""
+        asked = {
+            "height": params.height,
+            "width": params.width,
+            "num_inference_steps": params.num_inference_steps,
+            "guidance_scale": params.guidance_scale,
+            "negative_prompt": params.negative_prompt,
+            "num_frames": params.num_frames,
+            "num_images_per_prompt": params.num_outputs_per_prompt if params.num_outputs_per_prompt > 1 else None,
+        }
+        arguments = {**self._defaults(), **{key: value for key, value in asked.items() if value is not None}}
+        arguments.update(params.extra_args)
+        known = inspect.signature(self.pipeline.__call__).parameters
+        unknown = [name for name in arguments if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"{type(self.pipeline).__name__} takes no {', '.join(unknown)}. It takes: {', '.join(known)}"
+            )
+        check_size(self.pipeline, arguments.get("height"), arguments.get("width"))
+        return arguments
+
+    def _defaults(self) -> Mapping[str, Any]:
+        if self.config.model is not None:
+            return {}
+        model = embedded_model()
+        return {
+            "height": model.height,
+            "width": model.width,
+            "num_inference_steps": model.num_inference_steps,
+            "guidance_scale": model.guidance_scale,
+        }
+
+    def _generate_one(
+        self, prompt: str, params: OmniDiffusionSamplingParams, arguments: Mapping[str, Any], progress: bool
+    ) -> OmniRequestOutput:
+        first_seed = secrets.randbelow(2**32) if params.seed is None else params.seed
+        seeds = [first_seed + index for index in range(params.num_outputs_per_prompt)]
+        # The noise is drawn on the CPU, so that a seed means the same start on every device.
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self.pipeline.set_progress_bar_config(disable=not progress, desc="denoising")
+        clock = _StepClock()
+        peak, start = PeakMemory(self.device), time.perf_counter()
+        with torch.no_grad():
+            result = self.pipeline(prompt=prompt, generator=generators, **clock.arguments(self.pipeline), **arguments)
+        elapsed = time.perf_counter() - start
+        return OmniRequestOutput(
+            request_id=f"request-{next(_request_numbers)}",
+            prompt=prompt,
+            images=list(result.images),
+            seeds=seeds,
+            num_inference_steps=len(clock.ends) or arguments.get("num_inference_steps", 0),
+            generation_time_s=elapsed,
+            step_times_s=clock.durations(),
+            peak_memory_mb=peak.megabytes(),
+        )
+
+    def _calibrate(self, prompts: Sequence[str]) -> None:
+        waiting = {name: part for name, part in self.transformers().items() if uncalibrated_layers(part)}
+        if not waiting:
+            return
+        if not prompts:
+            raise ConfigError(
+                f"The static activation scheme needs input scales that {', '.join(waiting)} lacks. Give"
+                " calibration_prompts, load a checkpoint that holds them, or use activation_scheme='dynamic'"
+            )
+        logger.info("Calibrating input scales on %d prompts", len(prompts))
+        for part in waiting.values():
+            with calibration(part):
+                self.generate(list(prompts), OmniDiffusionSamplingParams(seed=0))
+
+
+class _StepClock:
+    """Notes when each denoising step ends."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def arguments(self, pipeline: Any) -> dict[str, Any]:
+        """Return the pipeline's argument that makes it call back, if it has one."""
+        if "callback_on_step_end" not in inspect.signature(pipeline.__call__).parameters:
+            return {}
+        return {"callback_on_step_end": self._note}
+
+    def _note(self, _pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self.ends.append(time.perf_counter())
+        return tensors
+
+    def durations(self) -> list[float]:
+        """Return the seconds between successive ends."""
+        return [later - earlier for earlier, later in itertools.pairwise(self.ends)]
