@@ -31,7 +31,7 @@ class BuildHelper(build_ext):
 HELPER = Extension(
     "lowbit._native.lowbit_cpu",
     sources=["src/lowbit/_native/lowbit_cpu.cpp"],
-    depends=["src/lowbit/_native/kernels.inc"],
+    depends=["src/lowbit/_native/kernels.h"],
     language="c++",
     optional=True,
 )

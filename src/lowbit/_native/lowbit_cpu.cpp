@@ -57,7 +57,7 @@ struct DequantizeJob {
 
 struct ScaleJob {
     const float* product;
-    int64_t rows, columns;
+    int64_t rows, columns, output_stride;
     const float *row_scale, *column_scale, *bias;
     void* output;
 };
@@ -85,7 +85,7 @@ LOWBIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 LOWBIT_INLINE int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 namespace generic {
-#include "kernels.inc"
+#include "kernels.h"
 }
 
 #ifdef LOWBIT_X86
@@ -96,7 +96,7 @@ namespace generic {
 #pragma GCC target("avx2,fma")
 #endif
 namespace avx2 {
-#include "kernels.inc"
+#include "kernels.h"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -109,7 +109,7 @@ namespace avx2 {
 #endif
 #define LOWBIT_AVX512 1
 namespace avx512 {
-#include "kernels.inc"
+#include "kernels.h"
 }
 #undef LOWBIT_AVX512
 #if defined(__clang__)
@@ -213,10 +213,11 @@ LOWBIT_EXPORT void lowbit_dequantize(const void* input, int code_type, int64_t r
     run(selected->dequantize[code_type == 2 ? 1 : 0][element_type], job, rows, rows * columns, threads);
 }
 
-// product [rows, columns] * row_scale [rows] * column_scale [columns] (+ bias [columns]) -> output [rows, columns].
+// product [rows, columns] * row_scale [rows] * column_scale [columns] (+ bias [columns]) -> output [rows, columns], whose
+// rows are output_stride elements apart. Without scales (both null) the product is only converted.
 LOWBIT_EXPORT void lowbit_scale_product(const float* product, int64_t rows, int64_t columns, const float* row_scale,
-                                        const float* column_scale, const float* bias, void* output, int element_type,
-                                        int threads) {
-    const ScaleJob job{product, rows, columns, row_scale, column_scale, bias, output};
+                                        const float* column_scale, const float* bias, void* output,
+                                        int64_t output_stride, int element_type, int threads) {
+    const ScaleJob job{product, rows, columns, output_stride, row_scale, column_scale, bias, output};
     run(selected->scale_product[element_type], job, rows, rows * columns, threads);
 }

@@ -198,24 +198,32 @@ void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
     }
 }
 
-template <typename Output, bool HasBias>
+template <typename Output, bool HasScale, bool HasBias>
 LOWBIT_INLINE void scale_row(const float* input, int64_t count, float row_scale, const float* column_scale,
                              const float* bias, Output* output) {
     for (int64_t i = 0; i < count; ++i) {
-        const float value = input[i] * row_scale * column_scale[i];
+        const float value = HasScale ? input[i] * row_scale * column_scale[i] : input[i];
         narrow(HasBias ? value + bias[i] : value, output[i]);
+    }
+}
+
+template <typename Output, bool HasScale, bool HasBias>
+LOWBIT_INLINE void scale_rows(const ScaleJob& job, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        Output* to = static_cast<Output*>(job.output) + row * job.output_stride;
+        const float row_scale = HasScale ? job.row_scale[row] : 1.0f;
+        const float* from = job.product + row * job.columns;
+        scale_row<Output, HasScale, HasBias>(from, job.columns, row_scale, job.column_scale, job.bias, to);
     }
 }
 
 // Rows [first, last) of a product: times the row's and the column's scale, plus bias, rounded once.
 template <typename Output>
 void scale_product(const ScaleJob& job, int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-        const float* from = job.product + row * job.columns;
-        Output* to = static_cast<Output*>(job.output) + row * job.columns;
-        if (job.bias) scale_row<Output, true>(from, job.columns, job.row_scale[row], job.column_scale, job.bias, to);
-        else scale_row<Output, false>(from, job.columns, job.row_scale[row], job.column_scale, nullptr, to);
-    }
+    if (job.row_scale && job.bias) scale_rows<Output, true, true>(job, first, last);
+    else if (job.row_scale) scale_rows<Output, true, false>(job, first, last);
+    else if (job.bias) scale_rows<Output, false, true>(job, first, last);
+    else scale_rows<Output, false, false>(job, first, last);
 }
 
 const Kernels kernels = {
