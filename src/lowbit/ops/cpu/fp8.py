@@ -63,6 +63,7 @@ def decode_rows(
     output.copy_(codes.float().mul_(scale))
 
 
+@torch.no_grad()
 def multiply_weight_only(
     x: torch.Tensor,
     packed: torch.Tensor,

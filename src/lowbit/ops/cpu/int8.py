@@ -23,6 +23,9 @@ from lowbit.ops.library import define_operator
 ZERO_POINT = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+# A sum of more products of u8 and s8 may leave int32: K * 255 * 127 < 2**31.
+LARGEST_IN_FEATURES = 66311
+
 # Rows at a time. Of 32 ... 1088 on 3840x3840 and 10240x3840 the product is fastest from 192 on (below, oneDNN reads the
 # weight too often), and the float32 result of 256 rows is still in the cache when it is scaled.
 ROWS_AT_ONCE = 256
@@ -36,6 +39,8 @@ def supports(problem: Problem) -> str | None:
         return "the CPU has neither AVX512-VNNI nor AVX-VNNI, without which oneDNN's 8-bit products may saturate"
     if problem.dtype not in DTYPES:
         return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
+    if problem.in_features > LARGEST_IN_FEATURES:
+        return f"int32 sums may overflow with more than {LARGEST_IN_FEATURES} input features"
     return None
 
 
@@ -72,6 +77,7 @@ def _pieces(rows: int) -> list[slice]:
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)] if rows else []
 
 
+@torch.no_grad()
 def scale_product(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -134,6 +140,7 @@ def linear(
     return result.reshape(*x.shape[:-1], weight_scale.shape[0])
 
 
+@torch.no_grad()
 def _linear_rows(
     x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:

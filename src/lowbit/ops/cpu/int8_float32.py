@@ -32,6 +32,7 @@ def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+@torch.no_grad()
 def multiply_scaled(
     x: torch.Tensor,
     x_scale: torch.Tensor,
