@@ -60,7 +60,7 @@ class Found:
 
     @property
     def size(self) -> str | None:
-        """ "small", "large", or None in between."""
+        """One of "small" and "large", or None in between."""
         if self.extent < SMALL_BELOW:
             return "small"
         return "large" if self.extent > LARGE_ABOVE else None

@@ -27,6 +27,7 @@ from .export import folder_bytes
 STEPS = 20
 GUIDANCE = 0.0
 """0 turns guidance off: one forward pass a step."""
+BATCH = 8
 GRID_COLUMNS = 8
 SHOWCASE = (
     "a large red circle left of a small blue square",
@@ -43,13 +44,12 @@ def generate(
     seeds: list[int],
     steps: int = STEPS,
     guidance: float = GUIDANCE,
-    batch: int = 8,
 ) -> list[np.ndarray]:
     """One picture a caption, uint8 arrays (CANVAS, CANVAS, 3); noise from CPU generators."""
     pictures: list[np.ndarray] = []
     pipeline.set_progress_bar_config(disable=True)
-    for start in tqdm(range(0, len(captions), batch), mininterval=5.0, desc="generating"):
-        part = slice(start, start + batch)
+    for start in tqdm(range(0, len(captions), BATCH), mininterval=5.0, desc="generating"):
+        part = slice(start, start + BATCH)
         images = pipeline(
             prompt=list(captions[part]),
             height=CANVAS,

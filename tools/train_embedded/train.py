@@ -1,132 +1,127 @@
-"""Trains the embedded model from a seed, all stages, resuming where an earlier run stopped.
+"""Trains the embedded model from a seed, resuming where an earlier run stopped.
 
-``python -m tools.train_embedded.train --output src/lowbit/assets/embedded --work-dir DIR``
+``python -m tools.train_embedded.train --work-dir DIR`` does all stages and writes the pipeline.
+The autoencoder and the flow (text encoder and transformer) need nothing of each other: two
+processes with ``--stage vae`` and ``--stage flow`` may train them at once.
 """
 
 import argparse
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Model
+from transformers import Qwen3Model
 
-from . import text, vae
-from .captions import held_out_captions
+from . import text
 from .data import training_pictures
-from .evaluate import assess, evaluate, generate, grid
+from .evaluate import GUIDANCE, STEPS, evaluate
 from .export import build_pipeline, export
-from .training import Loop, save_atomically
+from .latents import compute_basis
+from .training import Loop
 from .transformer import FlowPlan, LatentData, make_loop, make_loss
+from .vae import VaePlan, make_vae_loop, make_vae_loss
 
-PROBE_CAPTIONS = 48
-PROBE_STEPS = 12
+STAGES = ("vae", "flow", "export", "evaluate")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole recipe. The autoencoder sees the first ``vae_pictures`` of ``pictures``."""
+    """The whole recipe. Each stage sees the first pictures of one and the same sequence."""
 
-    pictures: int = 16000
     vae_pictures: int = 6000
-    vae: vae.VaePlan = field(default_factory=vae.VaePlan)
+    flow_pictures: int = 24000
+    vae: VaePlan = field(default_factory=VaePlan)
     flow: FlowPlan = field(default_factory=FlowPlan)
 
 
-def prepare_data(
-    autoencoder: AutoencoderKL,
-    tokenizer: PreTrainedTokenizerFast,
-    pictures: Tensor,
-    captions: list[str],
-    path: Path,
-) -> LatentData:
-    """Normalized latents with tokenized captions; the latents are kept in ``path``.
+@dataclass(frozen=True)
+class Run:
+    """Where and how to train: the recipe, its seed, the checkpoints' folder, the device."""
 
-    Sets the autoencoder's normalization too.
-    """
-    if path.exists():
-        raw = torch.load(path, weights_only=True)["latents"]
-    else:
-        raw = vae.encode(autoencoder, pictures)
-        save_atomically({"latents": raw}, path)
-    vae.set_normalization(autoencoder, raw)
-    config = autoencoder.config
-    latents = (raw - config.shift_factor) * config.scaling_factor
-    ids, mask = text.tokenize(tokenizer, [*captions, ""])
+    plan: Plan
+    seed: int
+    work: Path
+    device: torch.device
+
+    def vae_loop(self) -> Loop:
+        """The autoencoder's loop, resumed."""
+        return make_vae_loop(self.work / "vae.pt", self.seed, self.plan.vae, self.device)
+
+    def flow_loop(self) -> Loop:
+        """The loop of transformer and text encoder, resumed."""
+        return make_loop(self.work / "flow.pt", self.seed, self.plan.flow, self.device)
+
+
+def train_vae(run: Run) -> None:
+    """Train the autoencoder up to its last step."""
+    pictures, _ = training_pictures(run.plan.vae_pictures, run.seed)
+    basis = compute_basis(pictures)
+    run.vae_loop().run(make_vae_loss(pictures, basis, run.plan.vae, run.seed, run.device))
+
+
+def prepare_data(run: Run) -> LatentData:
+    """Draw the pictures, compute their latents, tokenize their captions."""
+    pictures, captions = training_pictures(run.plan.flow_pictures, run.seed)
+    latents = compute_basis(pictures).encode(pictures)
+    ids, mask = text.tokenize(text.build_tokenizer(run.seed), [*captions, ""])
     return LatentData(latents, ids[:-1], mask[:-1], ids[-1:], mask[-1:])
 
 
-class Probe:
-    """Scores the averaged weights on a few captions at checkpoints, and logs it."""
-
-    def __init__(
-        self,
-        loop: Loop,
-        autoencoder: AutoencoderKL,
-        tokenizer: PreTrainedTokenizerFast,
-        folder: Path,
-        every: int,
-    ) -> None:
-        self.loop, self.folder, self.every = loop, folder, every
-        transformer, encoder = loop.modules["transformer"], loop.modules["text_encoder"]
-        assert isinstance(transformer, ZImageTransformer2DModel)
-        assert isinstance(encoder, Qwen3Model)
-        self.pipeline = build_pipeline(transformer, encoder, autoencoder, tokenizer)
-        self.last = loop.step
-
-    def __call__(self, step: int) -> None:
-        if step - self.last < self.every:
-            return
-        self.last = step
-        captions = held_out_captions(PROBE_CAPTIONS, seed=1)
-        self.loop.average.swap()
-        pictures = generate(self.pipeline, captions, list(range(len(captions))), PROBE_STEPS)
-        self.loop.average.swap()
-        result = assess(captions, pictures)
-        grid(pictures).save(self.folder / f"probe_{step:06d}.png")
-        line = {"step": step, "seconds": round(self.loop.seconds), **result}
-        with (self.folder / "probes.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
+def train_flow(run: Run) -> None:
+    """Train the transformer with its text encoder up to the last step."""
+    run.flow_loop().run(make_loss(prepare_data(run), run.plan.flow, run.seed))
 
 
-def train(
-    output: Path, work: Path, seed: int, plan: Plan, device: torch.device, probe_every: int
-) -> None:
-    """All stages: data, autoencoder, text encoder with transformer, export."""
-    work.mkdir(parents=True, exist_ok=True)
-    pictures, captions = training_pictures(plan.pictures, seed)
-    autoencoder = vae.train_vae(
-        pictures[: plan.vae_pictures], work / "vae.pt", seed, plan.vae, device
-    )
-    tokenizer = text.build_tokenizer(seed)
-    data = prepare_data(autoencoder, tokenizer, pictures, captions, work / "latents.pt")
-    loop = make_loop(work / "flow.pt", seed, plan.flow, device)
-    probe = Probe(loop, autoencoder, tokenizer, work, probe_every)
-    loop.run(make_loss(data, plan.flow, seed), probe)
-    loop.average.swap()
-    export(probe.pipeline.to("cpu"), output)
+def write_pipeline(run: Run, output: Path) -> None:
+    """Export the averaged weights of both checkpoints, finished or not."""
+    vae_loop, flow_loop = run.vae_loop(), run.flow_loop()
+    for loop in (vae_loop, flow_loop):
+        if loop.step == 0:
+            raise FileNotFoundError(f"no checkpoint to export: {loop.path}")
+        loop.average.swap()
+    vae, transformer = vae_loop.modules["vae"], flow_loop.modules["transformer"]
+    encoder = flow_loop.modules["text_encoder"]
+    assert isinstance(vae, AutoencoderKL)
+    assert isinstance(transformer, ZImageTransformer2DModel)
+    assert isinstance(encoder, Qwen3Model)
+    tokenizer = text.build_tokenizer(run.seed)
+    export(build_pipeline(transformer, encoder, vae, tokenizer).to("cpu"), output)
+    print(f"steps: autoencoder {vae_loop.step}, flow {flow_loop.step}")
+    print(f"seconds: autoencoder {vae_loop.seconds:.0f}, flow {flow_loop.seconds:.0f}")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("src/lowbit/assets/embedded"))
     parser.add_argument("--work-dir", type=Path, default=Path("out/train_embedded"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=FlowPlan.steps, help="transformer's steps")
+    parser.add_argument("--stage", action="append", choices=STAGES, help="default: all of them")
+    parser.add_argument("--vae-steps", type=int, default=VaePlan.steps)
+    parser.add_argument("--flow-steps", type=int, default=FlowPlan.steps)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--probe-every", type=int, default=800, help="steps between probes")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Train, then evaluate what was written."""
+    """Run the stages asked for, in order."""
     args = _arguments()
-    plan = Plan(flow=replace(FlowPlan(), steps=args.steps))
-    train(args.output, args.work_dir, args.seed, plan, args.device, args.probe_every)
-    result = evaluate(args.output, count=200, seed=0, steps=20, guidance=0.0)
-    print(f"{result['passed']} of {result['captions']} held-out captions")
+    torch.set_num_threads(1)  # the loop brings its own threads
+    stages = args.stage or STAGES
+    plan = Plan(
+        vae=replace(VaePlan(), steps=args.vae_steps),
+        flow=replace(FlowPlan(), steps=args.flow_steps),
+    )
+    run = Run(plan, args.seed, args.work_dir, args.device)
+    if "vae" in stages:
+        train_vae(run)
+    if "flow" in stages:
+        train_flow(run)
+    if "export" in stages:
+        write_pipeline(run, args.output)
+    if "evaluate" in stages:
+        result = evaluate(args.output, 200, 0, STEPS, GUIDANCE)
+        print(f"{result['passed']} of {result['captions']} held-out captions")
 
 
 if __name__ == "__main__":

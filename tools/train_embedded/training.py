@@ -60,7 +60,7 @@ def _replicas(modules: Modules) -> list[Modules]:
     return copies
 
 
-def _workers(device: torch.device) -> ThreadPoolExecutor:
+def shard_workers(device: torch.device) -> ThreadPoolExecutor:
     """One single-threaded worker per shard on a CPU, one for all on an accelerator."""
     if device.type != "cpu":
         return ThreadPoolExecutor(1)
@@ -111,6 +111,7 @@ class Loop:
 
     def __init__(self, modules: Modules, schedule: Schedule, path: Path) -> None:
         self.modules, self.schedule, self.path = modules, schedule, path
+        self.prepare: Callable[[Modules], None] = lambda modules: None
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -120,7 +121,7 @@ class Loop:
             fused=True,
         )
         self.average = Average(self.parameters, schedule.decay)
-        self.step = 0
+        self.step = self.first = 0
         self.seconds = 0.0
 
     def resume(self) -> bool:
@@ -156,9 +157,12 @@ class Loop:
         end = min(stop or self.schedule.steps, self.schedule.steps)
         saved = began = time.monotonic()
         before = self.seconds
+        self.first = self.step
         replicas = _replicas(self.modules)
+        for modules in replicas:
+            self.prepare(modules)
         bar = tqdm(total=end, initial=self.step, mininterval=5.0, desc=self.path.stem)
-        with _workers(self.parameters[0].device) as workers:
+        with shard_workers(self.parameters[0].device) as workers:
             while self.step < end:
                 shown = self._one_step(loss, replicas, workers)
                 bar.update()
@@ -190,7 +194,10 @@ class Loop:
             (value / SHARDS).backward()
             return shown
 
-        shown = list(workers.map(part, range(SHARDS)))
+        if self.step == self.first:  # compiling is not for two threads at once
+            shown = workers.submit(lambda: [part(shard) for shard in range(SHARDS)]).result()
+        else:
+            shown = list(workers.map(part, range(SHARDS)))
         self._gather(replicas[1:])
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()

@@ -1,11 +1,14 @@
 """The transformer and its text encoder, trained together by flow matching on latents."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from diffusers import ZImageTransformer2DModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from transformers import Qwen3Model
 
@@ -81,6 +84,64 @@ def initialize(transformer: ZImageTransformer2DModel) -> None:
         transformer.x_pad_token.normal_(std=0.02)
 
 
+class RealRotation:
+    """The stock attention processor, its rotation in real numbers, which compilers can fuse.
+
+    ``freqs_cis`` is the pair (cosines, sines), each (1, tokens, 1, head_dim / 2).
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Self-attention over (B, tokens, WIDTH) without a mask."""
+        assert freqs_cis is not None
+        assert attention_mask is None
+        shape = (attn.heads, -1)
+        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, shape))
+        key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, shape))
+        value = attn.to_v(hidden_states).unflatten(-1, shape)
+        query, key = (_rotate(tensor, *freqs_cis).transpose(1, 2) for tensor in (query, key))
+        mixed = F.scaled_dot_product_attention(query, key, value.transpose(1, 2))
+        result: Tensor = attn.to_out[0](mixed.transpose(1, 2).flatten(2, 3))
+        return result
+
+
+def _rotate(tensor: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the last dimension."""
+    even, odd = tensor.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = (even * cosines - odd * sines, even * sines + odd * cosines)
+    return torch.stack(pairs, dim=-1).flatten(-2)
+
+
+def prepare(modules: Modules) -> None:
+    """Make the blocks compilable, and compile them where PyTorch can on this machine."""
+    transformer = modules["transformer"]
+    assert isinstance(transformer, ZImageTransformer2DModel)
+    torch._inductor.config.cpp.threads = 1  # the loop's shards are the threads
+    for block in _blocks(transformer):
+        block.attention.set_processor(RealRotation())
+        if shutil.which("c++") or shutil.which("g++"):
+            block.compile(dynamic=False)
+
+
+def _blocks(model: ZImageTransformer2DModel) -> list[torch.nn.Module]:
+    return [*model.noise_refiner, *model.context_refiner, *model.layers]
+
+
+def _rotation(model: ZImageTransformer2DModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for ``RealRotation`` at position ids (tokens, 3)."""
+    angles = model.rope_embedder(ids)[None, :, None]
+    return angles.real.contiguous(), angles.imag.contiguous()
+
+
 def _positions(height: int, width: int) -> tuple[Tensor, Tensor]:
     """Position ids (frame, row, column) of image and caption tokens, as the model gives them."""
     caption = torch.zeros((CAPTION_TOKENS, 3), dtype=torch.int64)
@@ -109,13 +170,14 @@ def forward_batch(
 ) -> Tensor:
     """The model's own forward for equal shapes, without its lists: same result, less overhead.
 
-    latents (B, C, H, W); time (B,), 1 at the clean end; features (B, L, D) with L <= 32;
-    mask (B, L), true on tokens. Returns (B, C, H, W).
+    The blocks must have been through ``prepare``. latents (B, C, H, W); time (B,), 1 at the
+    clean end; features (B, L, D) with L <= 32; mask (B, L), true on tokens. Returns
+    (B, C, H, W).
     """
     height, width = latents.shape[-2:]
     image_ids, caption_ids = _positions(height // PATCH, width // PATCH)
-    image_rope = model.rope_embedder(image_ids.to(latents.device)).unsqueeze(0)
-    caption_rope = model.rope_embedder(caption_ids.to(latents.device)).unsqueeze(0)
+    image_rope = _rotation(model, image_ids.to(latents.device))
+    caption_rope = _rotation(model, caption_ids.to(latents.device))
     condition = model.t_embedder(time * model.t_scale)
     image = model.all_x_embedder[PATCH_KEY](_patchify(latents))
     for layer in model.noise_refiner:
@@ -127,7 +189,7 @@ def forward_batch(
     for layer in model.context_refiner:
         caption = layer(caption, None, caption_rope)
     tokens = torch.cat([image, caption], dim=1)
-    rope = torch.cat([image_rope, caption_rope], dim=1)
+    rope = tuple(torch.cat(pair, dim=1) for pair in zip(image_rope, caption_rope, strict=True))
     for layer in model.layers:
         tokens = layer(tokens, None, rope, condition)
     patches = model.all_final_layer[PATCH_KEY](tokens[:, : image.shape[1]], c=condition)
@@ -147,7 +209,8 @@ def flow_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Mean squared error of the velocity towards the clean latents, on one shard's batch."""
     model, encoder = modules["transformer"], modules["text_encoder"]
-    assert isinstance(model, ZImageTransformer2DModel) and isinstance(encoder, Qwen3Model)
+    assert isinstance(model, ZImageTransformer2DModel)
+    assert isinstance(encoder, Qwen3Model)
     device, count = model.device, plan.batch // SHARDS
     which = torch.randint(len(data.latents), (count,), generator=generator)
     drop = torch.rand(count, generator=generator) < plan.dropped
@@ -172,6 +235,7 @@ def make_loop(path: Path, seed: int, plan: FlowPlan, device: torch.device) -> Lo
     modules = {"transformer": transformer.to(device), "text_encoder": encoder.to(device)}
     schedule = Schedule(plan.steps, plan.rate, warmup=200, decay=plan.decay)
     loop = Loop(modules, schedule, path)
+    loop.prepare = prepare
     loop.resume()
     return loop
 

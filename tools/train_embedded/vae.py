@@ -7,37 +7,29 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
-from tqdm import tqdm
 
 from .data import to_model
 from .drawing import CANVAS
-from .training import SHARDS, Loop, Modules, Schedule, shard_generator
+from .latents import CHANNELS as LATENT_CHANNELS
+from .latents import Basis
+from .training import SHARDS, Loop, Loss, Modules, Schedule, shard_generator
 
 CHANNELS = (16, 32, 64, 64)
-LATENT_CHANNELS = 16
+NORM_GROUPS = 1
+"""Few groups: normalization in small groups would hide a plain background's absolute colour."""
 
 
 @dataclass(frozen=True)
 class VaePlan:
-    """Two phases: crops, which hold more edges per pixel, then whole pictures.
+    """How the autoencoder is trained, on whole pictures; ``latent_noise`` is in latent units."""
 
-    Whole pictures come last because group normalization sees the picture's statistics.
-    """
-
-    crop_steps: int = 2000
-    crop_batch: int = 10
-    crop_size: int = 64
-    whole_steps: int = 800
-    whole_batch: int = 4
-    rate: float = 1.5e-3
-    kl_weight: float = 3e-4
-    latent_noise: float = 0.15
+    steps: int = 2400
+    batch: int = 4
+    rate: float = 2e-3
+    decay: float = 0.996
+    latent_noise: float = 0.2
     edge_weight: float = 6.0
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps in all."""
-        return self.crop_steps + self.whole_steps
+    encoder_weight: float = 0.2
 
 
 def build_vae() -> AutoencoderKL:
@@ -48,7 +40,7 @@ def build_vae() -> AutoencoderKL:
         block_out_channels=CHANNELS,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
+        norm_num_groups=NORM_GROUPS,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -66,81 +58,46 @@ def edge_map(pictures: Tensor) -> Tensor:
     return ((high - low).amax(dim=1, keepdim=True) > 0.05).float()
 
 
-def _crops(pictures: Tensor, size: int, count: int, generator: torch.Generator) -> Tensor:
-    """Random crops; of four candidates for each, the one with the most edges is kept."""
-    candidates = 4
-    which = torch.randint(len(pictures), (count,), generator=generator).tolist()
-    room = pictures.shape[-1] - size + 1
-    corners = torch.randint(room, (count, candidates, 2), generator=generator).tolist()
-    chosen = []
-    for index, options in zip(which, corners, strict=True):
-        crops = torch.stack([pictures[index, :, y : y + size, x : x + size] for y, x in options])
-        crops = to_model(crops)
-        chosen.append(crops[edge_map(crops).mean(dim=(1, 2, 3)).argmax()])
-    return torch.stack(chosen)
-
-
-def _batch(pictures: Tensor, plan: VaePlan, step: int, generator: torch.Generator) -> Tensor:
-    if step < plan.crop_steps:
-        return _crops(pictures, plan.crop_size, plan.crop_batch // SHARDS, generator)
-    which = torch.randint(len(pictures), (plan.whole_batch // SHARDS,), generator=generator)
-    return to_model(pictures[which])
-
-
 def vae_loss(
-    vae: AutoencoderKL, batch: Tensor, plan: VaePlan, generator: torch.Generator
+    vae: AutoencoderKL, batch: Tensor, latents: Tensor, plan: VaePlan, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, float]]:
-    """Reconstruction error, heavier on edges, plus the weighted KL term (mean per latent)."""
-    posterior = vae.encode(batch).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator).to(batch.device)
-    extra = torch.rand((len(batch), 1, 1, 1), generator=generator).to(batch.device)
-    deviation = (posterior.var + (extra * plan.latent_noise) ** 2).sqrt()
-    decoded = vae.decode(posterior.mean + deviation * noise).sample
+    """Decoding error from noisy latents, heavier on edges, plus the encoder's error on latents."""
+    noise = torch.randn(latents.shape, generator=generator).to(batch.device)
+    level = plan.latent_noise * torch.rand((len(batch), 1, 1, 1), generator=generator)
+    decoded = vae.decode(latents + level.to(batch.device) * noise).sample
     error = decoded - batch
     weight = 1.0 + plan.edge_weight * edge_map(batch)
     pixels = ((error.abs() + error.square()) * weight).mean()
-    kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+    encoder_error = (vae.encode(batch).latent_dist.mean - latents).square().mean()
     psnr = -10 * (error.detach().square().mean() / 4).log10()
-    return pixels + plan.kl_weight * kl, {"psnr": psnr.item(), "kl": kl.item()}
+    shown = {"psnr": psnr.item(), "encoder": encoder_error.item()}
+    return pixels + plan.encoder_weight * encoder_error, shown
 
 
-def train_vae(
-    pictures: Tensor, path: Path, seed: int, plan: VaePlan, device: torch.device
-) -> AutoencoderKL:
-    """Train, or continue from the checkpoint at ``path``; returns the averaged weights."""
+def make_vae_loop(path: Path, seed: int, plan: VaePlan, device: torch.device) -> Loop:
+    """Build the autoencoder with its loop, resumed from ``path`` where it exists."""
     torch.manual_seed(seed)
     vae = build_vae().to(device=device, memory_format=torch.channels_last)
-    loop = Loop({"vae": vae}, Schedule(plan.steps, plan.rate, decay=0.997), path)
+    loop = Loop({"vae": vae}, Schedule(plan.steps, plan.rate, decay=plan.decay), path)
     loop.resume()
+    return loop
+
+
+def make_vae_loss(
+    pictures: Tensor, basis: Basis, plan: VaePlan, seed: int, device: torch.device
+) -> Loss:
+    """The loss for ``Loop.run``; its randomness comes from the seed, the step, the shard."""
 
     def loss(modules: Modules, step: int, shard: int) -> tuple[Tensor, dict[str, float]]:
         generator = shard_generator(seed, step, shard)
-        batch = _batch(pictures, plan, step, generator).to(device)
-        return vae_loss(
-            modules["vae"], batch.to(memory_format=torch.channels_last), plan, generator
-        )
+        which = torch.randint(len(pictures), (plan.batch // SHARDS,), generator=generator)
+        latents = basis.encode(pictures[which]).to(device)
+        batch = to_model(pictures[which]).to(device, memory_format=torch.channels_last)
+        vae = modules["vae"]
+        assert isinstance(vae, AutoencoderKL)
+        return vae_loss(vae, batch, latents, plan, generator)
 
-    loop.run(loss)
-    loop.average.swap()
-    return vae.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Tensor, batch: int = 32) -> Tensor:
-    """Means of the latents before normalization: (N, 3, H, W) uint8 to (N, 16, H/8, W/8)."""
-    device = next(vae.parameters()).device
-    means = []
-    for part in tqdm(pictures.split(batch), mininterval=5.0, desc="encoding"):
-        scaled = to_model(part).to(device=device, memory_format=torch.channels_last)
-        means.append(vae.encode(scaled).latent_dist.mean.contiguous().cpu())
-    return torch.cat(means)
-
-
-def set_normalization(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Record shift and scale in the config so that normalized latents have unit variance."""
-    shift = latents.mean().item()
-    scale = 1.0 / latents.std().item()
-    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    return loss
 
 
 @torch.no_grad()
