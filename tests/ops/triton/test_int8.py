@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_rows_longer_than_a_block(device: torch.device, columns: int, monkeypatc
     ],
     ids=["rows of a batch", "columns apart", "transposed", "one column", "one row", "no rows"],
 )
-def test_quantization_of_views(device: torch.device, view) -> None:
+def test_quantization_of_views(device: torch.device, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = view(torch.randn(12, 40, generator=torch.Generator().manual_seed(1)))
     moved = view(torch.randn(12, 40, generator=torch.Generator().manual_seed(1)).to(device))
     quantized, scale = int8.quantize_int8_per_token(moved)
@@ -144,7 +145,11 @@ def test_product_of_extremes_is_exact(device: torch.device) -> None:
     ],
     ids=["rows apart", "columns first"],
 )
-def test_product_of_views(device: torch.device, view_x, view_weight) -> None:
+def test_product_of_views(
+    device: torch.device,
+    view_x: Callable[[torch.Tensor], torch.Tensor],
+    view_weight: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
     x, weight = view_x(int8_matrix(40, 70, 1)), view_weight(int8_matrix(60, 70, 2))
     x_moved, weight_moved = view_x(int8_matrix(40, 70, 1).to(device)), view_weight(int8_matrix(60, 70, 2).to(device))
     x_scale, weight_scale = scales(x.shape[0], 3), scales(weight.shape[0], 4)

@@ -35,7 +35,7 @@ from lowbit.ops.triton.launch import (
     target_of,
     tiles_for,
 )
-from lowbit.ops.triton.quantize_rows import as_written, e4m3_encoding, quantize_rows
+from lowbit.ops.triton.quantize_rows import as_written, encoding_of, quantize_rows
 from lowbit.ops.triton.rounding import E4M3_MAX, E4M3_NATIVE, decode_e4m3, encode, magnitude_bits, scale_of
 from lowbit.ops.triton.tiling import clamped, program_tile, store_tile
 
@@ -190,7 +190,7 @@ def quantize_fp8_per_group(x: torch.Tensor, group_size: int) -> tuple[torch.Tens
     if scale.numel() == 0:
         return quantized, scale
     rows = row_major(x.reshape(-1, columns))
-    encoding = e4m3_encoding(x.device)
+    encoding = encoding_of(E4M3, x.device)
     block = triton.next_power_of_2(group_size)
     block_groups = max(VALUES_PER_PROGRAM // block, 1)
     with on_device_of(x):
@@ -202,7 +202,7 @@ def quantize_fp8_per_group(x: torch.Tensor, group_size: int) -> tuple[torch.Tens
             groups,
             rows.stride(0),
             GROUP_SIZE=group_size,
-            ENCODING=encoding.value,
+            ENCODING=encoding,
             BLOCK_GROUPS=block_groups,
             BLOCK=block,
             num_warps=4,
@@ -218,7 +218,7 @@ def quantize_fp8_per_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tenso
         return quantized
     columns = x.shape[-1] if x.dim() else 1
     rows = row_major(x.reshape(-1, columns))
-    encoding = e4m3_encoding(x.device)
+    encoding = encoding_of(E4M3, x.device)
     with on_device_of(x):
         quantize_with_scale_kernel[(rows.shape[0], -(-columns // VALUES_PER_PROGRAM))](
             rows,
@@ -226,7 +226,7 @@ def quantize_fp8_per_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tenso
             scale,
             columns,
             rows.stride(0),
-            ENCODING=encoding.value,
+            ENCODING=encoding,
             BLOCK=VALUES_PER_PROGRAM,
             num_warps=4,
             enable_fp_fusion=False,
@@ -279,7 +279,7 @@ def fp8_scaled_mm(
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if out.numel() == 0:
         return out
-    encoding = e4m3_encoding(x.device)
+    encoding = encoding_of(E4M3, x.device)
     x, weight = row_major(x), row_major(weight)
     tile = tile_for(target_of(x.device), m, weight_block_size)
     with on_device_of(x):
@@ -298,7 +298,7 @@ def fp8_scaled_mm(
             *_strides("x_scale", x_scale, m, blocks),
             *_strides("weight_scale", weight_scale, -(-n // block_rows) if block_rows else n, blocks),
             BLOCK_ROWS=block_rows,
-            NATIVE=encoding == E4M3_NATIVE,
+            NATIVE=encoding == E4M3_NATIVE.value,
             EVEN_K=k % tile.block_k == 0,
             **tile.constants(),
             **tile.options(),

@@ -91,7 +91,7 @@ def scaled_mm_kernel(
         left += BLOCK_K
         right += BLOCK_K
     result = accumulator.to(tl.float32) * tl.load(x_scale + first_row + rows)[:, None]
-    result = result * tl.load(weight_scale + first_column + columns)[None, :]
+    result *= tl.load(weight_scale + first_column + columns)[None, :]
     if bias is not None:
         result += tl.load(bias + first_column + columns).to(tl.float32)[None, :]
     store_tile(out, result, m, n, first_row, first_column, BLOCK_M, BLOCK_N)

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -79,14 +77,16 @@ def _quotient(values: tl.tensor, divisor: tl.tensor, absmax: tl.tensor, ENCODING
     return encode(quotient, ENCODING)
 
 
-def e4m3_encoding(device: torch.device) -> Any:
-    """Return how kernels on ``device`` write e4m3."""
-    return E4M3_NATIVE if target_of(device).has_e4m3 else E4M3_SOFTWARE
+def encoding_of(dtype: torch.dtype, device: torch.device) -> int:
+    """Return how kernels on ``device`` write ``dtype`` (int8 or e4m3)."""
+    if dtype == torch.int8:
+        return int(INT8.value)
+    return int((E4M3_NATIVE if target_of(device).has_e4m3 else E4M3_SOFTWARE).value)
 
 
-def as_written(tensor: torch.Tensor, encoding: Any) -> torch.Tensor:
+def as_written(tensor: torch.Tensor, encoding: int) -> torch.Tensor:
     """Return ``tensor`` as the kernel's pointer is typed: e4m3 as bytes where it is handled in software."""
-    return tensor.view(torch.uint8) if encoding == E4M3_SOFTWARE else tensor
+    return tensor.view(torch.uint8) if encoding == E4M3_SOFTWARE.value else tensor
 
 
 def block_for(columns: int) -> tuple[int, int]:
@@ -108,7 +108,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     if scale.numel() == 0:
         return quantized, scale
     rows = row_major(x.reshape(-1, columns))
-    encoding = INT8 if dtype == torch.int8 else e4m3_encoding(x.device)
+    encoding = encoding_of(dtype, x.device)
     block, num_warps = block_for(columns)
     with on_device_of(x):
         quantize_rows_kernel[(rows.shape[0],)](
@@ -117,7 +117,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
             scale,
             columns,
             rows.stride(0),
-            ENCODING=encoding.value,
+            ENCODING=encoding,
             ONE_BLOCK=columns <= block,
             BLOCK=block,
             num_warps=num_warps,

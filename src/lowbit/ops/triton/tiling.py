@@ -47,7 +47,7 @@ def store_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """Store ``result`` [BLOCK_M, BLOCK_N] in the contiguous ``out`` [m, n] from (first_row, first_column), int64, on."""
+    """Store ``result`` [BLOCK_M, BLOCK_N] from (first_row, first_column), int64, on in ``out`` [m, n], contiguous."""
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     inside = (rows[:, None] < m - first_row) & (columns[None, :] < n - first_column)
