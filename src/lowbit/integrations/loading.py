@@ -229,14 +229,9 @@ def dequantize(model: nn.Module) -> None:
 def dequantize_layer(layer: QuantizedLinear) -> nn.Linear:
     """Return the ``nn.Linear`` whose weight [N, K] is what the quantized one stands for."""
     layer.method.restore_weights(layer)
-    weight = layer.get_parameter("weight").data
-    scale = layer.get_parameter(getattr(layer.method, "scale_name", "weight_scale")).data
-    block = getattr(layer.method, "block_size", None)
-    if block is not None:
-        scale = scale.repeat_interleave(block[0], 0)[: weight.shape[0]]
-        scale = scale.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+    weight = layer.method.dequantize_weight(layer)
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter((weight.float() * scale).to(layer.compute_dtype), requires_grad=False)
+    linear.weight = nn.Parameter(weight.to(layer.compute_dtype), requires_grad=False)
     linear.bias = layer.bias
     return linear.train(layer.training)
 

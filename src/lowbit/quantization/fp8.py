@@ -136,6 +136,11 @@ class Fp8LinearMethod(LinearMethod):
             tensors["input_scale"] = torch.tensor(UNCALIBRATED, dtype=torch.float32, device=weight.device)
         return tensors
 
+    def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
+        """Return ``weight`` times its scale."""
+        scale = layer.get_parameter(self.scale_name)
+        return fp8.dequantize_fp8(layer.get_parameter("weight"), scale, self.block_size)
+
     def problem(self, layer: QuantizedLinear, device: torch.device) -> Problem:
         """Add the scheme and the blocks to the layer's problem."""
         return replace(
