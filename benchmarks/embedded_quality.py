@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from benchmarks.machine import describe_machine
+from benchmarks.timing import write
 from lowbit import Omni
 from lowbit.models.embedded import embedded_model
 from tools.train_embedded.captions import held_out_captions, parse
@@ -129,9 +129,8 @@ def main() -> None:
         results[name] = assess(captions[shown:], drawn[name][shown:], drawn[REFERENCE][shown:])
         results[name]["transformer_mb"] = round(transformer_megabytes(omni), 3)
         print(name, json.dumps(results[name]))
-    report = {"captions": arguments.count, "seed": arguments.seed, "variants": results, **describe_machine()}
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+        write(arguments.output, {"captions": arguments.count, "seed": arguments.seed, "variants": results})
     if arguments.pictures:
         rows = {name: drawn[name][:shown] for name in TITLES if name in drawn}
         comparison(rows, results).save(arguments.pictures, optimize=True)
