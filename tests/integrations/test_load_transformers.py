@@ -92,8 +92,8 @@ def test_a_head_less_model_from_a_checkpoint_with_a_head(folder: Path, tmp_path:
     config = Int8Config(ignored_layers=["layers.0.mlp"])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, quantization_config=config)
     model.save_pretrained(tmp_path / "saved")
-    for source, option in ((folder, config), (tmp_path / "saved", None)):
-        base = AutoModel.from_pretrained(source, dtype=BF16, quantization_config=option)
+    for source, options in ((folder, {"quantization_config": config}), (tmp_path / "saved", {})):
+        base = AutoModel.from_pretrained(source, dtype=BF16, **options)
         assert len(base.lowbit_manifest.quantized) == 11
         assert len(base.lowbit_manifest.kept) == 3
 

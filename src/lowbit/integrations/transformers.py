@@ -142,14 +142,15 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{name}: found {tensor.dtype} {list(tensor.shape)}, needs an unquantized"
                 f" [{layer.out_features}, {layer.in_features}]"
             )
-        quantized = layer.method.quantize_weight(tensor)
+        quantized = loading.quantize_by_rows(layer, tensor)
         return {f"{layer.prefix}.{key}": nn.Parameter(value, requires_grad=False) for key, value in quantized.items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Check that all arrived, pack for the kernels, and leave the manifest and what saving needs."""
         assert self.preparation is not None
         layers = self.preparation.layers
-        loading.check_loaded(model, [missing for layer in layers.values() for missing in _missing(layer)])
+        absent = (name for layer in layers.values() for name in _missing(layer))
+        loading.check_loaded(model, [name for name in absent if not self.preparation.is_made_here(name)])
         for layer in layers.values():
             _settle(layer)
         loading.finish(model, self.preparation)
