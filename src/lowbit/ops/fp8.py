@@ -21,10 +21,12 @@ per block    [M, ceil(K / columns)]  [ceil(N / rows), ceil(K / columns)]
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
-from lowbit.ops.library import define_operator
+from lowbit.ops.library import define_operator, register_kernel_lazily
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -82,7 +84,7 @@ def quantize_fp8_per_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tenso
     return to_e4m3(x.float() / scale)
 
 
-def quantize_fp8_per_block(weight: torch.Tensor, block_size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8_per_block(weight: torch.Tensor, block_size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix in blocks.
 
     Args:
@@ -100,7 +102,7 @@ def quantize_fp8_per_block(weight: torch.Tensor, block_size: tuple[int, int]) ->
     return to_e4m3(values / expand_scale(scale, values.shape, block_size)), scale
 
 
-def expand_scale(scale: torch.Tensor, shape: torch.Size, block_size: tuple[int, int] | None = None) -> torch.Tensor:
+def expand_scale(scale: torch.Tensor, shape: torch.Size, block_size: Sequence[int] | None = None) -> torch.Tensor:
     """Bring a scale to a shape that broadcasts against a matrix.
 
     Args:
@@ -181,6 +183,11 @@ def _fake_per_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, dtype=E4M3, memory_format=torch.contiguous_format)
 
 
+def _fake_per_block(weight: torch.Tensor, block_size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    grid = [-(-length // size) for length, size in zip(weight.shape, block_size, strict=True)]
+    return weight.new_empty(weight.shape, dtype=E4M3), weight.new_empty(grid, dtype=torch.float32)
+
+
 def _fake_scaled_mm(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -202,12 +209,19 @@ quantize_per_group_operator = define_operator(
 quantize_per_tensor_operator = define_operator(
     "quantize_fp8_per_tensor(Tensor x, Tensor scale) -> Tensor", quantize_fp8_per_tensor, _fake_per_tensor
 )
+quantize_per_block_operator = define_operator(
+    "quantize_fp8_per_block(Tensor weight, int[] block_size) -> (Tensor, Tensor)",
+    quantize_fp8_per_block,
+    _fake_per_block,
+)
 scaled_mm_operator = define_operator(
     "fp8_scaled_mm(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType out_dtype,"
     " int[]? weight_block_size=None) -> Tensor",
     fp8_scaled_mm,
     _fake_scaled_mm,
 )
+for _name in ("quantize_fp8_per_token", "quantize_fp8_per_group", "quantize_fp8_per_block"):
+    register_kernel_lazily(_name, "CPU", "lowbit.ops.cpu.quantize")
 
 
 def quantize_activation(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
-from lowbit.ops.library import define_operator
+from lowbit.ops.library import define_operator, register_kernel_lazily
 
 INT8_MAX = 127.0
 SMALLEST_ABSMAX = 1e-30
@@ -109,6 +109,7 @@ scaled_mm_operator = define_operator(
     int8_scaled_mm,
     _fake_scaled_mm,
 )
+register_kernel_lazily("quantize_int8_per_token", "CPU", "lowbit.ops.cpu.quantize")
 
 
 def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,3 +34,12 @@ def define_operator(schema: str, reference: Callable[..., Any], fake: Callable[.
 def register_kernel(name: str, dispatch_key: str, kernel: Callable[..., Any]) -> None:
     """Give ``lowbit::<name>`` a faster implementation for a device (``dispatch_key``: ``"CPU"``, ``"CUDA"``...)."""
     _library.impl(name, kernel, dispatch_key)
+
+
+def register_kernel_lazily(name: str, dispatch_key: str, module: str) -> None:
+    """Like ``register_kernel`` with the function ``name`` of ``module``, which is imported at the first call."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    register_kernel(name, dispatch_key, kernel)

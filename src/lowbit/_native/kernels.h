@@ -1,0 +1,236 @@
+// The kernels, included once per instruction set by lowbit_cpu.cpp inside a namespace of its own.
+//
+// Plain loops that compilers vectorize; selects instead of branches. Numbers must equal the plain-torch references bit
+// for bit, so divisions stay divisions, multiplications and additions are not contracted, and rounding is to nearest
+// even everywhere.
+
+LOWBIT_INLINE float widen(float value) { return value; }
+
+LOWBIT_INLINE float widen(BFloat16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
+
+LOWBIT_INLINE float widen(Half value) {
+    const uint32_t magnitude = value.bits & 0x7fffu;
+    const uint32_t normal = (magnitude << 13) + (112u << 23);
+    const uint32_t special = (magnitude << 13) | 0x7f800000u;  // infinity and NaN
+    const uint32_t subnormal = as_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+    uint32_t bits = magnitude < 0x400u ? subnormal : normal;
+    bits = magnitude >= 0x7c00u ? special : bits;
+    return as_float(bits | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
+}
+
+LOWBIT_INLINE float widen(Int8 code) { return static_cast<float>(static_cast<int8_t>(code.bits)); }
+
+LOWBIT_INLINE float widen(E4M3 code) {
+    const uint32_t magnitude = code.bits & 0x7fu;
+    const uint32_t normal = (magnitude << 20) + (120u << 23);
+    const uint32_t subnormal = as_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f);
+    uint32_t bits = magnitude < 8u ? subnormal : normal;
+    bits = magnitude == 0x7fu ? 0x7fc00000u : bits;
+    return as_float(bits | (static_cast<uint32_t>(code.bits & 0x80u) << 24));
+}
+
+LOWBIT_INLINE void narrow(float value, float& result) { result = value; }
+
+LOWBIT_INLINE void narrow(float value, BFloat16& result) {
+    const uint32_t bits = as_bits(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    result.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+LOWBIT_INLINE void narrow(float value, Half& result) {
+    const uint32_t bits = as_bits(value);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
+    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x47800000u ? special : half;
+    result.bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
+}
+
+// Adding 1.5 * 2**23 rounds to an integer, which is then in the low bits of the sum. |value| <= 127.5.
+LOWBIT_INLINE void narrow(float value, Int8& code) { code.bits = static_cast<uint8_t>(as_bits(value + 12582912.0f)); }
+
+LOWBIT_INLINE void narrow(float value, Uint8& code) {
+    code.bits = static_cast<uint8_t>(as_bits(value + 12582912.0f) + 128u);
+}
+
+// |value| <= 448 up to rounding of the division, or NaN.
+LOWBIT_INLINE void narrow(float value, E4M3& code) {
+    const uint32_t bits = as_bits(value);
+    uint32_t magnitude = bits & 0x7fffffffu;
+    const bool nan = magnitude > 0x7f800000u;
+    magnitude = magnitude > 0x43e00000u ? 0x43e00000u : magnitude;  // 448
+    const uint32_t normal = (magnitude - (120u << 23) + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 16384.0f) - as_bits(16384.0f);  // unit 2**-9
+    const uint32_t rounded = (magnitude < 0x3c800000u ? subnormal : normal) | ((bits >> 24) & 0x80u);
+    code.bits = static_cast<uint8_t>(nan ? 0x7fu : rounded);
+}
+
+// The largest magnitude; NaN counts as larger than infinity, because bit patterns are compared.
+LOWBIT_INLINE uint32_t largest(const float* values, int64_t count, uint32_t start) {
+    int32_t result = static_cast<int32_t>(start);
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t magnitude = static_cast<int32_t>(as_bits(values[i]) & 0x7fffffffu);
+        result = magnitude > result ? magnitude : result;
+    }
+    return static_cast<uint32_t>(result);
+}
+
+template <typename Input>
+LOWBIT_INLINE uint32_t largest(const Input* values, int64_t count, uint32_t start) {
+    int16_t result = static_cast<int16_t>(start);
+    for (int64_t i = 0; i < count; ++i) {
+        const int16_t magnitude = static_cast<int16_t>(values[i].bits & 0x7fffu);
+        result = magnitude > result ? magnitude : result;
+    }
+    return static_cast<uint32_t>(result);
+}
+
+LOWBIT_INLINE float magnitude_of(uint32_t bits, const float*) { return as_float(bits); }
+
+template <typename Input>
+LOWBIT_INLINE float magnitude_of(uint32_t bits, const Input*) {
+    Input value;
+    value.bits = static_cast<uint16_t>(bits);
+    return widen(value);
+}
+
+template <typename Input, typename Code>
+LOWBIT_INLINE void encode(const Input* input, int64_t count, float scale, Code* output) {
+    for (int64_t i = 0; i < count; ++i) narrow(widen(input[i]) / scale, output[i]);
+}
+
+// A block with NaN or infinity. Integers become zero: the scale, which is not finite, carries the fact.
+template <typename Input, typename Code>
+void encode_not_finite(const Input* input, int64_t count, float scale, Code* output) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (Code::integer) {
+            narrow(0.0f, output[i]);
+        } else {
+            const float value = widen(input[i]) / scale;
+            narrow((as_bits(value) & 0x7f800000u) == 0x7f800000u ? as_float(0x7fc00000u) : value, output[i]);
+        }
+    }
+}
+
+// Blocks of rows [first, last) of the grid of blocks.
+template <typename Input, typename Code>
+void quantize(const QuantizeJob& job, int64_t first, int64_t last) {
+    const auto* input = static_cast<const Input*>(job.input);
+    auto* output = static_cast<Code*>(job.output);
+    const int64_t grid_columns = blocks(job.columns, job.block_columns);
+    for (int64_t grid_row = first; grid_row < last; ++grid_row) {
+        const int64_t row_begin = grid_row * job.block_rows;
+        const int64_t row_end = smaller(row_begin + job.block_rows, job.rows);
+        for (int64_t grid_column = 0; grid_column < grid_columns; ++grid_column) {
+            const int64_t column = grid_column * job.block_columns;
+            const int64_t count = smaller(job.block_columns, job.columns - column);
+            uint32_t bits = 0;
+            for (int64_t row = row_begin; row < row_end; ++row)
+                bits = largest(input + row * job.stride + column, count, bits);
+            const float absmax = magnitude_of(bits, input);
+            const bool finite = (as_bits(absmax) & 0x7f800000u) != 0x7f800000u;
+            const float scale = (finite && absmax < 1e-30f ? 1e-30f : absmax) / Code::largest;
+            job.scale[grid_row * grid_columns + grid_column] = scale;
+            for (int64_t row = row_begin; row < row_end; ++row) {
+                const Input* from = input + row * job.stride + column;
+                Code* to = output + row * job.columns + column;
+                if (finite) encode(from, count, scale, to);
+                else encode_not_finite(from, count, scale, to);
+            }
+        }
+    }
+}
+
+template <typename Code, typename Output>
+LOWBIT_INLINE void decode(const Code* input, int64_t count, float scale, Output* output) {
+    for (int64_t i = 0; i < count; ++i) narrow(widen(input[i]) * scale, output[i]);
+}
+
+#ifdef LOWBIT_AVX512
+// With 512-bit registers the 128 magnitudes, scaled and rounded, fit four registers of 16-bit words: 32 codes are
+// decoded by two table look-ups.
+template <typename Output>
+LOWBIT_INLINE void decode_by_table(const E4M3* input, int64_t count, float scale, Output* output) {
+    alignas(64) Output table[128];
+    for (int code = 0; code < 128; ++code) narrow(widen(E4M3{static_cast<uint8_t>(code)}) * scale, table[code]);
+    const __m512i table0 = _mm512_load_si512(table), table1 = _mm512_load_si512(table + 32);
+    const __m512i table2 = _mm512_load_si512(table + 64), table3 = _mm512_load_si512(table + 96);
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(input + i)));
+        const __m512i low = _mm512_permutex2var_epi16(table0, code, table1);
+        const __m512i high = _mm512_permutex2var_epi16(table2, code, table3);
+        const __mmask32 is_high = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
+        const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(0x80)), 8);
+        const __m512i value = _mm512_xor_si512(_mm512_mask_mov_epi16(low, is_high, high), sign);
+        _mm512_storeu_si512(output + i, value);
+    }
+    for (; i < count; ++i) {
+        output[i] = table[input[i].bits & 0x7fu];
+        output[i].bits ^= static_cast<uint16_t>((input[i].bits & 0x80u) << 8);
+    }
+}
+
+LOWBIT_INLINE void decode(const E4M3* input, int64_t count, float scale, BFloat16* output) {
+    decode_by_table(input, count, scale, output);
+}
+
+LOWBIT_INLINE void decode(const E4M3* input, int64_t count, float scale, Half* output) {
+    decode_by_table(input, count, scale, output);
+}
+#endif
+
+// Rows [first, last) of the matrix.
+template <typename Code, typename Output>
+void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
+    const auto* input = static_cast<const Code*>(job.input);
+    auto* output = static_cast<Output*>(job.output);
+    const int64_t grid_columns = blocks(job.columns, job.block_columns);
+    for (int64_t row = first; row < last; ++row) {
+        const float* scales = job.scale + ((row + job.first_row) / job.block_rows) * grid_columns;
+        for (int64_t grid_column = 0; grid_column < grid_columns; ++grid_column) {
+            const int64_t column = grid_column * job.block_columns;
+            const int64_t count = smaller(job.block_columns, job.columns - column);
+            decode(input + row * job.columns + column, count, scales[grid_column], output + row * job.columns + column);
+        }
+    }
+}
+
+template <typename Output, bool HasScale, bool HasBias>
+LOWBIT_INLINE void scale_row(const float* input, int64_t count, float row_scale, const float* column_scale,
+                             const float* bias, Output* output) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float value = HasScale ? input[i] * row_scale * column_scale[i] : input[i];
+        narrow(HasBias ? value + bias[i] : value, output[i]);
+    }
+}
+
+template <typename Output, bool HasScale, bool HasBias>
+LOWBIT_INLINE void scale_rows(const ScaleJob& job, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        Output* to = static_cast<Output*>(job.output) + row * job.output_stride;
+        const float row_scale = HasScale ? job.row_scale[row] : 1.0f;
+        const float* from = job.product + row * job.columns;
+        scale_row<Output, HasScale, HasBias>(from, job.columns, row_scale, job.column_scale, job.bias, to);
+    }
+}
+
+// Rows [first, last) of a product: times the row's and the column's scale, plus bias, rounded once.
+template <typename Output>
+void scale_product(const ScaleJob& job, int64_t first, int64_t last) {
+    if (job.row_scale && job.bias) scale_rows<Output, true, true>(job, first, last);
+    else if (job.row_scale) scale_rows<Output, true, false>(job, first, last);
+    else if (job.bias) scale_rows<Output, false, true>(job, first, last);
+    else scale_rows<Output, false, false>(job, first, last);
+}
+
+const Kernels kernels = {
+    {{quantize<float, Int8>, quantize<float, Uint8>, quantize<float, E4M3>},
+     {quantize<BFloat16, Int8>, quantize<BFloat16, Uint8>, quantize<BFloat16, E4M3>},
+     {quantize<Half, Int8>, quantize<Half, Uint8>, quantize<Half, E4M3>}},
+    {{dequantize<Int8, float>, dequantize<Int8, BFloat16>, dequantize<Int8, Half>},
+     {dequantize<E4M3, float>, dequantize<E4M3, BFloat16>, dequantize<E4M3, Half>}},
+    {scale_product<float>, scale_product<BFloat16>, scale_product<Half>},
+};

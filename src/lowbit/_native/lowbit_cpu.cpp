@@ -1,0 +1,223 @@
+// Quantizing, dequantizing and scaling rows on CPUs, for lowbit.ops.cpu.native, which calls it through ctypes.
+//
+// It knows nothing of torch: pointers and sizes come in, so one build serves every torch version. Work is shared among
+// torch's own OpenMP threads, whose entry point is handed over at run time (a second OpenMP library would bring a second
+// pool of threads, and the two would fight for the cores).
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+#define LOWBIT_X86 1
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define LOWBIT_INLINE static inline __attribute__((always_inline))
+#define LOWBIT_EXPORT extern "C" __attribute__((visibility("default")))
+#else
+#define LOWBIT_INLINE static inline
+#define LOWBIT_EXPORT extern "C" __declspec(dllexport)
+#endif
+
+namespace {
+
+struct BFloat16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+struct Int8 {
+    uint8_t bits;
+    static constexpr float largest = 127.0f;
+    static constexpr bool integer = true;
+};
+struct Uint8 {  // int8 + 128
+    uint8_t bits;
+    static constexpr float largest = 127.0f;
+    static constexpr bool integer = true;
+};
+struct E4M3 {
+    uint8_t bits;
+    static constexpr float largest = 448.0f;
+    static constexpr bool integer = false;
+};
+
+struct QuantizeJob {
+    const void* input;
+    int64_t rows, columns, stride, block_rows, block_columns;
+    void* output;
+    float* scale;
+};
+
+struct DequantizeJob {
+    const void* input;
+    int64_t rows, columns, first_row, block_rows, block_columns;
+    const float* scale;
+    void* output;
+};
+
+struct ScaleJob {
+    const float* product;
+    int64_t rows, columns, output_stride;
+    const float *row_scale, *column_scale, *bias;
+    void* output;
+};
+
+// Indices: element type (float32, bfloat16, float16), code type (int8, uint8, e4m3; decoding int8, e4m3).
+struct Kernels {
+    void (*quantize[3][3])(const QuantizeJob&, int64_t, int64_t);
+    void (*dequantize[2][3])(const DequantizeJob&, int64_t, int64_t);
+    void (*scale_product[3])(const ScaleJob&, int64_t, int64_t);
+};
+
+LOWBIT_INLINE float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+LOWBIT_INLINE uint32_t as_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+LOWBIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+LOWBIT_INLINE int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+namespace generic {
+#include "kernels.h"
+}
+
+#ifdef LOWBIT_X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+#include "kernels.h"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#endif
+#define LOWBIT_AVX512 1
+namespace avx512 {
+#include "kernels.h"
+}
+#undef LOWBIT_AVX512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+enum Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+
+int best_isa() {
+#ifdef LOWBIT_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        return kAvx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+    return kGeneric;
+}
+
+const Kernels* kernels_of(int isa) {
+#ifdef LOWBIT_X86
+    if (isa == kAvx512) return &avx512::kernels;
+    if (isa == kAvx2) return &avx2::kernels;
+#endif
+    return &generic::kernels;
+}
+
+int selected_isa = best_isa();
+const Kernels* selected = kernels_of(selected_isa);
+
+// GNU OpenMP's entry point: runs function(data) on that many threads of the caller's pool.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Parallel parallel = nullptr;
+
+template <typename Job>
+struct Shared {
+    void (*kernel)(const Job&, int64_t, int64_t);
+    const Job* job;
+    int64_t count, step;
+    std::atomic<int64_t> next;
+};
+
+// Threads take pieces from a common counter, so a thread whose core is busy elsewhere holds nobody up.
+template <typename Job>
+void take_pieces(void* data) {
+    auto& shared = *static_cast<Shared<Job>*>(data);
+    for (;;) {
+        const int64_t first = shared.next.fetch_add(shared.step);
+        if (first >= shared.count) return;
+        shared.kernel(*shared.job, first, smaller(first + shared.step, shared.count));
+    }
+}
+
+constexpr int64_t kElementsWorthAThread = 1 << 15;  // about 10 microseconds of work
+constexpr int64_t kElementsPerPiece = 1 << 16;
+
+template <typename Job>
+void run(void (*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t count, int64_t elements, int threads) {
+    if (count <= 0) return;
+    if (parallel == nullptr || threads < 2 || count < 2 || elements < 2 * kElementsWorthAThread) {
+        kernel(job, 0, count);
+        return;
+    }
+    const int64_t pieces = blocks(elements, kElementsPerPiece);
+    const int64_t wanted = pieces < 4 * threads ? 4 * threads : pieces;
+    Shared<Job> shared{kernel, &job, count, blocks(count, wanted), {0}};
+    const int64_t useful = smaller(threads, blocks(elements, kElementsWorthAThread));
+    parallel(take_pieces<Job>, &shared, static_cast<unsigned>(useful), 0);
+}
+
+}  // namespace
+
+// Set the function that runs work in parallel (GOMP_parallel), or null for none.
+LOWBIT_EXPORT void lowbit_set_parallel(void* function) { parallel = reinterpret_cast<Parallel>(function); }
+
+// Select an instruction set (0 generic, 1 AVX2, 2 AVX-512; negative: the best) and return the one in use.
+LOWBIT_EXPORT int lowbit_select_isa(int isa) {
+    const int best = best_isa();
+    selected_isa = isa < 0 || isa > best ? best : isa;
+    selected = kernels_of(selected_isa);
+    return selected_isa;
+}
+
+// input [rows, columns] with rows `stride` elements apart -> output [rows, columns] dense,
+// scale [ceil(rows / block_rows), ceil(columns / block_columns)].
+LOWBIT_EXPORT void lowbit_quantize(const void* input, int element_type, int64_t rows, int64_t columns, int64_t stride,
+                                   int64_t block_rows, int64_t block_columns, void* output, int code_type,
+                                   float* scale, int threads) {
+    const QuantizeJob job{input, rows, columns, stride, block_rows, block_columns, output, scale};
+    run(selected->quantize[element_type][code_type], job, blocks(rows, block_rows), rows * columns, threads);
+}
+
+// input [rows, columns], which is rows first_row.. of the matrix that scale belongs to -> output [rows, columns].
+LOWBIT_EXPORT void lowbit_dequantize(const void* input, int code_type, int64_t rows, int64_t columns,
+                                     int64_t first_row, int64_t block_rows, int64_t block_columns, const float* scale,
+                                     void* output, int element_type, int threads) {
+    const DequantizeJob job{input, rows, columns, first_row, block_rows, block_columns, scale, output};
+    run(selected->dequantize[code_type == 2 ? 1 : 0][element_type], job, rows, rows * columns, threads);
+}
+
+// product [rows, columns] * row_scale [rows] * column_scale [columns] (+ bias [columns]) -> output [rows, columns], whose
+// rows are output_stride elements apart. Without scales (both null) the product is only converted.
+LOWBIT_EXPORT void lowbit_scale_product(const float* product, int64_t rows, int64_t columns, const float* row_scale,
+                                        const float* column_scale, const float* bias, void* output,
+                                        int64_t output_stride, int element_type, int threads) {
+    const ScaleJob job{product, rows, columns, output_stride, row_scale, column_scale, bias, output};
+    run(selected->scale_product[element_type], job, rows, rows * columns, threads);
+}

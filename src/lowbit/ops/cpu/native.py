@@ -1,0 +1,177 @@
+"""The optional native helper: quantizing, dequantizing and scaling rows in one pass over memory.
+
+Built by ``setup.py`` where there is a C++ compiler (``python setup.py build_ext --inplace`` in a source tree) and called
+through ctypes, so it depends on no version of torch. It works on torch's own OpenMP threads. ``LOWBIT_NATIVE=0`` in the
+environment turns it off. Results are those of the plain-torch references, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+DIRECTORY = Path(__file__).parents[2] / "_native"
+ISA_NAMES = ("generic", "AVX2", "AVX-512")
+BEST_ISA = -1
+
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODE_TYPES = {torch.int8: 0, torch.uint8: 1, torch.float8_e4m3fn: 2}
+
+_pointer, _size, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "lowbit_quantize": (_pointer, _int, *[_size] * 5, _pointer, _int, _pointer, _int),
+    "lowbit_dequantize": (_pointer, _int, *[_size] * 5, _pointer, _pointer, _int, _int),
+    "lowbit_scale_product": (_pointer, *[_size] * 2, *[_pointer] * 4, _size, _int, _int),
+    "lowbit_set_parallel": (_pointer,),
+}
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """Return the library, or the reason there is none."""
+    if os.environ.get("LOWBIT_NATIVE", "1") == "0":
+        return "turned off by LOWBIT_NATIVE=0"
+    suffixes = (".so", ".dylib", ".pyd", ".dll")
+    found = sorted(path for path in DIRECTORY.glob("lowbit_cpu*") if path.suffix in suffixes)
+    if not found:
+        return f"not built (no library in {DIRECTORY})"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+    except (OSError, AttributeError) as error:
+        return f"can't be loaded ({error})"
+    library.lowbit_set_parallel(_openmp_entry())
+    return library
+
+
+def _openmp_entry() -> int | None:
+    """Return the address of the running OpenMP library's entry point, which torch has loaded, or ``None``."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def refusal() -> str | None:
+    """Return why there is no native helper, ``None`` when there is."""
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
+def available() -> bool:
+    """Whether the helper is there."""
+    return not isinstance(_load(), str)
+
+
+def reload() -> None:
+    """Look for the helper again at the next use, for instance after a change of ``LOWBIT_NATIVE``."""
+    _load.cache_clear()
+
+
+def description() -> str:
+    """Say in a few words which code runs, for ``lowbit info``."""
+    reason = refusal()
+    if reason is not None:
+        return f"plain torch; native helper {reason}"
+    threads = "torch's threads" if _openmp_entry() is not None else "one thread: no OpenMP of GNU's kind is loaded"
+    return f"native helper ({ISA_NAMES[select_isa(BEST_ISA)]}, {threads})"
+
+
+def select_isa(isa: int) -> int:
+    """Use the instruction set ``isa`` (index in ``ISA_NAMES``), or the best there is; return the one in use."""
+    return int(_library().lowbit_select_isa(isa))
+
+
+def _library() -> ctypes.CDLL:
+    library = _load()
+    assert not isinstance(library, str), library
+    return library
+
+
+def quantize(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, block_rows: int = 1, block_columns: int | None = None
+) -> None:
+    """Quantize ``x`` by blocks of rows and columns.
+
+    Args:
+        x: [rows, columns] float32, bfloat16 or float16; rows may be apart, columns not.
+        codes: written: dense [rows, columns] int8, uint8 (int8 + 128) or e4m3.
+        scale: written: dense float32, one element per block, row by row.
+        block_rows: rows of a block.
+        block_columns: columns of a block; ``None``: all.
+    """
+    rows, columns = x.shape
+    assert x.stride(1) == 1 or columns <= 1
+    assert codes.is_contiguous()
+    assert scale.is_contiguous()
+    _library().lowbit_quantize(
+        x.data_ptr(), ELEMENT_TYPES[x.dtype], rows, columns, x.stride(0), block_rows, block_columns or max(columns, 1),
+        codes.data_ptr(), CODE_TYPES[codes.dtype], scale.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    output: torch.Tensor,
+    block_rows: int = 1,
+    block_columns: int | None = None,
+    first_row: int = 0,
+) -> None:
+    """Write ``codes * scale`` to ``output``.
+
+    Args:
+        codes: dense [rows, columns] int8 or e4m3: rows ``first_row``... of a matrix.
+        scale: dense float32, one element per block of the whole matrix.
+        output: written: dense [rows, columns] float32, bfloat16 or float16.
+        block_rows: rows of a block.
+        block_columns: columns of a block; ``None``: all.
+        first_row: of the matrix that ``scale`` belongs to.
+    """
+    rows, columns = codes.shape
+    assert codes.is_contiguous()
+    assert scale.is_contiguous()
+    assert output.is_contiguous()
+    _library().lowbit_dequantize(
+        codes.data_ptr(), CODE_TYPES[codes.dtype], rows, columns, first_row, block_rows, block_columns or columns,
+        scale.data_ptr(), output.data_ptr(), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def scale_product(
+    product: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    column_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+) -> None:
+    """Write ``product * row_scale * column_scale + bias`` to ``output``, rounded once.
+
+    Args:
+        product: dense float32 [rows, columns].
+        row_scale: dense float32, one element per row; ``None`` together with ``column_scale`` for no scaling.
+        column_scale: dense float32, one element per column.
+        bias: dense float32, one element per column, or ``None``.
+        output: written: [rows, columns] float32, bfloat16 or float16; rows may be apart, columns not.
+    """
+    rows, columns = product.shape
+    assert product.is_contiguous()
+    assert output.stride(1) == 1 or columns <= 1
+    _library().lowbit_scale_product(
+        product.data_ptr(), rows, columns, _address(row_scale), _address(column_scale), _address(bias),
+        output.data_ptr(), output.stride(0), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    assert tensor.dtype == torch.float32
+    return tensor.data_ptr()

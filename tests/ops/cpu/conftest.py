@@ -1,0 +1,53 @@
+"""Every test that asks for ``path`` runs with the native helper and without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lowbit.ops.cpu import native
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Which code computes: ``"native"`` or ``"torch"``."""
+    if request.param == "torch":
+        monkeypatch.setenv("LOWBIT_NATIVE", "0")
+    native.reload()
+    if request.param == "native" and native.refusal() is not None:
+        pytest.skip(f"native helper {native.refusal()}")
+    yield request.param
+    monkeypatch.undo()
+    native.reload()
+
+
+def awkward(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return activations whose first rows are what breaks quantizers; all finite."""
+    x = torch.randn(rows, columns) * torch.randn(rows, 1).exp()
+    cases = [
+        torch.zeros(columns),
+        -torch.zeros(columns),
+        torch.randn(columns) * 1e-38,  # below the smallest absmax; subnormal in part
+        torch.randn(columns).clamp(-4, 4) * 1e4,
+        torch.where(torch.arange(columns) == 3, 1000.0, x[0]),  # an outlier
+        torch.arange(columns) % 8 - 3.5,  # ties
+        torch.full((columns,), 3.0),
+    ]
+    for row, case in enumerate(cases[:rows]):
+        x[row] = case
+    return x.to(dtype)
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether dtype, shape and every value are equal, NaN to NaN."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    a, b = left.double(), right.double()
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
