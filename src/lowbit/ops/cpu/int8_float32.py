@@ -76,6 +76,7 @@ def linear(
 ) -> torch.Tensor:
     """Apply a W8A8 linear layer: ``lowbit.ops.int8.linear``."""
     rows = x.reshape(-1, x.shape[-1])
+    result: torch.Tensor
     if torch.compiler.is_compiling():
         quantized, scale = int8.quantize_int8_per_token(rows)
         result = product_operator(quantized, scale, packed, weight_scale, bias, x.dtype)
