@@ -89,8 +89,8 @@ def _show_load(omni: Omni, model: str) -> None:
     typer.echo(f"model       {model} ({type(omni.pipeline).__name__}) in {dtype} on {omni.device}")
     for manifest in omni.manifests.values():
         typer.echo(f"quantized   {manifest.summary()}")
-    if not omni.manifests:
-        typer.echo("quantized   nothing")
+    as_they_are = [name for name in omni.modules() if name not in omni.manifests]
+    typer.echo(f"as they are {', '.join(as_they_are) or 'none'}")
     typer.echo(f"loaded      in {omni.load_time_s:.2f} s, peak memory {omni.load_peak_memory_mb:,.0f} MB")
 
 

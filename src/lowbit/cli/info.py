@@ -110,7 +110,7 @@ def _show_component(name: str, class_name: str, skeleton: torch.nn.Module, confi
     for layer, decision in plan.items():
         what = decision.method.name if decision.method else f"kept: {decision.reason}"
         groups[re.sub(r"(?<=\.)\d+(?=\.)", "*", layer), what] += 1
-    weights = {layer: skeleton.get_submodule(layer).weight.numel() for layer in plan}
+    weights = {layer: skeleton.get_parameter(f"{layer}.weight").numel() for layer in plan}
     quantized = sum(weights[layer] for layer, decision in plan.items() if decision.method)
     typer.echo(f"{name}: {class_name}, {sum(weights.values()) / 1e6:,.1f} M weights in linear layers,")
     typer.echo(f"  of which {config.get_name()} takes {quantized / max(1, sum(weights.values())):.1%}")

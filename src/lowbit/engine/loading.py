@@ -10,7 +10,6 @@ from typing import Any
 
 from lowbit.engine.config import OmniDiffusionConfig
 from lowbit.errors import CheckpointError, ConfigError
-from lowbit.integrations.checks import check_pipeline_folder
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
 from lowbit.quantization.base import QuantizationConfig
@@ -32,12 +31,14 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.quantizers import PipelineQuantizationConfig
 
+    from lowbit.integrations.preflight import check_pipeline
+
     source = resolve_model(config.model)
     components = read_components(source)
     chosen = route(config.quantization, components)
-    if Path(source).is_dir():
-        check_pipeline_folder(Path(source), components, chosen)
     device = config.device
+    if Path(source).is_dir():
+        check_pipeline(source, chosen, device=device or "cpu")
     arguments: dict[str, Any] = {
         "torch_dtype": config.dtype,
         "use_safetensors": True,

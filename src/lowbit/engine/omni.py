@@ -18,6 +18,7 @@ from lowbit.engine.memory import PeakMemory
 from lowbit.engine.sizes import check_size
 from lowbit.errors import ConfigError
 from lowbit.inputs.data import OmniDiffusionSamplingParams
+from lowbit.integrations.loading import manifests
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
 from lowbit.outputs import OmniRequestOutput
@@ -100,16 +101,18 @@ class Omni:
     @property
     def manifests(self) -> dict[str, Manifest]:
         """What loading did to each quantized component."""
-        found = {name: getattr(part, "lowbit_manifest", None) for name, part in self.pipeline.components.items()}
-        return {name: manifest for name, manifest in found.items() if manifest is not None}
+        return manifests(self.pipeline)
+
+    def modules(self) -> dict[str, Any]:
+        """Return the components that hold weights, by name."""
+        return {name: part for name, part in self.pipeline.components.items() if isinstance(part, torch.nn.Module)}
 
     def transformers(self) -> dict[str, Any]:
         """Return the pipeline's diffusion transformers by component name."""
         return {
             name: part
-            for name, part in self.pipeline.components.items()
-            if isinstance(part, torch.nn.Module)
-            and is_diffusion_transformer(type(part).__module__.split(".")[0], type(part).__name__)
+            for name, part in self.modules().items()
+            if is_diffusion_transformer(type(part).__module__.split(".")[0], type(part).__name__)
         }
 
     def generate(

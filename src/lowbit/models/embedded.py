@@ -33,7 +33,7 @@ class EmbeddedModel:
 def embedded_model() -> EmbeddedModel:
     """Return the embedded model's facts, read from the evaluation beside it."""
     folder = Path(__file__).resolve().parent.parent / "assets" / "embedded"
-    settings = json.loads((folder / "evaluation.json").read_text())["settings"]
+    settings = json.loads((folder / "evaluation.json").read_text())
     return EmbeddedModel(
         folder,
         height=settings["height"],

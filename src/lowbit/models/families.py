@@ -67,7 +67,7 @@ FAMILIES: tuple[Family, ...] = (
         note="vLLM-Omni: FP8 of all layers (klein).",
     ),
     Family("Wan", ("WanTransformer3DModel",), kept_share=0.016, note="Not validated by vLLM-Omni for Int8 or FP8."),
-    Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), kept_share=0.287),
+    Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), kept_share=0.293),
     Family(
         "HunyuanVideo-1.5",
         ("HunyuanVideo15Transformer3DModel",),

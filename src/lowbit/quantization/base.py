@@ -162,6 +162,10 @@ class LinearMethod(ABC):
         """Quantize a weight [N, K] of any floating dtype to the checkpoint's tensors."""
 
     @abstractmethod
+    def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
+        """Return the float32 weight [N, K] that the layer's checkpoint tensors stand for."""
+
+    @abstractmethod
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Compute the layer for x [..., K]; returns [..., N] in ``x.dtype``."""
 

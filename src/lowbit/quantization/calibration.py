@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,7 +25,11 @@ def static_layers(model: torch.nn.Module) -> dict[str, QuantizedLinear]:
 
 def uncalibrated_layers(model: torch.nn.Module) -> list[str]:
     """Return the names of the layers whose ``input_scale`` is still to be found."""
-    return [name for name, layer in static_layers(model).items() if float(layer.input_scale) == UNCALIBRATED]
+    return [
+        name
+        for name, layer in static_layers(model).items()
+        if layer.get_parameter("input_scale").item() == UNCALIBRATED
+    ]
 
 
 @contextmanager
@@ -42,7 +47,8 @@ def calibration(model: torch.nn.Module) -> Iterator[None]:
 
     def observe(name: str) -> torch.utils.hooks.RemovableHandle:
         def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            absmax[name] = max(absmax[name], float(inputs[0].abs().amax()))
+            largest = float(inputs[0].detach().abs().amax())
+            absmax[name] = max(absmax[name], largest if math.isfinite(largest) else math.inf)
 
         return layers[name].register_forward_pre_hook(hook)
 
@@ -56,7 +62,7 @@ def calibration(model: torch.nn.Module) -> Iterator[None]:
             handle.remove()
         for name, layer in layers.items():
             layer.method = methods[name]
-    unseen = [name for name, value in absmax.items() if not 0.0 < value < float("inf")]
+    unseen = [name for name, value in absmax.items() if not 0.0 < value < math.inf]
     if unseen:
         raise ConfigError(f"Calibration gave no usable input for {len(unseen)} layers: {', '.join(unseen)}")
     for name, layer in layers.items():

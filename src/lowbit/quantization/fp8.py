@@ -55,7 +55,8 @@ class Fp8Config(QuantizationConfig):
             self._check_block_size(self.weight_block_size)
 
     def _check_block_size(self, block_size: Sequence[int]) -> None:
-        if len(block_size) != 2 or not all(isinstance(edge, int) and edge > 0 for edge in block_size):
+        edges = list(block_size) if isinstance(block_size, list | tuple) else []
+        if len(edges) != 2 or not all(isinstance(edge, int) and edge > 0 for edge in edges):
             raise ConfigError(f"weight_block_size must be [rows, columns], such as [128, 128], not {block_size!r}")
         if self.activation_scheme == "static":
             raise ConfigError(
@@ -134,6 +135,11 @@ class Fp8LinearMethod(LinearMethod):
         if self.activation_scheme == "static":
             tensors["input_scale"] = torch.tensor(UNCALIBRATED, dtype=torch.float32, device=weight.device)
         return tensors
+
+    def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
+        """Return ``weight`` times its scale."""
+        scale = layer.get_parameter(self.scale_name)
+        return fp8.dequantize_fp8(layer.get_parameter("weight"), scale, self.block_size)
 
     def problem(self, layer: QuantizedLinear, device: torch.device) -> Problem:
         """Add the scheme and the blocks to the layer's problem."""

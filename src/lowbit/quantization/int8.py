@@ -91,6 +91,10 @@ class Int8LinearMethod(LinearMethod):
         quantized, scale = int8.quantize_operator(weight)
         return {"weight": quantized, "weight_scale": scale}
 
+    def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
+        """Return ``weight * weight_scale``."""
+        return layer.get_parameter("weight").float() * layer.get_parameter("weight_scale")
+
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Quantize x by tokens and multiply."""
         assert layer.kernel is not None

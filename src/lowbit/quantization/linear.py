@@ -50,7 +50,8 @@ class QuantizedLinear(nn.Linear):
         self.creation_device = torch.device(device or "cpu")
         method.create_weights(self)
         self.quantized_names = tuple(self._parameters)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        empty_bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", empty_bias)
 
     @classmethod
     def like(cls, linear: nn.Linear, method: LinearMethod, prefix: str, dtype: torch.dtype) -> QuantizedLinear:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ class Decision:
 
 Plan = Mapping[str, Decision]
 
+# Called with a model after it was quantized in memory. The integrations add what lets a model's own library save it.
+AFTER_QUANTIZING: list[Callable[[nn.Module], None]] = []
+
 
 def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
     """Decide for every linear layer of ``model`` (which may be on the meta device).
@@ -39,18 +43,30 @@ def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
     checkpoint that is already quantized, ``ignored_layers`` alone says what was kept.
 
     Raises:
-        ConfigError: a pattern of ``ignored_layers`` names no module, or nothing is left to quantize.
+        ConfigError: a pattern of ``ignored_layers`` names no module (a user's mistake; a checkpoint's may name layers
+            of a larger model, such as ``lm_head``), or nothing is left to quantize.
     """
-    check_patterns(config.ignored_layers or (), (name for name, _ in model.named_modules() if name))
+    if not config.is_serialized:
+        check_patterns(config.ignored_layers or (), (name for name, _ in model.named_modules() if name))
     family = {} if config.is_serialized else kept_layers(type(model).__name__)
-    plan = {
-        name: _decide(name, layer, config, family) for name, layer in model.named_modules() if type(layer) is nn.Linear
-    }
+    linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
+    if config.is_serialized:
+        config = _with_full_names(config, linear)
+    plan = {name: _decide(name, layer, config, family) for name, layer in linear.items()}
     if not any(decision.method for decision in plan.values()):
         reasons = sorted({decision.reason for decision in plan.values()})
         because = f"all {len(plan)} are kept ({'; '.join(reasons)})" if plan else "it has none"
         raise ConfigError(f"{config.get_name()} applies to no linear layer of {type(model).__name__}: {because}")
     return plan
+
+
+def _with_full_names(config: QuantizationConfig, names: Collection[str]) -> QuantizationConfig:
+    """Let full names in ``ignored_layers`` stand for themselves alone.
+
+    A checkpoint names its kept layers in full: ``proj_out`` of FLUX.1 is not ``single_transformer_blocks.0.proj_out``.
+    """
+    patterns = [f"re:{re.escape(name)}$" if name in names else name for name in config.ignored_layers or ()]
+    return replace(config, ignored_layers=patterns)
 
 
 def _decide(name: str, layer: nn.Linear, config: QuantizationConfig, family: Mapping[str, Iterable[str]]) -> Decision:
@@ -150,6 +166,8 @@ def quantize_model(
     manifest = make_manifest(model, plan)
     model.lowbit_manifest = manifest  # type: ignore[assignment]
     model.lowbit_config = config  # type: ignore[assignment]
+    for hook in AFTER_QUANTIZING:
+        hook(model)
     logger.info("%s", manifest.summary())
     return manifest
 

@@ -1,0 +1,227 @@
+"""lowbit as a quantizer of transformers: ``from_pretrained`` and ``save_pretrained`` of models such as text encoders.
+
+transformers calls a quantizer of its own ``"fp8"``; ``dispatch.claims`` says which of the two a configuration means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from lowbit.errors import CheckpointError
+from lowbit.integrations import dispatch, loading
+from lowbit.integrations.checks import read_headers, refuse_pickles
+from lowbit.quantization import plan as quantization_plan
+from lowbit.quantization.base import QuantizationConfig
+from lowbit.quantization.linear import QuantizedLinear
+
+# transformers' mark on parameters that came from a checkpoint, and on modules it need not initialize.
+_LOADED = "_is_hf_initialized"
+
+
+def register(auto: ModuleType) -> None:
+    """Register with transformers; ``auto`` is ``transformers.quantizers.auto``."""
+    dispatch.connect(auto, auto.AutoQuantizationConfig, auto.AutoHfQuantizer, LowbitTransformersQuantizer)
+    if attach not in quantization_plan.AFTER_QUANTIZING:
+        quantization_plan.AFTER_QUANTIZING.append(attach)
+
+
+def attach(model: nn.Module) -> None:
+    """Make a transformers model that was quantized in memory savable: give it its quantizer and configuration.
+
+    Other models are left alone.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        model.hf_quantizer = LowbitTransformersQuantizer(model.lowbit_config, pre_quantized=False)
+        model.config.quantization_config = loading.serialized_config(model)
+
+
+class QuantizeOnLoad:
+    """Turns one weight [N, K] into its quantized tensors while transformers loads it.
+
+    It is called as a ``ConversionOps`` of transformers is. It does not inherit from that: importing it here would be
+    circular when ``transformers.quantizers`` is what is being imported.
+    """
+
+    def __init__(self, quantizer: LowbitTransformersQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the tensors of ``input_dict`` by full name, those of quantized layers replaced by several."""
+        converted: dict[str, Any] = {}
+        for name in list(input_dict):
+            value = input_dict.pop(name)
+            tensor = value[0] if isinstance(value, list) else value
+            converted.update(self.quantizer.quantize(name, tensor))
+        return converted
+
+
+class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Quantizes a model's weights while transformers loads them, or reads those that are quantized already.
+
+    transformers reads one tensor, hands it to ``QuantizeOnLoad`` and sets what comes back before it reads the next.
+    """
+
+    quantization_config: QuantizationConfig
+
+    def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.preparation: loading.Preparation | None = None
+
+    # What transformers asks, in the order in which it asks.
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse device maps that can't work."""
+        loading.check_device_map(device_map)
+
+    def _process_model_before_weight_loading(
+        self,
+        model: Any,
+        device_map: Any = None,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the files and replace the linear layers.
+
+        Which tensors are missing is known only later: transformers renames and splits them while it loads.
+        """
+        files = list(checkpoint_files or ())
+        refuse_pickles(files)
+        headers = read_headers(file for file in files if str(file).endswith(".safetensors"))
+        config = _for_base_model(loading.resolve_serialized(self.quantization_config, headers), model)
+        self.quantization_config, self.pre_quantized = config, config.is_serialized
+        self.preparation = loading.prepare(
+            model,
+            config,
+            model.dtype,
+            device=loading.first_device(device_map),
+            kept=_kept_by_model(model),
+        )
+        for layer in self.preparation.layers.values():
+            setattr(layer, _LOADED, True)  # or transformers would initialize it as a linear layer
+            if not config.is_serialized:
+                # transformers casts a tensor to the dtype of the parameter it is for: not to that of the result.
+                shape = (layer.out_features, layer.in_features)
+                layer.replace_tensor("weight", torch.empty(shape, dtype=layer.compute_dtype, device="meta"))
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Tell whether to quantize a tensor; of a quantized checkpoint, whether its shape is not for transformers."""
+        found = self.preparation.find(param_name) if self.preparation is not None else None
+        return found is not None and (self.pre_quantized or found[1] == "weight")
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        """Return the bytes of one element as it will be held, for device maps and for allocating ahead."""
+        if not self.pre_quantized and self.param_needs_quantization(model, param_name):
+            return 1
+        return param.element_size()
+
+    def get_quantize_ops(self) -> QuantizeOnLoad:
+        """Return what to do with a weight that is to be quantized."""
+        return QuantizeOnLoad(self)
+
+    def quantize(self, name: str, tensor: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Return the tensors to set for the one called ``name``, by full name.
+
+        Raises:
+            CheckpointError: it has not the layer's shape, or is quantized already.
+        """
+        found = self.preparation.find(name) if self.preparation is not None else None
+        if found is None:
+            return {name: tensor}
+        layer, _ = found
+        if tensor.shape != (layer.out_features, layer.in_features) or tensor.dtype not in loading.COMPUTE_DTYPES:
+            raise CheckpointError(
+                f"{name}: found {tensor.dtype} {list(tensor.shape)}, needs an unquantized"
+                f" [{layer.out_features}, {layer.in_features}]"
+            )
+        quantized = layer.method.quantize_weight(tensor)
+        return {f"{layer.prefix}.{key}": nn.Parameter(value, requires_grad=False) for key, value in quantized.items()}
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        """Check that all arrived, pack for the kernels, and leave the manifest and what saving needs."""
+        assert self.preparation is not None
+        layers = self.preparation.layers
+        loading.check_loaded(model, [missing for layer in layers.values() for missing in _missing(layer)])
+        for layer in layers.values():
+            _settle(layer)
+        loading.finish(model, self.preparation)
+        model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
+        self.preparation = None
+
+    # What transformers asks of a loaded model.
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
+        """Leave it to ``state_dict``, which gives the checkpoint's tensors.
+
+        Raises:
+            ConfigError: before calibration.
+        """
+        loading.check_saveable(dict(model.named_parameters()))
+        return None, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        loading.dequantize(model)
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` works: yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained on top: no gradients pass through the quantized products."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``torch.compile`` works: yes."""
+        return True
+
+
+def _for_base_model(config: QuantizationConfig, model: Any) -> QuantizationConfig:
+    """Return the configuration of a checkpoint of a model with a head (``model.layers.0``) for the model without."""
+    prefix = f"{model.base_model_prefix}."
+    if not config.is_serialized or prefix == "." or hasattr(model, model.base_model_prefix):
+        return config
+    return replace(config, ignored_layers=[name.removeprefix(prefix) for name in config.ignored_layers or ()])
+
+
+def _kept_by_model(model: Any) -> dict[str, list[str]]:
+    """Return reason -> names of the layers that a model itself wants in float32, tied, or as its output."""
+    tied = {**getattr(model, "all_tied_weights_keys", {})}
+    output = model.get_output_embeddings()
+    float32 = [*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    return {
+        "float32 module": float32,
+        "tied weight": sorted({name.removesuffix(".weight") for name in [*tied.keys(), *tied.values()]}),
+        "last projection": [name for name, module in model.named_modules() if output is not None and module is output],
+    }
+
+
+def _missing(layer: QuantizedLinear) -> list[str]:
+    """Return the names of a layer's tensors that did not come from the checkpoint."""
+    return [
+        f"{layer.prefix}.{name}" for name, tensor in layer.named_parameters() if not getattr(tensor, _LOADED, False)
+    ]
+
+
+def _settle(layer: QuantizedLinear) -> None:
+    """Bring what transformers set to what the method registered: dtypes, shapes, no gradients.
+
+    Raises:
+        CheckpointError: a tensor is not what the method reads.
+    """
+    template = QuantizedLinear.like(layer, layer.method, layer.prefix, layer.compute_dtype)
+    for name in layer.quantized_names:
+        tensor = layer.get_parameter(name).data
+        layer.replace_tensor(name, layer.method.canonical_tensor(template, name, tensor))
+    if layer.bias is not None:
+        layer.bias.requires_grad_(False)

@@ -1,0 +1,185 @@
+"""Small random models of the families, and what tests do with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
+)
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from lowbit.quantization import Fp8Config, Int8Config
+
+
+@dataclass(frozen=True)
+class Family:
+    make: Callable[[], torch.nn.Module]
+    inputs: Callable[[torch.dtype], dict[str, Any]]
+    # One layer that takes the method, one that is kept.
+    quantized: str
+    kept: str
+
+    def run(self, model: Any) -> torch.Tensor:
+        torch.manual_seed(7)
+        with torch.no_grad():
+            output = model(**self.inputs(model.dtype), return_dict=False)[0]
+        return output[0] if isinstance(output, list) else output
+
+
+def z_image() -> ZImageTransformer2DModel:
+    return ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=16,
+        dim=64,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[8, 12, 12],
+        axes_lens=[64, 32, 32],
+    )
+
+
+def z_image_inputs(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "x": [torch.randn(16, 1, 8, 8, dtype=dtype)],
+        "t": torch.tensor([0.5], dtype=dtype),
+        "cap_feats": [torch.randn(7, 32, dtype=dtype)],
+    }
+
+
+def flux() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+
+def flux_inputs(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, 16, 16, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, 8, 32, dtype=dtype),
+        "pooled_projections": torch.randn(1, 32, dtype=dtype),
+        "timestep": torch.tensor([0.5], dtype=dtype),
+        "img_ids": torch.zeros(16, 3, dtype=dtype),
+        "txt_ids": torch.zeros(8, 3, dtype=dtype),
+    }
+
+
+def qwen_image() -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+
+def qwen_image_inputs(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, 16, 16, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, 8, 32, dtype=dtype),
+        "encoder_hidden_states_mask": torch.ones(1, 8, dtype=torch.long),
+        "timestep": torch.tensor([0.5], dtype=dtype),
+        "img_shapes": [(1, 4, 4)],
+    }
+
+
+def wan() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=128,
+        num_layers=2,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+    )
+
+
+def wan_inputs(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, 4, 2, 8, 8, dtype=dtype),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 8, 32, dtype=dtype),
+    }
+
+
+FAMILIES = {
+    "z-image": Family(z_image, z_image_inputs, "layers.0.attention.to_q", "layers.0.adaLN_modulation.0"),
+    "flux": Family(flux, flux_inputs, "transformer_blocks.0.attn.to_q", "transformer_blocks.0.norm1.linear"),
+    "qwen-image": Family(
+        qwen_image, qwen_image_inputs, "transformer_blocks.0.img_mlp.net.2", "transformer_blocks.0.img_mod.1"
+    ),
+    "wan": Family(wan, wan_inputs, "blocks.0.ffn.net.2", "condition_embedder.time_proj"),
+}
+
+CONFIGS = {
+    "int8": Int8Config(),
+    "int8-reference": Int8Config(kernel="reference"),
+    "fp8": Fp8Config(),
+    "fp8-reference": Fp8Config(kernel="reference"),
+    "fp8-block": Fp8Config(weight_block_size=[128, 128]),
+}
+
+
+def save(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
+    model.to(dtype).save_pretrained(folder, **options)
+    return folder
+
+
+def language_model(kind: str = "qwen3", **options: Any) -> Qwen3ForCausalLM | LlamaForCausalLM:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        **options,
+    }
+    if kind == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors files."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def stored_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from lowbit.errors import ConfigError, UnsupportedError
+from lowbit.ops import dispatch, fp8, int8
+from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem, select
+
+PROBLEM = Problem(torch.device("cpu"), torch.bfloat16, 64, 64)
+GPU_ONLY = Implementation("gpu", "lowbit.ops.int8", frozenset({"cuda"}))
+ABSENT = Implementation("absent", "lowbit.ops.no_such_module", ANY_DEVICE)
+REFERENCE = Implementation("reference", "lowbit.ops.int8", ANY_DEVICE, slow="it is the reference")
+HIDDEN = Implementation("hidden", "lowbit.ops.int8", ANY_DEVICE, automatic=False)
+
+
+def test_auto_takes_the_first_that_can() -> None:
+    assert select("int8", [GPU_ONLY, ABSENT, HIDDEN, REFERENCE], PROBLEM) is REFERENCE
+
+
+def test_auto_tells_a_slow_choice_once_with_reasons(caplog: pytest.LogCaptureFixture) -> None:
+    dispatch._tell_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        select("int8", [GPU_ONLY, REFERENCE], PROBLEM)
+        select("int8", [GPU_ONLY, REFERENCE], PROBLEM)
+    assert len(caplog.records) == 1
+    assert "it is the reference" in caplog.text
+    assert "gpu: runs on cuda, not on cpu" in caplog.text
+
+
+def test_a_named_one_never_falls_back() -> None:
+    assert select("int8", [REFERENCE, HIDDEN], PROBLEM, "hidden") is HIDDEN
+    with pytest.raises(UnsupportedError, match="runs on cuda, not on cpu"):
+        select("int8", [GPU_ONLY, REFERENCE], PROBLEM, "gpu")
+
+
+def test_the_environment_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWBIT_INT8_KERNEL", "hidden")
+    assert select("int8", [REFERENCE, HIDDEN], PROBLEM) is HIDDEN
+    assert select("int8", [REFERENCE, HIDDEN], PROBLEM, "reference") is REFERENCE
+    assert select("fp8", [REFERENCE, HIDDEN], PROBLEM) is REFERENCE
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match="Unknown int8 kernel: 'fast'. Known kernels: auto, gpu, reference"):
+        select("int8", [GPU_ONLY, REFERENCE], PROBLEM, "fast")
+
+
+def test_nothing_fits_lists_every_reason() -> None:
+    with pytest.raises(UnsupportedError) as error:
+        select("int8", [GPU_ONLY, ABSENT], PROBLEM)
+    assert len(error.value.reasons) == 2
+    assert "gpu: runs on cuda" in str(error.value)
+    assert "absent: can't be imported" in str(error.value)
+
+
+@pytest.mark.parametrize("family", [int8, fp8])
+def test_every_family_runs_on_every_device(family: object) -> None:
+    table = family.IMPLEMENTATIONS  # type: ignore[attr-defined]
+    for device in ("cpu", "meta"):
+        problem = Problem(torch.device(device), torch.bfloat16, 64, 64)
+        assert select("test", table, problem).refusal(problem) is None

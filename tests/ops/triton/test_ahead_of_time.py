@@ -1,0 +1,231 @@
+"""Every kernel, as it is launched, compiled for every chip of the support table; no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lowbit.ops.triton import ahead_of_time, fp8, int8, launch, quantize_rows
+from lowbit.ops.triton.ahead_of_time import CHIPS, Chip, Compiled, Launch, compile_kernel, compile_launch, specialize
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"
+)
+
+K = N = 3840
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def operands(m: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    scales = meta(m, 1, dtype=torch.float32), meta(N, 1, dtype=torch.float32)
+    return meta(m, K, dtype=dtype), scales[0], meta(N, K, dtype=dtype), scales[1], meta(N)
+
+
+def int8_product(m: int) -> None:
+    int8.int8_scaled_mm(*operands(m, torch.int8), torch.bfloat16)
+
+
+def fp8_product(m: int) -> None:
+    fp8.fp8_scaled_mm(*operands(m, torch.float8_e4m3fn), torch.bfloat16)
+
+
+def fp8_block_product(m: int) -> None:
+    x, _, weight, _, bias = operands(m, torch.float8_e4m3fn)
+    scales = meta(m, K // 128, dtype=torch.float32), meta(N // 128, K // 128, dtype=torch.float32)
+    fp8.fp8_scaled_mm(x, scales[0], weight, scales[1], bias, torch.bfloat16, [128, 128])
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where a kernel is, and a call that launches it."""
+
+    module: ModuleType
+    kernel: str
+    call: Callable[..., Any]
+
+
+PRODUCTS = {
+    "int8": Case(int8, "scaled_mm_kernel", int8_product),
+    "fp8": Case(fp8, "scaled_mm_kernel", fp8_product),
+    "fp8 block-wise": Case(fp8, "scaled_mm_kernel", fp8_block_product),
+}
+QUANTIZATIONS = {
+    "int8": Case(quantize_rows, "quantize_rows_kernel", lambda: int8.quantize_int8_per_token(meta(4096, K))),
+    "int8 of long rows": Case(
+        quantize_rows, "quantize_rows_kernel", lambda: int8.quantize_int8_per_token(meta(4096, 4 * K))
+    ),
+    "fp8": Case(quantize_rows, "quantize_rows_kernel", lambda: fp8.quantize_fp8_per_token(meta(4096, K))),
+    "fp8 in groups": Case(fp8, "quantize_groups_kernel", lambda: fp8.quantize_fp8_per_group(meta(4096, K), 128)),
+    "fp8 with a scale": Case(
+        fp8,
+        "quantize_with_scale_kernel",
+        lambda: fp8.quantize_fp8_per_tensor(meta(4096, K), meta(dtype=torch.float32)),
+    ),
+}
+
+# The tensor-core instruction of a product with many rows.
+INSTRUCTIONS = {
+    ("int8", "sm_80"): r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32",
+    ("int8", "sm_89"): r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32",
+    ("int8", "sm_90"): r"wgmma\.mma_async\S*\.s32\.s8\.s8",
+    ("int8", "sm_100"): r"tcgen05\.mma\S*\.kind::i8",
+    ("int8", "gfx942"): r"v_mfma_i32_32x32x16_i8",
+    ("fp8", "sm_89"): r"mma\.sync\.aligned\.m16n8k32\S*\.f32\.e4m3\.e4m3\.f32",
+    ("fp8", "sm_90"): r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3",
+    ("fp8", "sm_100"): r"tcgen05\.mma\S*\.kind::f8f6f4",
+    ("fp8", "gfx942"): r"v_mfma_f32_32x32x8_f16",
+}
+# With one row the tile is smaller than wgmma and tcgen05 take. There Triton multiplies e4m3 as float16.
+NARROW_INSTRUCTIONS = {
+    **dict.fromkeys([("int8", chip) for chip in ("sm_80", "sm_89", "sm_90", "sm_100")], INSTRUCTIONS["int8", "sm_80"]),
+    ("int8", "gfx942"): r"v_mfma_i32_16x16x32_i8",
+    ("fp8", "sm_89"): INSTRUCTIONS["fp8", "sm_89"],
+    ("fp8", "sm_90"): r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.f16\.f16\.f32",
+    ("fp8", "sm_100"): r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.f16\.f16\.f32",
+    ("fp8", "gfx942"): r"v_mfma_f32_16x16x16_f16",
+}
+
+
+class Recorder:
+    """Takes a kernel's place and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches: list[Launch] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **keywords: self.launches.append(specialize(self.kernel, arguments, keywords))
+
+
+def compiled(case: Case, chip: Chip, *arguments: int) -> Compiled:
+    """Compile what ``case`` launches on ``chip``; fail if it would not fit there."""
+    recorder = Recorder(getattr(case.module, case.kernel))
+    with (
+        mock.patch.object(case.module, case.kernel, recorder),
+        mock.patch.object(launch, "_accelerator", return_value=chip.target),
+    ):
+        case.call(*arguments)
+    (recorded,) = recorder.launches
+    result = compile_launch(recorded, chip)
+    assert result.shared_memory <= chip.shared_memory
+    assert not result.spilled
+    return result
+
+
+def family_of(name: str) -> str:
+    return name.split(maxsplit=1)[0]
+
+
+def chips_of(cases: dict[str, Case]) -> list[tuple[str, str]]:
+    return [(name, chip) for name in cases for chip in CHIPS if (family_of(name), chip) in INSTRUCTIONS]
+
+
+@pytest.mark.parametrize(("name", "chip"), chips_of(PRODUCTS))
+def test_products_use_tensor_cores(name: str, chip: str) -> None:
+    assembly = compiled(PRODUCTS[name], CHIPS[chip], 4096).assembly
+    assert re.search(INSTRUCTIONS[family_of(name), chip], assembly)
+    # Operands come 16 bytes at a time.
+    assert re.search(r"cp\.async\.cg\.shared\.global|_load_dwordx4", assembly)
+    if family_of(name) == "int8":  # A contracted epilogue would not be the reference's, bit for bit.
+        assert "fma.rn.f32" not in assembly
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "chip"), chips_of(PRODUCTS))
+def test_products_of_one_row_use_tensor_cores(name: str, chip: str) -> None:
+    assembly = compiled(PRODUCTS[name], CHIPS[chip], 1).assembly
+    assert re.search(NARROW_INSTRUCTIONS[family_of(name), chip], assembly)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "chip"), chips_of(PRODUCTS))
+def test_products_of_few_rows_use_tensor_cores(name: str, chip: str) -> None:
+    assembly = compiled(PRODUCTS[name], CHIPS[chip], 64).assembly
+    assert re.search(INSTRUCTIONS[family_of(name), chip], assembly)
+
+
+@pytest.mark.parametrize(("name", "chip"), chips_of(QUANTIZATIONS))
+def test_quantizations_divide_exactly_and_load_wide(name: str, chip: str) -> None:
+    assembly = compiled(QUANTIZATIONS[name], CHIPS[chip]).assembly
+    if CHIPS[chip].target.backend == "hip":
+        assert "v_div_fixup_f32" in assembly
+        assert re.search(r"(buffer|global)_load_dwordx4", assembly)
+        return
+    assert "div.rn.f32" in assembly
+    assert not re.search(r"div\.(full|approx)|\.ftz", assembly)
+    assert re.search(r"ld\.global\S*\.v4", assembly)
+    if family_of(name) == "fp8":
+        assert "cvt.rn.satfinite.e4m3x2.f32" in assembly
+
+
+@pytest.mark.parametrize(("name", "chip"), [("int8", "sm_90"), ("int8", "gfx942")])
+def test_ragged_shapes_compile(name: str, chip: str) -> None:
+    call = mock.Mock(
+        side_effect=lambda: int8.int8_scaled_mm(
+            meta(7, 100, dtype=torch.int8),
+            meta(7, 1, dtype=torch.float32),
+            meta(33, 100, dtype=torch.int8),
+            meta(33, 1, dtype=torch.float32),
+            None,
+            torch.float32,
+        )
+    )
+    assembly = compiled(Case(int8, "scaled_mm_kernel", call), CHIPS[chip]).assembly
+    assert re.search(NARROW_INSTRUCTIONS[name, chip], assembly)
+
+
+def test_registers_are_read_from_what_was_compiled() -> None:
+    usage = compiled(QUANTIZATIONS["int8"], CHIPS["gfx942"])
+    assert usage.registers is not None
+    assert 0 < usage.registers <= 512
+    assert usage.spilled == 0
+
+
+def test_a_missing_tool_leaves_registers_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object, **keywords: object) -> None:
+        raise FileNotFoundError("cuobjdump")
+
+    monkeypatch.setattr(ahead_of_time.subprocess, "run", missing)
+    assert ahead_of_time._cuda_registers(b"") == (None, None)
+
+
+def test_specialize_sees_what_triton_would() -> None:
+    def kernel(x, y, size, stride, one, big, bias, BLOCK) -> None:  # noqa: N803
+        """Do nothing."""
+
+    stand_in = mock.Mock(arg_names=list(kernel.__code__.co_varnames))
+    arguments = (meta(3), meta(3, dtype=torch.int8), 17, 32, 1, 2**40, None)
+    recorded = specialize(stand_in, arguments, {"BLOCK": 64, "num_warps": 4})
+    assert recorded.signature == {
+        "x": "*bf16",
+        "y": "*i8",
+        "size": "i32",
+        "stride": "i32",
+        "one": "constexpr",
+        "big": "i64",
+        "bias": "constexpr",
+        "BLOCK": "constexpr",
+    }
+    assert recorded.constexprs == {"one": 1, "bias": None, "BLOCK": 64}
+    assert recorded.aligned == {"x", "y", "stride", "big"}
+    assert recorded.options == {"num_warps": 4}
+
+
+def test_an_interpreted_kernel_is_refused() -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_kernel(InterpretedFunction(specialize), {}, {}, CHIPS["sm_90"].gpu_target(), {})

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from lowbit.errors import ConfigError
+from lowbit.quantization import (
+    SUPPORTED_QUANTIZATION_METHODS,
+    ComponentQuantizationConfig,
+    Fp8Config,
+    Int8Config,
+    build_quant_config,
+)
+
+
+@pytest.mark.parametrize("spec", [None, "none", "None", {"method": None}, {"method": "none"}])
+def test_no_quantization(spec: Any) -> None:
+    assert build_quant_config(spec) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "expected"),
+    [
+        ("int8", {}, Int8Config()),
+        (" INT8 ", {}, Int8Config()),
+        ("fp8", {"activation_scheme": "static"}, Fp8Config(activation_scheme="static")),
+        ({"method": "fp8", "ignored_layers": ["img_mlp"]}, {}, Fp8Config(ignored_layers=["img_mlp"])),
+        ({"quant_method": "int8"}, {"ignored_layers": ["a"]}, Int8Config(ignored_layers=["a"])),
+        ({"method": "int8", "modules_to_not_convert": ["a"]}, {}, Int8Config(ignored_layers=["a"])),
+        ({"method": "int8", "quant_method": "INT8"}, {}, Int8Config()),
+        ({"method": "fp8", "weight_block_size": [128, 128]}, {}, Fp8Config(weight_block_size=[128, 128])),
+        (Int8Config(kernel="reference"), {}, Int8Config(kernel="reference")),
+    ],
+)
+def test_one_method(spec: Any, options: dict[str, Any], expected: Any) -> None:
+    before = copy.deepcopy(spec)
+    assert build_quant_config(spec, **options) == expected
+    assert spec == before
+
+
+def test_per_component() -> None:
+    spec = {"transformer": {"method": "fp8"}, "text_encoder": "int8", "vae": None, "default": "int8"}
+    before = copy.deepcopy(spec)
+    config = build_quant_config(spec)
+    assert isinstance(config, ComponentQuantizationConfig)
+    assert config.get_name() == "component"
+    assert config.component_configs == {"transformer": Fp8Config(), "text_encoder": Int8Config(), "vae": None}
+    assert config.default_config == Int8Config()
+    assert spec == before
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("foo", {}, r"Unknown quantization method: 'foo'.*int8, fp8"),
+        ({"method": "foo"}, {}, "Unknown quantization method"),
+        ({"activation_scheme": "static"}, {}, "must have a 'method' key"),
+        ({}, {}, "must have a 'method' key"),
+        ({"transformer": "foo"}, {}, "must have a 'method' key"),
+        ({"transformer": {"bits": 8}}, {}, "must have a 'method' key"),
+        ({"transformer": {"method": "foo"}}, {}, "Unknown quantization method"),
+        ("int8", {"bits": 4}, r"Unknown option 'bits' for quantization method 'int8'.*activation_scheme"),
+        ("int8", {"activation_scheme": "static"}, "int8 has no activation_scheme 'static'"),
+        ("int8", {"is_checkpoint_fp8_serialized": True}, "Unknown option 'is_checkpoint_fp8_serialized'"),
+        ("fp8", {"activation_scheme": "magic"}, "magic.*dynamic, static"),
+        ("fp8", {"weight_block_size": [128]}, "weight_block_size must be"),
+        ("fp8", {"weight_block_size": [0, 128]}, "weight_block_size must be"),
+        ("fp8", {"weight_block_size": 128}, "weight_block_size must be"),
+        ("fp8", {"weight_block_size": [128, 128], "activation_scheme": "static"}, "needs activation_scheme 'dynamic'"),
+        ("int8", {"ignored_layers": "img_mlp"}, "must be a list"),
+        ("int8", {"ignored_layers": ["a"], "modules_to_not_convert": ["b"]}, "contradict"),
+        ({"method": "int8", "quant_method": "fp8"}, {}, "contradict"),
+        ({"method": "int8", "ignored_layers": ["a"]}, {"ignored_layers": ["b"]}, "given twice"),
+        (None, {"ignored_layers": ["a"]}, "can't be given with no quantization"),
+        ({"transformer": "fp8"}, {"ignored_layers": ["a"]}, "can't be given with a dictionary of components"),
+        (3, {}, "not 3"),
+        ({"method": 3}, {}, "must be a name"),
+    ],
+)
+def test_bad_input_is_named(spec: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_quant_config(spec, **options)
+
+
+@pytest.mark.parametrize("method", SUPPORTED_QUANTIZATION_METHODS)
+def test_what_is_written_is_read_again(method: str) -> None:
+    config = build_quant_config(method, ignored_layers=["layers.0"])
+    assert not isinstance(config, ComponentQuantizationConfig)
+    assert config is not None
+    written = config.as_serialized(["layers.1.w1"]).to_dict()
+    assert written["quant_method"] == method
+    again = build_quant_config(written)
+    assert again == config.as_serialized(["layers.1.w1"])
+    assert again is not None
+    assert again.is_serialized  # type: ignore[union-attr]
+
+
+def test_what_is_written_holds_nothing_a_strict_reader_refuses() -> None:
+    # vLLM-Omni's constructor takes these keys and fails on any other.
+    written = Int8Config(kernel="reference").as_serialized(["proj_out"]).to_dict()
+    assert written == {
+        "quant_method": "int8",
+        "activation_scheme": "dynamic",
+        "is_checkpoint_int8_serialized": True,
+        "ignored_layers": ["proj_out"],
+    }

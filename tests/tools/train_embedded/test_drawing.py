@@ -1,0 +1,79 @@
+import random
+
+import numpy as np
+import pytest
+
+from tools.train_embedded.captions import BACKGROUNDS, SHAPES, Scene, Thing, parse, random_scene
+from tools.train_embedded.data import training_pictures
+from tools.train_embedded.drawing import (
+    CANVAS,
+    EXTENTS,
+    MARGIN,
+    MIN_GAP,
+    PALETTE,
+    Placed,
+    draw,
+    layout,
+    render,
+)
+
+
+def test_same_seed_same_picture():
+    scene = parse("a red star above a blue square")
+    first, second, third = (draw(scene, random.Random(seed)) for seed in (3, 3, 4))
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, third)
+
+
+def test_objects_stay_inside_and_apart():
+    rng = random.Random(0)
+    for _ in range(300):
+        placed = layout(random_scene(rng), rng)
+        for item in placed:
+            assert min(item.x, item.y) - item.extent >= MARGIN
+            assert max(item.x, item.y) + item.extent <= CANVAS - MARGIN
+        if len(placed) == 2:
+            first, second = placed
+            apart = max(abs(first.x - second.x), abs(first.y - second.y))
+            assert apart >= first.extent + second.extent + MIN_GAP
+
+
+@pytest.mark.parametrize(
+    ("relation", "axis", "sign"),
+    [("left of", "x", 1), ("right of", "x", -1), ("above", "y", 1), ("below", "y", -1)],
+)
+def test_relations_hold(relation: str, axis: str, sign: int):
+    scene = Scene(Thing("red", "circle"), relation, Thing("blue", "star"))
+    for seed in range(20):
+        first, second = layout(scene, random.Random(seed))
+        assert sign * (getattr(second, axis) - getattr(first, axis)) > 0
+
+
+@pytest.mark.parametrize("size", EXTENTS)
+def test_sizes_are_drawn_from_their_ranges(size: str | None):
+    low, high = EXTENTS[size]
+    for seed in range(20):
+        (placed,) = layout(Scene(Thing("red", "circle", size)), random.Random(seed))
+        assert low <= placed.extent <= high
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_colours_are_exact_away_from_edges(shape: str, background: str):
+    picture = render([Placed(Thing("purple", shape), 64, 64, 25.0)], background)
+    assert picture.shape == (CANVAS, CANVAS, 3)
+    assert picture.dtype == np.uint8
+    assert tuple(picture[66, 64]) == PALETTE["purple"]
+    assert tuple(picture[2, 2]) == PALETTE[background]
+
+
+def test_edges_are_antialiased():
+    picture = render([Placed(Thing("red", "circle"), 64, 64, 20.0)], "white")
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
+
+
+def test_more_pictures_begin_with_the_same_ones():
+    few, captions = training_pictures(3, seed=5)
+    more, more_captions = training_pictures(5, seed=5)
+    assert few.equal(more[:3])
+    assert captions == more_captions[:3]

@@ -1,0 +1,1 @@
+"""Trains the embedded text-to-image model on scenes that it draws itself."""

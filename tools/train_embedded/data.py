@@ -1,0 +1,30 @@
+"""Pictures and their captions in bulk, the same for the same seed."""
+
+import random
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .captions import training_scene
+from .drawing import CANVAS, draw
+
+
+def training_pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Draw ``count`` scenes that are not held out.
+
+    Returns uint8 pictures of shape (count, 3, CANVAS, CANVAS) and their captions.
+    """
+    rng = random.Random(f"training pictures {seed}")
+    pictures = torch.empty((count, 3, CANVAS, CANVAS), dtype=torch.uint8)
+    captions = []
+    for index in tqdm(range(count), mininterval=5.0, desc="drawing"):
+        scene = training_scene(rng)
+        pictures[index] = torch.from_numpy(draw(scene, rng).copy()).permute(2, 0, 1)
+        captions.append(str(scene))
+    return pictures, captions
+
+
+def to_model(pictures: Tensor) -> Tensor:
+    """uint8 pictures to float32 in [-1, 1]."""
+    return pictures.float().div_(127.5).sub_(1.0)

@@ -1,0 +1,114 @@
+"""Draws a scene: solid shapes with antialiased edges on a plain background."""
+
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .captions import Scene, Thing
+
+CANVAS = 128
+"""Width and height of a picture in pixels."""
+SUPERSAMPLING = 8
+MARGIN = 5.0
+"""Pixels between any object and the canvas's border, at least."""
+MIN_GAP = 9.0
+"""Pixels between the two objects of a pair, at least."""
+
+PALETTE = {
+    "red": (222, 41, 48),
+    "green": (45, 160, 75),
+    "blue": (38, 92, 214),
+    "yellow": (250, 214, 50),
+    "orange": (245, 134, 32),
+    "purple": (140, 62, 182),
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "gray": (128, 128, 128),
+}
+EXTENTS = {"small": (10.5, 13.5), None: (16.5, 19.5), "large": (23.5, 27.0)}
+"""Range of half an object's width in pixels, by its named size."""
+
+
+def _star(points: int = 5, outer: float = 1.05, inner: float = 0.48) -> list[tuple[float, float]]:
+    corners = []
+    for k in range(2 * points):
+        radius = inner if k % 2 else outer
+        angle = math.pi * (k / points - 0.5)
+        corners.append((radius * math.cos(angle), radius * math.sin(angle) + 0.1))
+    return corners
+
+
+OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+    "triangle": [(0.0, -0.866), (1.0, 0.866), (-1.0, 0.866)],
+    "star": _star(),
+}
+"""Corners in units of the half extent, y pointing down. The circle has none."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An object with its centre and half extent in pixels."""
+
+    thing: Thing
+    x: float
+    y: float
+    extent: float
+
+
+def _split_axis(first: float, second: float, rng: random.Random) -> tuple[float, float]:
+    """Centres along one axis for half extents ``first`` before ``second``, never touching."""
+    free = CANVAS - 2 * MARGIN - 2 * (first + second) - MIN_GAP
+    assert free >= 0
+    before = free * rng.uniform(0.1, 0.5)
+    gap = MIN_GAP + (free - before) * rng.uniform(0.05, 0.6)
+    start = MARGIN + before + first
+    return start, start + first + gap + second
+
+
+def _off_axis(extent: float, rng: random.Random, jitter: float) -> float:
+    """A centre near the canvas's middle that keeps the object inside."""
+    room = CANVAS / 2 - MARGIN - extent
+    return CANVAS / 2 + rng.uniform(-1, 1) * min(jitter, room)
+
+
+def layout(scene: Scene, rng: random.Random) -> list[Placed]:
+    """Choose places and extents that make the caption true, in the caption's order."""
+    extents = [rng.uniform(*EXTENTS[thing.size]) for thing in scene.things]
+    if scene.second is None:
+        x, y = (_off_axis(extents[0], rng, jitter=16) for _ in range(2))
+        return [Placed(scene.first, x, y, extents[0])]
+    if scene.relation in ("left of", "above"):
+        along = _split_axis(extents[0], extents[1], rng)
+    else:
+        along = _split_axis(extents[1], extents[0], rng)[::-1]
+    across = [_off_axis(extent, rng, jitter=6) for extent in extents]
+    horizontal = scene.relation in ("left of", "right of")
+    return [
+        Placed(thing, a if horizontal else b, b if horizontal else a, extent)
+        for thing, a, b, extent in zip(scene.things, along, across, extents, strict=True)
+    ]
+
+
+def render(placed: list[Placed], background: str) -> np.ndarray:
+    """Draw objects: uint8 array of shape (CANVAS, CANVAS, 3), sRGB."""
+    scale = SUPERSAMPLING
+    image = Image.new("RGB", (CANVAS * scale, CANVAS * scale), PALETTE[background])
+    pen = ImageDraw.Draw(image)
+    for item in placed:
+        x, y, extent = item.x * scale, item.y * scale, item.extent * scale
+        fill = PALETTE[item.thing.colour]
+        if item.thing.shape == "circle":
+            pen.ellipse((x - extent, y - extent, x + extent, y + extent), fill=fill)
+        else:
+            corners = OUTLINES[item.thing.shape]
+            pen.polygon([(x + extent * u, y + extent * v) for u, v in corners], fill=fill)
+    return np.asarray(image.reduce(scale))
+
+
+def draw(scene: Scene, rng: random.Random) -> np.ndarray:
+    """A picture that shows the scene: uint8 array of shape (CANVAS, CANVAS, 3), sRGB."""
+    return render(layout(scene, rng), scene.background_name)

@@ -1,0 +1,113 @@
+"""The autoencoder: 128x128 pictures to 16 latent channels at an eighth of the resolution."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from .data import to_model
+from .drawing import CANVAS
+from .latents import CHANNELS as LATENT_CHANNELS
+from .latents import Basis
+from .training import SHARDS, Loop, Loss, Modules, Schedule, shard_generator
+
+CHANNELS = (16, 32, 64, 64)
+NORM_GROUPS = 1
+"""Few groups: normalization in small groups would hide a plain background's absolute colour."""
+
+
+@dataclass(frozen=True)
+class VaePlan:
+    """How the autoencoder is trained, on whole pictures; ``latent_noise`` is in latent units."""
+
+    steps: int = 2400
+    batch: int = 4
+    rate: float = 2e-3
+    decay: float = 0.996
+    latent_noise: float = 0.2
+    edge_weight: float = 6.0
+    encoder_weight: float = 0.2
+
+
+def build_vae() -> AutoencoderKL:
+    """An untrained autoencoder of about a million parameters."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
+        up_block_types=("UpDecoderBlock2D",) * len(CHANNELS),
+        block_out_channels=CHANNELS,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=NORM_GROUPS,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=CANVAS,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        force_upcast=False,
+    )
+
+
+def edge_map(pictures: Tensor) -> Tensor:
+    """1.0 where a pixel's 3x3 surroundings are not of one colour: (B, 3, H, W) to (B, 1, H, W)."""
+    high = F.max_pool2d(pictures, 3, stride=1, padding=1)
+    low = -F.max_pool2d(-pictures, 3, stride=1, padding=1)
+    return ((high - low).amax(dim=1, keepdim=True) > 0.05).float()
+
+
+def vae_loss(
+    vae: AutoencoderKL, batch: Tensor, latents: Tensor, plan: VaePlan, generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """Decoding error from noisy latents, heavier on edges, plus the encoder's error on latents."""
+    noise = torch.randn(latents.shape, generator=generator).to(batch.device)
+    level = plan.latent_noise * torch.rand((len(batch), 1, 1, 1), generator=generator)
+    decoded = vae.decode(latents + level.to(batch.device) * noise).sample
+    error = decoded - batch
+    weight = 1.0 + plan.edge_weight * edge_map(batch)
+    pixels = ((error.abs() + error.square()) * weight).mean()
+    encoder_error = (vae.encode(batch).latent_dist.mean - latents).square().mean()
+    psnr = -10 * (error.detach().square().mean() / 4).log10()
+    shown = {"psnr": psnr.item(), "encoder": encoder_error.item()}
+    return pixels + plan.encoder_weight * encoder_error, shown
+
+
+def make_vae_loop(path: Path, seed: int, plan: VaePlan, device: torch.device) -> Loop:
+    """Build the autoencoder with its loop, resumed from ``path`` where it exists."""
+    torch.manual_seed(seed)
+    vae = build_vae().to(device=device, memory_format=torch.channels_last)
+    loop = Loop({"vae": vae}, Schedule(plan.steps, plan.rate, decay=plan.decay), path)
+    loop.resume()
+    return loop
+
+
+def make_vae_loss(
+    pictures: Tensor, basis: Basis, plan: VaePlan, seed: int, device: torch.device
+) -> Loss:
+    """The loss for ``Loop.run``; its randomness comes from the seed, the step, the shard."""
+
+    def loss(modules: Modules, step: int, shard: int) -> tuple[Tensor, dict[str, float]]:
+        generator = shard_generator(seed, step, shard)
+        which = torch.randint(len(pictures), (plan.batch // SHARDS,), generator=generator)
+        latents = basis.encode(pictures[which]).to(device)
+        batch = to_model(pictures[which]).to(device, memory_format=torch.channels_last)
+        vae = modules["vae"]
+        assert isinstance(vae, AutoencoderKL)
+        return vae_loss(vae, batch, latents, plan, generator)
+
+    return loss
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
+    """Mean PSNR in dB over uint8 pictures (N, 3, H, W), through the rounded 8-bit output."""
+    values = []
+    for part in pictures.split(16):
+        latents = vae.encode(to_model(part).to(vae.dtype)).latent_dist.mean
+        decoded = vae.decode(latents).sample.float()
+        rounded = ((decoded.clamp(-1, 1) + 1) * 127.5).round()
+        squared = (rounded - part.float()).square().mean(dim=(1, 2, 3)).clamp_min(1e-2)
+        values.append(10 * (255.0**2 / squared).log10())
+    return torch.cat(values).mean().item()
