@@ -19,12 +19,14 @@ class BuildHelper(build_ext):
     """Choose flags by compiler; the helper is a plain library loaded by ctypes, with no module initializer."""
 
     def build_extensions(self) -> None:
+        """Build with the flags of the compiler found."""
         flags = MSVC_FLAGS if self.compiler.compiler_type == "msvc" else GNU_FLAGS
         for extension in self.extensions:
             extension.extra_compile_args = flags
         super().build_extensions()
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
+        """Return nothing: on Windows the symbols are exported by the source."""
         return []
 
 

@@ -73,7 +73,9 @@ def measure(name: str, rows: list[int], repetitions: int, budget: float) -> list
             precision: (lambda layer=layer, given=inputs[precision]: layer(given))
             for precision, layer in precisions.items()
         }
-        seconds = alternate(cases, repetitions=repetitions, budget=budget)
+        for case in cases.values():
+            case()
+        seconds = alternate(cases, repetitions=repetitions, warmup=0, budget=budget)
         times = {precision: summary(values) for precision, values in seconds.items()}
         ratios = {
             f"{quantized}_over_{twin}": round(times[twin]["median_ms"] / times[quantized]["median_ms"], 2)

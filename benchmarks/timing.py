@@ -40,6 +40,8 @@ def alternate(
     for name in names:
         for _ in range(warmup):
             cases[name]()
+    if warmup:
+        print(f"warm: {', '.join(names)}", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for repetition in range(repetitions):
@@ -115,6 +117,8 @@ def _version(package: str) -> str | None:
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

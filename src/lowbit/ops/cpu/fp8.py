@@ -117,6 +117,7 @@ def linear(
     Arguments and result as in ``lowbit.ops.fp8.linear``; ``input_scale`` is not needed, as nothing is rounded.
     """
     rows = x.reshape(-1, x.shape[-1])
+    result: torch.Tensor
     if torch.compiler.is_compiling():
         block = None if weight_block_size is None else list(weight_block_size)
         result = weight_only_operator(rows, packed, weight_scale, bias, block)

@@ -33,7 +33,7 @@ ROWS_AT_ONCE = 256
 
 def supports(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
-    if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():
+    if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "torch was built without oneDNN"
     if not has_vnni():
         return "the CPU has neither AVX512-VNNI nor AVX-VNNI, without which oneDNN's 8-bit products may saturate"
@@ -131,6 +131,7 @@ def linear(
 ) -> torch.Tensor:
     """Apply a W8A8 linear layer: ``lowbit.ops.int8.linear`` with ``packed`` from ``pack_weight``."""
     rows = x.reshape(-1, x.shape[-1])
+    result: torch.Tensor
     if torch.compiler.is_compiling():
         quantized, scale = int8.quantize_int8_per_token(rows)
         shifted = (quantized.to(torch.int16) + ZERO_POINT).to(torch.uint8)

@@ -1,7 +1,7 @@
 """Int8 W8A8 on any CPU: the same integers, multiplied as float32.
 
-For CPUs without an 8-bit dot product. Products of int8 values are exact in float32; their sum is accumulated in float32,
-exactly as long as it stays below 2**24 and rounded beyond. The weight stays int8 in memory.
+For CPUs without an 8-bit dot product. Products of int8 values are exact in float32; their sum is accumulated in
+float32, exactly as long as it stays below 2**24 and rounded beyond. The weight stays int8 in memory.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def linear(
 ) -> torch.Tensor:
     """Apply a W8A8 linear layer: ``lowbit.ops.int8.linear``."""
     rows = x.reshape(-1, x.shape[-1])
+    result: torch.Tensor
     if torch.compiler.is_compiling():
         quantized, scale = int8.quantize_int8_per_token(rows)
         result = product_operator(quantized, scale, packed, weight_scale, bias, x.dtype)

@@ -2,8 +2,8 @@
 
 glibc maps fresh pages for every large block and gives them back when it is freed, so in eager mode each large tensor
 costs a page fault per 4 KiB, often more time than the computation. ``keep_freed_memory`` makes the process keep them,
-``release_freed_memory`` restores glibc's defaults and returns what is free. Nothing calls them unasked: the settings are
-those of the whole process, and memory stays at its high-water mark while they last.
+``release_freed_memory`` restores glibc's defaults and returns what is free. Nothing calls them unasked: the settings
+are those of the whole process, and memory stays at its high-water mark while they last.
 
 The environment does the same from the start: ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 MALLOC_TOP_PAD_=67108864``.

@@ -1,8 +1,8 @@
 """The optional native helper: quantizing, dequantizing and scaling rows in one pass over memory.
 
-Built by ``setup.py`` where there is a C++ compiler (``python setup.py build_ext --inplace`` in a source tree) and called
-through ctypes, so it depends on no version of torch. It works on torch's own OpenMP threads. ``LOWBIT_NATIVE=0`` in the
-environment turns it off. Results are those of the plain-torch references, bit for bit.
+Built by ``setup.py`` where there is a C++ compiler (``python setup.py build_ext --inplace`` in a source tree) and
+called through ctypes, so it depends on no version of torch. It works on torch's own OpenMP threads. ``LOWBIT_NATIVE=0``
+in the environment turns it off. Results are those of the plain-torch references, bit for bit.
 """
 
 from __future__ import annotations
