@@ -24,5 +24,5 @@ def test_quantizing_while_loading_never_holds_the_bf16_model(tmp_path: Path) -> 
     # What is above the model: a tensor in BF16 and its temporaries in float32 (2,730 x 1,024 here, 11 MB each), and
     # what loading itself takes.
     above = run["peak_rss_anon_bytes"] - run["start_rss_anon_bytes"] - run["model_bytes"]
-    assert above < 120e6, f"{above / 1e6:.0f} MB"
+    assert above < 150e6, f"{above / 1e6:.0f} MB"
     assert list(tmp_path.iterdir()) == [], "the checkpoint is deleted"
