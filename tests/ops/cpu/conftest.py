@@ -6,8 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.config
 
 from lowbit.ops.cpu import native
+
+torch._inductor.config.compile_threads = 1  # workers, each of which imports torch, cost more than these compilations
 
 
 @pytest.fixture(autouse=True)
