@@ -5,6 +5,7 @@ through diffusers: in BF16, in Int8 and in FP8. Prints one JSON object. The chec
 
 Examples::
 
+    python -m benchmarks.load_memory --step --output benchmarks/results/load_memory.json
     python -m benchmarks.load_memory                            # the true shape: 6.15 B parameters, 12.3 GB on disk
     python -m benchmarks.load_memory --layers 6                 # the true width, a fifth of the depth
     python -m benchmarks.load_memory --methods int8 --step      # with the time to the end of the first step at 512x512
@@ -15,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,9 +23,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from benchmarks.timing import write
 
 METHODS = ("bf16", "int8", "fp8")
 SHARD_BYTES = 2_000_000_000
@@ -43,7 +43,10 @@ def main() -> None:
         size = write_checkpoint(Path(folder), options.dim, options.layers, options.refiner_layers)
         warm_cache(Path(folder))
         runs = [run_worker(folder, method, options.step) for method in options.methods]
-    print(json.dumps({"checkpoint_bytes": size, "runs": runs, **describe_machine()}, indent=2))
+    results = {"checkpoint_bytes": size, "runs": runs}
+    print(json.dumps(results, indent=2))
+    if options.output:
+        write(options.output, results)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
     parser.add_argument("--step", action="store_true", help="also compute one step: slow in BF16 on an old CPU")
     parser.add_argument("--folder", help="where to write the checkpoint (default: the system's temporary folder)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -120,7 +124,8 @@ def warm_cache(folder: Path) -> None:
 
 
 def run_worker(folder: str, method: str, step: bool) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--worker", folder, "--methods", method, *(["--step"] if step else [])]
+    step_option = ["--step"] if step else []
+    command = [sys.executable, "-m", "benchmarks.load_memory", "--worker", folder, "--methods", method, *step_option]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
@@ -196,17 +201,6 @@ def compute_step(model: Any) -> None:
     text = [torch.randn(TEXT_TOKENS, TEXT_WIDTH, dtype=torch.bfloat16)]
     with torch.inference_mode():
         model(latents, torch.tensor([0.5], dtype=torch.bfloat16), text, return_dict=False)
-
-
-def describe_machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    settings = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
-    return {
-        "machine": {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "safetensors")},
-        "environment": {k: v for k, v in os.environ.items() if k in settings or k.startswith("MALLOC_")},
-    }
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc/self/status")
 def test_quantizing_while_loading_never_holds_the_bf16_model(tmp_path: Path) -> None:
     shape = ["--dim", "1024", "--layers", "14", "--refiner-layers", "0"]
-    command = [sys.executable, "benchmarks/load_memory.py", *shape, "--methods", "int8", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.load_memory", *shape, "--methods", "int8", "--folder", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)

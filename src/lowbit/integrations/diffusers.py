@@ -141,8 +141,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             # param_value was cast to the model's dtype, which is less than a float32 scale needs.
             layer.load_tensor(name, state_dict[param_name].to(target_device))
             return
-        for key, tensor in loading.quantize_by_rows(layer, param_value.to(target_device)).items():
-            layer.load_tensor(key, tensor)
+        layer.load_unquantized(param_value.to(target_device))
         if self.progress is not None:
             self.progress.update()
 

@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AUTOMATIC_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-# 1 MB of float32: within a core's cache, and small beside the weights of a model that is worth quantizing.
-ELEMENTS_AT_ONCE = 1 << 18
 SCALE_SUFFIXES = (".weight_scale", ".weight_scale_inv")
 
 
@@ -121,30 +119,6 @@ def resolve_serialized(config: QuantizationConfig, tensor_names: Iterable[str]) 
     if config.is_serialized or not any(name.endswith(SCALE_SUFFIXES) for name in tensor_names):
         return config
     return config.as_serialized(config.ignored_layers or [])
-
-
-def quantize_by_rows(layer: QuantizedLinear, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Quantize ``weight`` [N, K] for ``layer`` as its method does, some rows at a time when it is on the CPU.
-
-    The results, which stay, are allocated before the temporaries, which are small. In the other order every weight
-    leaves a hole in the heap that the temporaries of the next don't fit: 190 MB of Int8 weights took 940 MB.
-    """
-    method = layer.method
-    if weight.device.type != "cpu" or weight.numel() <= ELEMENTS_AT_ONCE:
-        return method.quantize_weight(weight)
-    block_rows = (getattr(method, "block_size", None) or (1,))[0]
-    step = max(1, ELEMENTS_AT_ONCE // (weight.shape[1] * block_rows)) * block_rows
-    results: dict[str, torch.Tensor] = {}
-    for start in range(0, weight.shape[0], step):
-        for name, part in method.quantize_weight(weight[start : start + step]).items():
-            if name not in results:
-                results[name] = torch.empty(layer.get_parameter(name).shape, dtype=part.dtype)
-            if part.ndim == 0:
-                results[name].copy_(part)
-                continue
-            first = start if results[name].shape[0] == weight.shape[0] else start // block_rows
-            results[name][first : first + part.shape[0]] = part
-    return results
 
 
 def check_device_map(device_map: object) -> None:

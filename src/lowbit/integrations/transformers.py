@@ -142,7 +142,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{name}: found {tensor.dtype} {list(tensor.shape)}, needs an unquantized"
                 f" [{layer.out_features}, {layer.in_features}]"
             )
-        quantized = loading.quantize_by_rows(layer, tensor)
+        quantized = layer.method.quantize_weight(tensor)
         return {f"{layer.prefix}.{key}": nn.Parameter(value, requires_grad=False) for key, value in quantized.items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:

@@ -130,7 +130,7 @@ class Fp8LinearMethod(LinearMethod):
         if self.block_size is None:
             quantized, scale = fp8.quantize_per_token_operator(weight)
         else:
-            quantized, scale = fp8.quantize_fp8_per_block(weight, self.block_size)
+            quantized, scale = fp8.quantize_per_block_operator(weight, self.block_size)
         tensors = {"weight": quantized, self.scale_name: scale}
         if self.activation_scheme == "static":
             tensors["input_scale"] = torch.tensor(UNCALIBRATED, dtype=torch.float32, device=weight.device)
