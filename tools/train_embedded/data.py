@@ -10,8 +10,8 @@ from .captions import training_scene
 from .drawing import CANVAS, draw
 
 
-def training_pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Draw ``count`` scenes that are not held out.
+def training_pictures(count: int, seed: int, loose: bool = False) -> tuple[Tensor, list[str]]:
+    """Draw ``count`` scenes that are not held out, laid out loosely or on the grid.
 
     Returns uint8 pictures of shape (count, 3, CANVAS, CANVAS) and their captions.
     """
@@ -20,7 +20,7 @@ def training_pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
     captions = []
     for index in tqdm(range(count), mininterval=5.0, desc="drawing"):
         scene = training_scene(rng)
-        pictures[index] = torch.from_numpy(draw(scene, rng).copy()).permute(2, 0, 1)
+        pictures[index] = torch.from_numpy(draw(scene, rng, loose).copy()).permute(2, 0, 1)
         captions.append(str(scene))
     return pictures, captions
 

@@ -29,7 +29,11 @@ PALETTE = {
     "gray": (128, 128, 128),
 }
 EXTENTS = {"small": (10.5, 13.5), None: (16.5, 19.5), "large": (23.5, 27.0)}
-"""Range of half an object's width in pixels, by its named size."""
+"""Range of half an object's width in pixels, by its named size, in a loose layout."""
+GRID_EXTENTS = {"small": 12.0, None: 18.0, "large": 25.0}
+"""Half an object's width in pixels, by its named size, in a layout on the grid."""
+GRID = 8
+"""Pixels between the places where an object's centre may be: a latent's width."""
 
 
 def _star(points: int = 5, outer: float = 1.05, inner: float = 0.48) -> list[tuple[float, float]]:
@@ -75,22 +79,56 @@ def _off_axis(extent: float, rng: random.Random, jitter: float) -> float:
     return CANVAS / 2 + rng.uniform(-1, 1) * min(jitter, room)
 
 
-def layout(scene: Scene, rng: random.Random) -> list[Placed]:
-    """Choose places and extents that make the caption true, in the caption's order."""
+def _loose_layout(scene: Scene, rng: random.Random) -> list[Placed]:
+    """Places and extents from continuous ranges."""
     extents = [rng.uniform(*EXTENTS[thing.size]) for thing in scene.things]
     if scene.second is None:
         x, y = (_off_axis(extents[0], rng, jitter=16) for _ in range(2))
         return [Placed(scene.first, x, y, extents[0])]
-    if scene.relation in ("left of", "above"):
-        along = _split_axis(extents[0], extents[1], rng)
-    else:
-        along = _split_axis(extents[1], extents[0], rng)[::-1]
-    across = [_off_axis(extent, rng, jitter=6) for extent in extents]
+    first, second = extents if scene.relation in ("left of", "above") else extents[::-1]
+    return _place_pair(
+        scene,
+        _split_axis(first, second, rng),
+        [_off_axis(e, rng, jitter=6) for e in extents],
+        extents,
+    )
+
+
+def _grid_layout(scene: Scene, rng: random.Random) -> list[Placed]:
+    """Places on the grid, one extent for each size word."""
+    extents = [GRID_EXTENTS[thing.size] for thing in scene.things]
+    if scene.second is None:
+        x, y = (CANVAS / 2 + GRID * rng.randint(-2, 2) for _ in range(2))
+        return [Placed(scene.first, x, y, extents[0])]
+    first, second = extents if scene.relation in ("left of", "above") else extents[::-1]
+    places = [float(place) for place in range(0, CANVAS, GRID)]
+    options = [
+        (a, b)
+        for a in places
+        for b in places
+        if a - first >= MARGIN
+        and b + second <= CANVAS - MARGIN
+        and b - a >= first + second + MIN_GAP
+    ]
+    across = [CANVAS / 2 + GRID * rng.randint(-1, 1) for _ in extents]
+    return _place_pair(scene, rng.choice(options), across, extents)
+
+
+def _place_pair(
+    scene: Scene, along: tuple[float, float], across: list[float], extents: list[float]
+) -> list[Placed]:
+    """Put a pair at ``along``, from left or top, and ``across``, in the caption's order."""
     horizontal = scene.relation in ("left of", "right of")
+    ordered = along if scene.relation in ("left of", "above") else along[::-1]
     return [
         Placed(thing, a if horizontal else b, b if horizontal else a, extent)
-        for thing, a, b, extent in zip(scene.things, along, across, extents, strict=True)
+        for thing, a, b, extent in zip(scene.things, ordered, across, extents, strict=True)
     ]
+
+
+def layout(scene: Scene, rng: random.Random, loose: bool = False) -> list[Placed]:
+    """Choose places and extents that make the caption true, in the caption's order."""
+    return (_loose_layout if loose else _grid_layout)(scene, rng)
 
 
 def render(placed: list[Placed], background: str) -> np.ndarray:
@@ -109,6 +147,6 @@ def render(placed: list[Placed], background: str) -> np.ndarray:
     return np.asarray(image.reduce(scale))
 
 
-def draw(scene: Scene, rng: random.Random) -> np.ndarray:
+def draw(scene: Scene, rng: random.Random, loose: bool = False) -> np.ndarray:
     """A picture that shows the scene: uint8 array of shape (CANVAS, CANVAS, 3), sRGB."""
-    return render(layout(scene, rng), scene.background_name)
+    return render(layout(scene, rng, loose), scene.background_name)

@@ -17,7 +17,7 @@ from . import text
 from .data import training_pictures
 from .evaluate import GUIDANCE, STEPS, evaluate
 from .export import build_pipeline, export
-from .latents import compute_basis
+from .latents import PICTURES, Basis, compute_basis
 from .training import Loop
 from .transformer import FlowPlan, LatentData, make_loop, make_loss
 from .vae import VaePlan, make_vae_loop, make_vae_loss
@@ -53,24 +53,32 @@ class Run:
         return make_loop(self.work / "flow.pt", self.seed, self.plan.flow, self.device)
 
 
+def fixed_basis(run: Run) -> Basis:
+    """The latent space, from the first loose pictures."""
+    return compute_basis(training_pictures(PICTURES, run.seed, loose=True)[0])
+
+
 def train_vae(run: Run) -> None:
     """Train the autoencoder up to its last step."""
-    pictures, _ = training_pictures(run.plan.vae_pictures, run.seed)
-    basis = compute_basis(pictures)
+    pictures, _ = training_pictures(run.plan.vae_pictures, run.seed, loose=True)
+    basis = fixed_basis(run)
     run.vae_loop().run(make_vae_loss(pictures, basis, run.plan.vae, run.seed, run.device))
 
 
-def prepare_data(run: Run) -> LatentData:
+def prepare_data(run: Run, loose: bool) -> LatentData:
     """Draw the pictures, compute their latents, tokenize their captions."""
-    pictures, captions = training_pictures(run.plan.flow_pictures, run.seed)
-    latents = compute_basis(pictures).encode(pictures)
+    pictures, captions = training_pictures(run.plan.flow_pictures, run.seed, loose)
+    latents = fixed_basis(run).encode(pictures)
     ids, mask = text.tokenize(text.build_tokenizer(run.seed), [*captions, ""])
     return LatentData(latents, ids[:-1], mask[:-1], ids[-1:], mask[-1:])
 
 
 def train_flow(run: Run) -> None:
-    """Train the transformer with its text encoder up to the last step."""
-    run.flow_loop().run(make_loss(prepare_data(run), run.plan.flow, run.seed))
+    """Train the transformer with its text encoder: first on loose layouts, then on the grid."""
+    loop, plan = run.flow_loop(), run.plan.flow
+    for loose, end in ((True, plan.loose_steps), (False, plan.steps)):
+        if loop.step < end:
+            loop.run(make_loss(prepare_data(run, loose), plan, run.seed), stop=end)
 
 
 def write_pipeline(run: Run, output: Path) -> None:

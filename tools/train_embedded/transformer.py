@@ -25,9 +25,13 @@ PATCH_KEY = "2-1"
 
 @dataclass(frozen=True)
 class FlowPlan:
-    """How the transformer is trained; ``dropped`` is the share of captions replaced by ""."""
+    """How the transformer is trained; ``dropped`` is the share of captions replaced by "".
 
-    steps: int = 6500
+    The first ``loose_steps`` see loose layouts, the rest the grid's.
+    """
+
+    steps: int = 3600
+    loose_steps: int = 1458
     batch: int = 32
     rate: float = 7e-4
     decay: float = 0.999
