@@ -19,6 +19,7 @@ class BuildHelper(build_ext):
     """Choose flags by compiler; the helper is a plain library loaded by ctypes, with no module initializer."""
 
     def build_extensions(self) -> None:
+        """Set the compiler's flags and build."""
         """Build with the flags of the compiler found."""
         flags = MSVC_FLAGS if self.compiler.compiler_type == "msvc" else GNU_FLAGS
         for extension in self.extensions:
@@ -26,6 +27,7 @@ class BuildHelper(build_ext):
         super().build_extensions()
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
+        """Return none: there is no module initializer to export."""
         """Return nothing: on Windows the symbols are exported by the source."""
         return []
 

@@ -83,9 +83,7 @@ def parse(text: str) -> Scene:
     if match is None:
         raise ValueError(f"not a caption of the grammar: {text!r}")
     first, second = (
-        Thing(match[f"colour{n}"], match[f"shape{n}"], match[f"size{n}"])
-        if match[f"colour{n}"]
-        else None
+        Thing(match[f"colour{n}"], match[f"shape{n}"], match[f"size{n}"]) if match[f"colour{n}"] else None
         for n in (1, 2)
     )
     assert first is not None

@@ -176,9 +176,7 @@ def _classify(coverage: np.ndarray, width: float, height: float) -> str | None:
     return _shape_of(fill, solidity, spread, top, radii)
 
 
-def _shape_of(
-    fill: float, solidity: float, spread: float, top: float, radii: np.ndarray
-) -> str | None:
+def _shape_of(fill: float, solidity: float, spread: float, top: float, radii: np.ndarray) -> str | None:
     if fill > 0.93 and solidity > 0.93 and 0.07 < spread < 0.17:
         return "square"
     if 0.72 < fill < 0.86 and solidity > 0.88 and spread < 0.06:

@@ -32,8 +32,6 @@ EXTENTS = {"small": (10.5, 13.5), None: (16.5, 19.5), "large": (23.5, 27.0)}
 """Range of half an object's width in pixels, by its named size, in a loose layout."""
 GRID_EXTENTS = {"small": 12.0, None: 18.0, "large": 25.0}
 """Half an object's width in pixels, by its named size, in a layout on the grid."""
-GRID = 8
-"""Pixels between the places where an object's centre may be: a latent's width."""
 
 
 def _star(points: int = 5, outer: float = 1.05, inner: float = 0.48) -> list[tuple[float, float]]:
@@ -94,29 +92,16 @@ def _loose_layout(scene: Scene, rng: random.Random) -> list[Placed]:
     )
 
 
-def _grid_layout(scene: Scene, rng: random.Random) -> list[Placed]:
-    """Places on the grid, one extent for each size word."""
+def _grid_layout(scene: Scene) -> list[Placed]:
+    """One place and one extent for everything a caption can say: a quarter, half or three quarters of the way."""
     extents = [GRID_EXTENTS[thing.size] for thing in scene.things]
+    middle = CANVAS / 2
     if scene.second is None:
-        x, y = (CANVAS / 2 + GRID * rng.randint(-2, 2) for _ in range(2))
-        return [Placed(scene.first, x, y, extents[0])]
-    first, second = extents if scene.relation in ("left of", "above") else extents[::-1]
-    places = [float(place) for place in range(0, CANVAS, GRID)]
-    options = [
-        (a, b)
-        for a in places
-        for b in places
-        if a - first >= MARGIN
-        and b + second <= CANVAS - MARGIN
-        and b - a >= first + second + MIN_GAP
-    ]
-    across = [CANVAS / 2 + GRID * rng.randint(-1, 1) for _ in extents]
-    return _place_pair(scene, rng.choice(options), across, extents)
+        return [Placed(scene.first, middle, middle, extents[0])]
+    return _place_pair(scene, (CANVAS / 4, 3 * CANVAS / 4), [middle, middle], extents)
 
 
-def _place_pair(
-    scene: Scene, along: tuple[float, float], across: list[float], extents: list[float]
-) -> list[Placed]:
+def _place_pair(scene: Scene, along: tuple[float, float], across: list[float], extents: list[float]) -> list[Placed]:
     """Put a pair at ``along``, from left or top, and ``across``, in the caption's order."""
     horizontal = scene.relation in ("left of", "right of")
     ordered = along if scene.relation in ("left of", "above") else along[::-1]
@@ -128,7 +113,7 @@ def _place_pair(
 
 def layout(scene: Scene, rng: random.Random, loose: bool = False) -> list[Placed]:
     """Choose places and extents that make the caption true, in the caption's order."""
-    return (_loose_layout if loose else _grid_layout)(scene, rng)
+    return _loose_layout(scene, rng) if loose else _grid_layout(scene)
 
 
 def render(placed: list[Placed], background: str) -> np.ndarray:

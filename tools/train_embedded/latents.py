@@ -27,10 +27,7 @@ class Basis:
 
     def encode(self, pictures: Tensor) -> Tensor:
         """uint8 pictures (N, 3, H, W) to latents (N, CHANNELS, H/8, W/8), float32."""
-        parts = [
-            F.conv2d(to_model(part), self.weight, self.bias, stride=PATCH)
-            for part in pictures.split(256)
-        ]
+        parts = [F.conv2d(to_model(part), self.weight, self.bias, stride=PATCH) for part in pictures.split(256)]
         return torch.cat(parts)
 
 

@@ -15,9 +15,7 @@ WIDTH = 128
 LAYERS = 3
 """The pipeline reads the output of the last layer but one, so the last never matters."""
 SPECIAL = ("<|pad|>", "<|user|>", "<|end|>")
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}<|user|>{{ message['content'] }}<|end|>{%- endfor -%}"
-)
+CHAT_TEMPLATE = "{%- for message in messages -%}<|user|>{{ message['content'] }}<|end|>{%- endfor -%}"
 MAX_TOKENS = 512
 """What ZImagePipeline pads a prompt to by default."""
 

@@ -176,9 +176,7 @@ class Loop:
         bar.close()
         self.save()
 
-    def _one_step(
-        self, loss: Loss, replicas: list[Modules], workers: ThreadPoolExecutor
-    ) -> dict[str, float]:
+    def _one_step(self, loss: Loss, replicas: list[Modules], workers: ThreadPoolExecutor) -> dict[str, float]:
         schedule = self.schedule
         rate = schedule.rate * cosine_rate(self.step, schedule.steps, schedule.warmup)
         for group in self.optimizer.param_groups:

@@ -83,9 +83,7 @@ def make_vae_loop(path: Path, seed: int, plan: VaePlan, device: torch.device) ->
     return loop
 
 
-def make_vae_loss(
-    pictures: Tensor, basis: Basis, plan: VaePlan, seed: int, device: torch.device
-) -> Loss:
+def make_vae_loss(pictures: Tensor, basis: Basis, plan: VaePlan, seed: int, device: torch.device) -> Loss:
     """The loss for ``Loop.run``; its randomness comes from the seed, the step, the shard."""
 
     def loss(modules: Modules, step: int, shard: int) -> tuple[Tensor, dict[str, float]]:

@@ -123,7 +123,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         assert self.preparation is not None
         return self.preparation.find(param_name) is not None
 
-    def create_quantized_param(  # noqa: PLR0917 - diffusers' signature
+    def create_quantized_param(
         self,
         model: nn.Module,
         param_value: torch.Tensor,

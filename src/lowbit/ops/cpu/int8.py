@@ -33,7 +33,7 @@ ROWS_AT_ONCE = 256
 
 def supports(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
-    if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():
         return "torch was built without oneDNN"
     if not has_vnni():
         return "the CPU has neither AVX512-VNNI nor AVX-VNNI, without which oneDNN's 8-bit products may saturate"
