@@ -30,11 +30,11 @@ class FlowPlan:
     The first ``loose_steps`` see loose layouts, the rest the grid's.
     """
 
-    steps: int = 3600
-    loose_steps: int = 1458
+    steps: int = 2400
+    loose_steps: int = 0
     batch: int = 32
     rate: float = 7e-4
-    decay: float = 0.999
+    decay: float = 0.995
     dropped: float = 0.06
     uniform_share: float = 0.25
     sigma_mean: float = 0.4
