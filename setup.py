@@ -20,22 +20,20 @@ class BuildHelper(build_ext):
 
     def build_extensions(self) -> None:
         """Set the compiler's flags and build."""
-        """Build with the flags of the compiler found."""
         flags = MSVC_FLAGS if self.compiler.compiler_type == "msvc" else GNU_FLAGS
         for extension in self.extensions:
             extension.extra_compile_args = flags
         super().build_extensions()
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
-        """Return none: there is no module initializer to export."""
-        """Return nothing: on Windows the symbols are exported by the source."""
+        """Return none: there is no module initializer to export, and the source marks its functions itself."""
         return []
 
 
 HELPER = Extension(
     "lowbit._native.lowbit_cpu",
     sources=["src/lowbit/_native/lowbit_cpu.cpp"],
-    depends=["src/lowbit/_native/kernels.h"],
+    depends=["src/lowbit/_native/kernels.h", "src/lowbit/_native/int8_product.h"],
     language="c++",
     optional=True,
 )

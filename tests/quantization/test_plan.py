@@ -64,7 +64,11 @@ def test_quantizing_in_place_stays_close(options: dict[str, object], bound: floa
         b.numel() * b.element_size() for b in small_transformer().buffers()
     )
     assert manifest.bytes_after < 0.75 * manifest.bytes_before
-    assert "28 layers" in manifest.summary()
+    assert sum(manifest.by_kernel().values()) == 28
+    assert all(
+        f"{count} layers {options['method']} ({kernel})" in manifest.summary()
+        for (_, kernel), count in manifest.by_kernel().items()
+    )
 
 
 def test_ignored_layers_are_kept_and_the_manifest_says_so() -> None:

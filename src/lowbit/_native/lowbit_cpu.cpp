@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
 #define LOWBIT_X86 1
@@ -62,6 +63,24 @@ struct ScaleJob {
     void* output;
 };
 
+constexpr int64_t kPanelChannels = 16;
+constexpr int64_t kLargestRowBlock = 251;  // with the row of ones in whole tiles; the sums take 63 KiB of stack
+
+struct PackJob {
+    const int8_t* input;
+    int8_t* output;  // may be the input
+    int64_t depth;
+};
+
+struct ProductJob {
+    const uint8_t* x;      // [rows, depth], int8 + 128
+    const float* x_scale;  // [rows]
+    const int8_t* weight;  // packed
+    const float *weight_scale, *bias;  // [columns]
+    int64_t rows, columns, depth, row_block, row_blocks;
+    void* output;  // [rows, columns]
+};
+
 // Indices: element type (float32, bfloat16, float16), code type (int8, uint8, e4m3; decoding int8, e4m3).
 struct Kernels {
     void (*quantize[3][3])(const QuantizeJob&, int64_t, int64_t);
@@ -112,6 +131,18 @@ namespace avx512 {
 #include "kernels.h"
 }
 #undef LOWBIT_AVX512
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
+#endif
+namespace avx512_vnni {
+#include "int8_product.h"
+}
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -183,6 +214,30 @@ void run(void (*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t c
     parallel(take_pieces<Job>, &shared, static_cast<unsigned>(useful), 0);
 }
 
+// Panels [first, last): int8 [16, depth] -> [depth / 4][16][4].
+void pack_panels(const PackJob& job, int64_t first, int64_t last) {
+    std::vector<int8_t> copy(kPanelChannels * job.depth);
+    for (int64_t panel = first; panel < last; ++panel) {
+        std::memcpy(copy.data(), job.input + panel * copy.size(), copy.size());
+        int8_t* to = job.output + panel * copy.size();
+        for (int64_t i = 0; i < job.depth; i += 4)
+            for (int64_t channel = 0; channel < kPanelChannels; ++channel, to += 4)
+                std::memcpy(to, copy.data() + channel * job.depth + i, 4);
+    }
+}
+
+// The inverse; not in place.
+void unpack_panels(const PackJob& job, int64_t first, int64_t last) {
+    const int64_t size = kPanelChannels * job.depth;
+    for (int64_t panel = first; panel < last; ++panel) {
+        const int8_t* from = job.input + panel * size;
+        int8_t* to = job.output + panel * size;
+        for (int64_t i = 0; i < job.depth; i += 4)
+            for (int64_t channel = 0; channel < kPanelChannels; ++channel, from += 4)
+                std::memcpy(to + channel * job.depth + i, from, 4);
+    }
+}
+
 }  // namespace
 
 // Set the function that runs work in parallel (GOMP_parallel), or null for none.
@@ -220,4 +275,48 @@ LOWBIT_EXPORT void lowbit_scale_product(const float* product, int64_t rows, int6
                                         int64_t output_stride, int element_type, int threads) {
     const ScaleJob job{product, rows, columns, output_stride, row_scale, column_scale, bias, output};
     run(selected->scale_product[element_type], job, rows, rows * columns, threads);
+}
+
+// Whether lowbit_int8_product runs on this CPU.
+LOWBIT_EXPORT int lowbit_has_int8_product() {
+#ifdef LOWBIT_X86
+    return best_isa() == kAvx512 && __builtin_cpu_supports("avx512vnni");
+#else
+    return 0;
+#endif
+}
+
+// int8 [columns, depth] -> the same bytes in panels for lowbit_int8_product, possibly in place. columns % 16 == 0,
+// depth % 4 == 0.
+LOWBIT_EXPORT void lowbit_int8_pack(const int8_t* input, int64_t columns, int64_t depth, int8_t* output, int threads) {
+    const PackJob job{input, output, depth};
+    run(pack_panels, job, columns / kPanelChannels, columns * depth, threads);
+}
+
+// The inverse, not in place.
+LOWBIT_EXPORT void lowbit_int8_unpack(const int8_t* input, int64_t columns, int64_t depth, int8_t* output,
+                                      int threads) {
+    const PackJob job{input, output, depth};
+    run(unpack_panels, job, columns / kPanelChannels, columns * depth, threads);
+}
+
+// x uint8 [rows, depth] (int8 + 128) times a packed weight -> output [rows, columns]: the exact integers, rounded to
+// float32, times x_scale [rows] and weight_scale [columns], plus bias [columns] (or null), rounded to the output's type.
+// depth <= 2**17, so that no sum leaves int32.
+LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t depth, const float* x_scale,
+                                       const int8_t* weight, int64_t columns, const float* weight_scale,
+                                       const float* bias, void* output, int element_type, int threads) {
+#ifdef LOWBIT_X86
+    if (rows <= 0) return;
+    const int64_t groups = blocks(columns, avx512_vnni::kTileColumns);
+    // Blocks of rows small enough to give every thread several tasks, in whole tiles together with the row of ones.
+    const int64_t wanted = blocks(4 * threads, groups);
+    const int64_t tiles = blocks(blocks(rows, wanted) + 1, avx512_vnni::kTileRows);
+    const int64_t block = smaller(tiles * avx512_vnni::kTileRows - 1, kLargestRowBlock);
+    const int64_t row_blocks = blocks(rows, block);
+    const ProductJob job{x, x_scale, weight, weight_scale, bias, rows, columns, depth, block, row_blocks, output};
+    constexpr int64_t kProductsPerElement = 64;  // multiply-adds in the time of one element of the other kernels
+    const int64_t work = rows * columns * depth / kProductsPerElement;
+    run(avx512_vnni::multiplications[element_type], job, groups * row_blocks, work, threads);
+#endif
 }

@@ -153,6 +153,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         loading.check_loaded(model, [name for name in absent if not self.preparation.is_made_here(name)])
         for layer in layers.values():
             _settle(layer)
+            layer.owns_weight = not self.pre_quantized
         loading.finish(model, self.preparation)
         model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
         self.preparation = None

@@ -5,8 +5,8 @@ further scale tensors in some families):
 
 ``supports(problem) -> str | None``
     ``None`` when it can run the problem, otherwise the reason it can't.
-``pack_weight(weight) -> Tensor``
-    canonical (checkpoint) layout to the layout its kernel reads.
+``pack_weight(weight, overwrite=False) -> Tensor``
+    canonical (checkpoint) layout to the layout its kernel reads; with ``overwrite`` possibly in the same memory.
 ``unpack_weight(packed) -> Tensor``
     the exact inverse.
 ``linear(x, packed, weight_scale, ...) -> Tensor``

@@ -254,7 +254,7 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
     """Return ``weight``: the reference reads the canonical layout."""
     return weight
 

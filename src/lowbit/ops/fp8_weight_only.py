@@ -17,7 +17,7 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
     """Return ``weight``: the canonical layout is read."""
     return weight
 

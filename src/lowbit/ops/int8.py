@@ -21,7 +21,8 @@ SMALLEST_ABSMAX = 1e-30
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", "lowbit.ops.triton.int8", frozenset({"cuda", "xpu"})),
-    Implementation("onednn", "lowbit.ops.cpu.int8", frozenset({"cpu"})),
+    Implementation("native", "lowbit.ops.cpu.int8_native", frozenset({"cpu"})),
+    Implementation("onednn", "lowbit.ops.cpu.int8_onednn", frozenset({"cpu"})),
     Implementation(
         "float32",
         "lowbit.ops.cpu.int8_float32",
@@ -128,7 +129,7 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
     """Return ``weight``: the reference reads the canonical layout."""
     return weight
 

@@ -199,7 +199,7 @@ class LinearMethod(ABC):
         weight = layer.get_parameter("weight")
         implementation = select(self.family, self.table, self.problem(layer, weight.device), self.kernel)
         module = implementation.load()
-        layer.replace_tensor("weight", module.pack_weight(weight.data))
+        layer.replace_tensor("weight", module.pack_weight(weight.data, overwrite=layer.owns_weight))
         layer.implementation, layer.kernel = implementation, module
 
     def restore_weights(self, layer: QuantizedLinear) -> None:

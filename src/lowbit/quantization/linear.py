@@ -26,6 +26,7 @@ class QuantizedLinear(nn.Linear):
         compute_dtype: of the activations it expects.
         implementation: the table's entry of its kernel, ``None`` before the first use on a device.
         kernel: the module of that implementation.
+        owns_weight: nothing else uses the memory of the weight, so that packing may overwrite it.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class QuantizedLinear(nn.Linear):
         self.prefix = prefix
         self.implementation: Implementation | None = None
         self.kernel: ModuleType | None = None
+        self.owns_weight = False
         self.creation_device = torch.device(device or "cpu")
         method.create_weights(self)
         self.quantized_names = tuple(self._parameters)
@@ -82,11 +84,13 @@ class QuantizedLinear(nn.Linear):
             CheckpointError: shape or dtype is not what the method reads.
         """
         self.replace_tensor(name, self.method.canonical_tensor(self, name, tensor))
+        self.owns_weight = False
 
     def load_unquantized(self, weight: torch.Tensor) -> None:
         """Quantize ``weight`` [N, K] and take the result."""
         for name, tensor in self.method.quantize_weight(weight).items():
             self.load_tensor(name, tensor)
+        self.owns_weight = True
 
     def process_weights_after_loading(self) -> None:
         """Choose the kernel and bring the weight to its layout, if that has not been done for this device."""

@@ -25,7 +25,7 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
     """Return ``weight`` e4m3 [N, K], dense."""
     return weight.contiguous()
 

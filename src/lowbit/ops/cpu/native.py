@@ -1,4 +1,4 @@
-"""The optional native helper: quantizing, dequantizing and scaling rows in one pass over memory.
+"""The optional native helper: quantizing, dequantizing and scaling rows in one pass over memory, and int8 products.
 
 Built by ``setup.py`` where there is a C++ compiler (``python setup.py build_ext --inplace`` in a source tree) and
 called through ctypes, so it depends on no version of torch. It works on torch's own OpenMP threads. ``LOWBIT_NATIVE=0``
@@ -26,6 +26,21 @@ _SIGNATURES = {
     "lowbit_quantize": (_pointer, _int, *[_size] * 5, _pointer, _int, _pointer, _int),
     "lowbit_dequantize": (_pointer, _int, *[_size] * 5, _pointer, _pointer, _int, _int),
     "lowbit_scale_product": (_pointer, *[_size] * 2, *[_pointer] * 4, _size, _int, _int),
+    "lowbit_int8_pack": (_pointer, _size, _size, _pointer, _int),
+    "lowbit_int8_unpack": (_pointer, _size, _size, _pointer, _int),
+    "lowbit_int8_product": (
+        _pointer,
+        _size,
+        _size,
+        _pointer,
+        _pointer,
+        _size,
+        _pointer,
+        _pointer,
+        _pointer,
+        _int,
+        _int,
+    ),
     "lowbit_set_parallel": (_pointer,),
 }
 
@@ -166,6 +181,66 @@ def scale_product(
     _library().lowbit_scale_product(
         product.data_ptr(), rows, columns, _address(row_scale), _address(column_scale), _address(bias),
         output.data_ptr(), output.stride(0), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+PANEL = 16
+"""Output channels that ``pack_int8`` puts side by side."""
+
+
+def multiplies_int8() -> bool:
+    """Whether ``int8_product`` runs on this CPU: it needs AVX512-VNNI."""
+    return available() and bool(_library().lowbit_has_int8_product())
+
+
+def pack_int8(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+    """Bring ``weight`` int8 [N, K] (N a multiple of 16, K of 4) to the layout that ``int8_product`` reads.
+
+    Returns:
+        int8 [N, K] whose bytes are [N / 16, K / 4, 16, 4]; in the memory of ``weight`` with ``overwrite``.
+    """
+    weight = weight.contiguous()
+    packed = weight if overwrite else torch.empty_like(weight)
+    _library().lowbit_int8_pack(weight.data_ptr(), *weight.shape, packed.data_ptr(), torch.get_num_threads())
+    return packed
+
+
+def unpack_int8(packed: torch.Tensor) -> torch.Tensor:
+    """Return the int8 [N, K] that ``packed`` was made of."""
+    packed = packed.contiguous()
+    weight = torch.empty_like(packed)
+    _library().lowbit_int8_unpack(packed.data_ptr(), *packed.shape, weight.data_ptr(), torch.get_num_threads())
+    return weight
+
+
+def int8_product(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+) -> None:
+    """Write ``(x - 128) @ weight.T * x_scale * weight_scale.T + bias`` to ``output``, rounded once.
+
+    Args:
+        x: dense uint8 [M, K]; K at most 2**17, so that no sum leaves int32.
+        x_scale: dense float32, one element per row.
+        packed: from ``pack_int8``.
+        weight_scale: dense float32, one element per output channel.
+        bias: dense float32, one element per output channel, or ``None``.
+        output: written: dense [M, N] float32, bfloat16 or float16.
+    """
+    rows, depth = x.shape
+    features = packed.shape[0]
+    assert packed.shape[1] == depth
+    assert output.shape == (rows, features)
+    assert x.is_contiguous()
+    assert packed.is_contiguous()
+    assert output.is_contiguous()
+    _library().lowbit_int8_product(
+        x.data_ptr(), rows, depth, _address(x_scale), packed.data_ptr(), features, _address(weight_scale),
+        _address(bias), output.data_ptr(), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -164,7 +164,7 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
     """Return ``weight``: the kernel reads the canonical layout, whose rows run along K as tensor cores want them."""
     return weight
 

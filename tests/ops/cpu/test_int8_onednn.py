@@ -1,4 +1,4 @@
-"""The VNNI implementation of int8 against the reference, which is exact in integers."""
+"""The oneDNN implementation of int8 against the reference, which is exact in integers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowbit.ops import int8
-from lowbit.ops.cpu import int8 as onednn
+from lowbit.ops.cpu import int8_onednn as onednn
 from lowbit.ops.dispatch import Problem
 from tests.ops.cpu.conftest import awkward, same
 

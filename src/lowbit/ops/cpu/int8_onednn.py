@@ -44,7 +44,7 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
     """Bring ``weight`` int8 [N, K] to oneDNN's blocked layout: an opaque mkldnn tensor [K, N]."""
     packed: torch.Tensor = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
     return packed

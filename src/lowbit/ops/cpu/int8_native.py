@@ -1,0 +1,126 @@
+"""Int8 W8A8 on CPUs with AVX512-VNNI by the native helper: rows are quantized, then multiplied and scaled in one pass.
+
+Packing a weight moves its bytes in place, where oneDNN takes longer than reading the checkpoint does. When compiling,
+quantization is plain torch, to fuse with what precedes it, and the rest is one operator.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.ops import int8
+from lowbit.ops.cpu import native
+from lowbit.ops.cpu.quantize import quantize_uint8_rows
+from lowbit.ops.cpu.workspace import scratch
+from lowbit.ops.dispatch import Problem
+from lowbit.ops.library import define_operator
+
+ZERO_POINT = 128
+LARGEST_IN_FEATURES = 1 << 17
+
+# Rows whose quantized activations are held at once. Each piece reads the whole weight.
+ROWS_AT_ONCE = 1152
+
+
+def supports(problem: Problem) -> str | None:
+    """Return why ``problem`` can't be run, ``None`` when it can."""
+    if not native.available():
+        return f"native helper {native.refusal()}"
+    if not native.multiplies_int8():
+        return "the CPU has no AVX512-VNNI"
+    if problem.dtype not in native.ELEMENT_TYPES:
+        return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
+    if problem.out_features % native.PANEL or problem.in_features % 4:
+        return f"needs output features in multiples of {native.PANEL} and input features in multiples of 4"
+    if problem.in_features > LARGEST_IN_FEATURES:
+        return f"int32 sums may overflow with more than {LARGEST_IN_FEATURES} input features"
+    return None
+
+
+def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+    """Bring ``weight`` int8 [N, K] to panels of 16 channels, see ``native.pack_int8``."""
+    return native.pack_int8(weight, overwrite)
+
+
+def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
+    """Return the int8 [N, K] that ``packed`` was made of."""
+    return native.unpack_int8(packed)
+
+
+@torch.no_grad()
+def scale_product(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Multiply quantized activations by a packed weight and scale the result.
+
+    Args:
+        x: uint8 [M, K], int8 values + 128.
+        x_scale: float32 [M, 1].
+        packed: from ``pack_weight``.
+        weight_scale: float32 [N, 1].
+        bias: [N] or ``None``.
+        out_dtype: of the result.
+
+    Returns:
+        [M, N] in ``out_dtype``, with the numbers of ``lowbit.ops.int8.int8_scaled_mm``.
+    """
+    output = torch.empty((x.shape[0], weight_scale.shape[0]), dtype=out_dtype)
+    bias = None if bias is None else bias.float()
+    native.int8_product(x.contiguous(), x_scale.contiguous(), packed, weight_scale, bias, output)
+    return output
+
+
+def _fake_scale_product(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight_scale.shape[0]), dtype=out_dtype)
+
+
+product_operator = define_operator(
+    "int8_native_scaled_mm(Tensor x, Tensor x_scale, Tensor packed, Tensor weight_scale, Tensor? bias,"
+    " ScalarType out_dtype) -> Tensor",
+    scale_product,
+    _fake_scale_product,
+)
+
+
+def linear(
+    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Apply a W8A8 linear layer: ``lowbit.ops.int8.linear`` with ``packed`` from ``pack_weight``."""
+    rows = x.reshape(-1, x.shape[-1])
+    result: torch.Tensor
+    if torch.compiler.is_compiling():
+        quantized, scale = int8.quantize_int8_per_token(rows)
+        shifted = (quantized.to(torch.int16) + ZERO_POINT).to(torch.uint8)
+        result = product_operator(shifted, scale, packed, weight_scale, bias, x.dtype)
+    else:
+        result = _linear_rows(rows, packed, weight_scale, bias)
+    return result.reshape(*x.shape[:-1], weight_scale.shape[0])
+
+
+@torch.no_grad()
+def _linear_rows(
+    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    output = torch.empty((x.shape[0], weight_scale.shape[0]), dtype=x.dtype)
+    bias = None if bias is None else bias.float()
+    for first in range(0, x.shape[0], ROWS_AT_ONCE):
+        part = x[first : first + ROWS_AT_ONCE]
+        codes = scratch("codes", tuple(part.shape), torch.uint8)
+        scale = scratch("scale", (part.shape[0], 1), torch.float32)
+        quantize_uint8_rows(part, codes, scale)
+        native.int8_product(codes, scale, packed, weight_scale, bias, output[first : first + ROWS_AT_ONCE])
+    return output

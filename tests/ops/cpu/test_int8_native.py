@@ -1,0 +1,147 @@
+"""The native implementation of int8 against the reference, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit.ops import int8
+from lowbit.ops.cpu import int8_native, native
+from lowbit.ops.dispatch import Problem
+from tests.ops.cpu.conftest import awkward, same
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+REFUSAL = int8_native.supports(Problem(CPU, torch.float32, 64, 64))
+NEEDS_KERNEL = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
+
+
+def quantized_layer(features: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return int8.quantize_int8_per_token(torch.randn(features, columns) / 8)
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("shape", [(16, 4), (112, 332), (64, 64), (528, 1032)])
+def test_packing_is_undone_exactly(shape: tuple[int, int]) -> None:
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8)
+    assert torch.equal(int8_native.unpack_weight(int8_native.pack_weight(weight)), weight)
+    doubled = torch.stack([weight, weight], dim=2)[..., 0]  # not dense
+    assert torch.equal(int8_native.unpack_weight(int8_native.pack_weight(doubled)), weight)
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("features", [16, 48, 96, 192])
+def test_equals_the_reference_with_any_rest_of_rows_and_panels(
+    dtype: torch.dtype, has_bias: bool, features: int
+) -> None:
+    weight, scale = quantized_layer(features, 100)
+    packed = int8_native.pack_weight(weight)
+    bias = torch.randn(features).to(dtype) if has_bias else None
+    for rows in (1, 2, 3, 4, 5, 6, 7, 23, 300):
+        x = awkward(rows, 100, dtype)
+        assert same(int8_native.linear(x, packed, scale, bias), int8.linear(x, weight, scale, bias))
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("columns", [4, 4096, 4100, 9000])
+def test_equals_the_reference_at_any_depth(columns: int) -> None:
+    weight, scale = quantized_layer(80, columns)
+    x = awkward(9, columns, torch.bfloat16)
+    result = int8_native.linear(x, int8_native.pack_weight(weight), scale, None)
+    assert same(result, int8.linear(x, weight, scale, None))
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_work_is_divided_without_loss(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows = int8_native.ROWS_AT_ONCE + 300
+        weight, scale = quantized_layer(208, 64)
+        x = torch.randn(rows, 64)
+        result = int8_native.linear(x, int8_native.pack_weight(weight), scale, None)
+        assert same(result, int8.linear(x, weight, scale, None))
+    finally:
+        torch.set_num_threads(before)
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_sums_are_exact(sign: int) -> None:
+    columns = int8_native.LARGEST_IN_FEATURES
+    x = torch.full((7, columns), 127.0)
+    x[:, 0] = 126.0
+    weight = torch.full((16, columns), 127 if sign > 0 else -128, dtype=torch.int8)
+    one = torch.ones(16, 1)
+    result = int8_native.linear(x, int8_native.pack_weight(weight), one, None)
+    assert same(result, int8.linear(x, weight, one, None))
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_poisoned_rows_and_only_they_give_nan(poison: float) -> None:
+    x = torch.randn(4, 64)
+    x[2, 5] = poison
+    weight, scale = quantized_layer(16, 64)
+    result = int8_native.linear(x, int8_native.pack_weight(weight), scale, None)
+    assert result[2].isnan().all()
+    assert result[[0, 1, 3]].isfinite().all()
+
+
+@NEEDS_KERNEL
+def test_leading_dimensions_strides_and_no_rows() -> None:
+    weight, scale = quantized_layer(16, 64)
+    packed = int8_native.pack_weight(weight)
+    for x in (torch.randn(64, 3, 2).permute(2, 1, 0), torch.randn(2, 3, 64), torch.randn(5, 99)[:, 3:67]):
+        assert same(int8_native.linear(x, packed, scale, None), int8.linear(x, weight, scale, None))
+    assert int8_native.linear(torch.randn(0, 64), packed, scale, None).shape == (0, 16)
+
+
+class Block(torch.nn.Module):
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(int8_native.pack_weight(weight), requires_grad=False)
+        self.scale = torch.nn.Parameter(scale, requires_grad=False)
+        self.bias = torch.nn.Parameter(torch.randn(scale.shape[0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return int8_native.linear(torch.nn.functional.silu(x), self.weight, self.scale, self.bias) + x
+
+
+@NEEDS_KERNEL
+def test_compiled_blocks_agree() -> None:
+    block = Block(*quantized_layer(64, 64))
+    torch.compiler.reset()
+    compiled = torch.compile(block, fullgraph=True)
+    with torch.no_grad():
+        for rows in (3, 17):
+            x = torch.randn(2, rows, 64)
+            torch.testing.assert_close(compiled(x), block(x), rtol=0.02, atol=0.02)  # silu may round to another code
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_operator_is_well_formed(dtype: torch.dtype) -> None:
+    weight, scale = quantized_layer(32, 64)
+    x = torch.randint(1, 256, (5, 64), dtype=torch.uint8)
+    arguments = (x, torch.rand(5, 1), int8_native.pack_weight(weight), scale, torch.randn(32), dtype)
+    torch.library.opcheck(int8_native.product_operator, arguments)
+
+
+def test_refuses_what_it_cannot_do(path: str) -> None:
+    def refusal(dtype: torch.dtype, features: int, columns: int) -> str:
+        return int8_native.supports(Problem(CPU, dtype, features, columns)) or ""
+
+    if path == "torch":
+        assert refusal(torch.float32, 64, 64) == "native helper turned off by LOWBIT_NATIVE=0"
+    elif native.multiplies_int8():
+        assert not refusal(torch.float32, 64, 64)
+        assert "float64" in refusal(torch.float64, 64, 64)
+        assert "multiples of 16" in refusal(torch.float32, 100, 64)
+        assert "multiples of 4" in refusal(torch.float32, 64, 66)
+        assert "overflow" in refusal(torch.float32, 64, 1 << 18)
+    else:
+        assert "AVX512-VNNI" in refusal(torch.float32, 64, 64)
