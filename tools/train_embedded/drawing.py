@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .captions import Scene, Thing
+from .captions import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing
 
 CANVAS = 128
 """Width and height of a picture in pixels."""
@@ -16,6 +16,11 @@ MARGIN = 5.0
 """Pixels between any object and the canvas's border, at least."""
 MIN_GAP = 9.0
 """Pixels between the two objects of a pair, at least."""
+
+CELL = 8
+"""The grid's pitch in a crowd, in pixels: places of a layout on the grid are multiples of it."""
+CROWD_MARGIN = 3.0
+CROWD_TRIES = 80
 
 PALETTE = {
     "red": (222, 41, 48),
@@ -130,6 +135,26 @@ def render(placed: list[Placed], background: str) -> np.ndarray:
             corners = OUTLINES[item.thing.shape]
             pen.polygon([(x + extent * u, y + extent * v) for u, v in corners], fill=fill)
     return np.asarray(image.reduce(scale))
+
+
+def crowd(rng: random.Random, limit: int = 10) -> np.ndarray:
+    """Up to ``limit`` objects anywhere on the grid of 8 pixels: uint8 array of shape (CANVAS, CANVAS, 3), sRGB.
+
+    Not what a caption says, but where the edges are: it has small objects and stars more often
+    than captions do, and every background as often as the others.
+    """
+    placed: list[Placed] = []
+    wanted = rng.randint(1, limit)
+    for _ in range(CROWD_TRIES):
+        shape, size = rng.choice((*SHAPES, "star")), rng.choice((None, "small", "small", "large"))
+        thing, extent = Thing(rng.choice(COLOURS), shape, size), GRID_EXTENTS[size]
+        x, y = (CELL * rng.randint(1, CANVAS // CELL - 1) for _ in range(2))
+        inside = min(x, y, CANVAS - x, CANVAS - y) >= extent + CROWD_MARGIN
+        if inside and all(max(abs(x - p.x), abs(y - p.y)) >= extent + p.extent + MARGIN for p in placed):
+            placed.append(Placed(thing, x, y, extent))
+        if len(placed) == wanted:
+            break
+    return render(placed, rng.choice(BACKGROUNDS))
 
 
 def draw(scene: Scene, rng: random.Random, loose: bool = False) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Generates held-out captions with the stock pipeline and lets the detector judge them.
 
-``python -m tools.train_embedded.evaluate --model FOLDER`` writes ``evaluation.json`` and
-``samples.png`` into the model's folder.
+``python -m tools.train_embedded.evaluate --model FOLDER`` writes ``evaluation.json``, ``samples.png``
+and the model card into the folder.
 """
 
 import argparse
@@ -29,6 +29,8 @@ GUIDANCE = 0.0
 """0 turns guidance off: one forward pass a step."""
 BATCH = 8
 GRID_COLUMNS = 8
+CARD = Path(__file__).with_name("card.md")
+"""The model card with its figures in braces."""
 SHOWCASE = (
     "a large red circle left of a small blue square",
     "an orange star above a purple triangle on a black background",
@@ -90,8 +92,30 @@ def grid(pictures: list[np.ndarray], columns: int = GRID_COLUMNS) -> Image.Image
     return sheet
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def card(result: dict[str, Any]) -> str:
+    """The model card with the figures of an evaluation."""
+    figures = {
+        "steps": result["num_inference_steps"],
+        "guidance": result["guidance_scale"],
+        "passed": result["passed"],
+        "captions": result["captions"],
+        "score": f"{result['score']:.1%}",
+    }
+    text = CARD.read_text()
+    for name, value in figures.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    return text
+
+
 def evaluate(folder: Path, count: int, seed: int, steps: int, guidance: float) -> dict[str, Any]:
-    """Score the model in BF16 on held-out captions; writes evaluation.json and samples.png."""
+    """Score the model in BF16 on held-out captions; writes evaluation.json, samples.png and README.md."""
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
     captions = held_out_captions(count, seed)
     seeds = [1000 * seed + index for index in range(count)]
@@ -116,10 +140,8 @@ def evaluate(folder: Path, count: int, seed: int, steps: int, guidance: float) -
             "python": platform.python_version(),
         },
     }
-    text = json.dumps(result, indent=2) + "\n"
-    temporary = folder / "evaluation.json.tmp"
-    temporary.write_text(text)
-    temporary.replace(folder / "evaluation.json")
+    write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_text(folder / "README.md", card(result))
     shown = generate(pipeline, list(SHOWCASE), list(range(len(SHOWCASE))), steps, guidance)
     grid(shown + pictures[: 32 - len(shown)]).save(folder / "samples.png", optimize=True)
     return result

@@ -14,6 +14,7 @@ from .data import to_model
 
 PATCH = 8
 CHANNELS = 16
+"""Five spatial patterns in three colours each, and one more."""
 PICTURES = 1000
 """Pictures that the components are computed from."""
 

@@ -151,10 +151,9 @@ class Loop:
         self,
         loss: Loss,
         on_checkpoint: Callable[[int], None] | None = None,
-        stop: int | None = None,
     ) -> None:
-        """Train up to ``stop`` or to the schedule's end, then save."""
-        end = min(stop or self.schedule.steps, self.schedule.steps)
+        """Train up to the schedule's end, then save."""
+        end = self.schedule.steps
         saved = began = time.monotonic()
         before = self.seconds
         self.first = self.step

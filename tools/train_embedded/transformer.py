@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Qwen3Model
 
 from . import text
+from .latents import CHANNELS as LATENT_CHANNELS
 from .training import SHARDS, Loop, Loss, Modules, Schedule, shard_generator
 
 WIDTH = 288
@@ -25,15 +26,11 @@ PATCH_KEY = "2-1"
 
 @dataclass(frozen=True)
 class FlowPlan:
-    """How the transformer is trained; ``dropped`` is the share of captions replaced by "".
+    """How the transformer is trained; ``dropped`` is the share of captions replaced by ""."""
 
-    The first ``loose_steps`` see loose layouts, the rest the grid's.
-    """
-
-    steps: int = 2400
-    loose_steps: int = 0
+    steps: int = 2800
     batch: int = 32
-    rate: float = 7e-4
+    rate: float = 1e-3
     decay: float = 0.995
     dropped: float = 0.06
     uniform_share: float = 0.25
@@ -57,7 +54,7 @@ def build_transformer() -> ZImageTransformer2DModel:
     return ZImageTransformer2DModel(
         all_patch_size=(PATCH,),
         all_f_patch_size=(1,),
-        in_channels=16,
+        in_channels=LATENT_CHANNELS,
         dim=WIDTH,
         n_layers=5,
         n_refiner_layers=1,

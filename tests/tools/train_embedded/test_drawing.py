@@ -5,6 +5,7 @@ import pytest
 
 from tools.train_embedded.captions import BACKGROUNDS, SHAPES, Scene, Thing, parse, random_scene
 from tools.train_embedded.data import training_pictures
+from tools.train_embedded.detector import detect
 from tools.train_embedded.drawing import (
     CANVAS,
     EXTENTS,
@@ -12,6 +13,7 @@ from tools.train_embedded.drawing import (
     MIN_GAP,
     PALETTE,
     Placed,
+    crowd,
     draw,
     layout,
     render,
@@ -77,3 +79,22 @@ def test_more_pictures_begin_with_the_same_ones():
     more, more_captions = training_pictures(5, seed=5)
     assert few.equal(more[:3])
     assert captions == more_captions[:3]
+
+
+def test_a_crowd_is_apart_on_the_grid_and_what_the_detector_finds():
+    rng = random.Random(0)
+    counts, backgrounds = set(), set()
+    for _ in range(40):
+        picture = crowd(rng)
+        assert picture.shape == (CANVAS, CANVAS, 3)
+        assert picture.dtype == np.uint8
+        found = detect(picture)
+        counts.add(len(found.objects))
+        backgrounds.add(found.background)
+        for item in found.objects:
+            assert item.colour is not None
+            assert item.shape is not None
+    assert backgrounds == set(BACKGROUNDS)
+    assert min(counts) == 1
+    assert max(counts) >= 6
+    assert np.array_equal(crowd(random.Random(5)), crowd(random.Random(5)))
