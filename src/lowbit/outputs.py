@@ -24,7 +24,8 @@ class OmniRequestOutput:
     Attributes:
         request_id: unique in this process.
         prompt: as given.
-        images: PIL images, one per output asked for.
+        images: PIL images, one per output asked for; none of a video.
+        frames: of a video: per output asked for, its frames as PIL images; none of an image.
         seeds: of each image's starting noise.
         num_inference_steps: denoising steps taken.
         generation_time_s: wall-clock seconds of the whole call.
@@ -40,8 +41,12 @@ class OmniRequestOutput:
     generation_time_s: float
     step_times_s: Sequence[float] = field(repr=False)
     peak_memory_mb: float
+    frames: Sequence[Sequence[Image]] = field(default=(), repr=False)
 
-    final_output_type = "image"
+    @property
+    def final_output_type(self) -> str:
+        """``"image"`` or ``"video"``."""
+        return "video" if self.frames else "image"
 
     @property
     def step_time_s(self) -> float:

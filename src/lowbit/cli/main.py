@@ -8,7 +8,7 @@ import sys
 import typer
 
 import lowbit
-from lowbit.cli import generate, info, quantize
+from lowbit.cli import compare, generate, info, quantize
 
 app = typer.Typer(
     name="lowbit",
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("quantize", epilog=quantize.EXAMPLES)(quantize.quantize)
+app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("info", epilog=info.EXAMPLES)(info.info)
 
 

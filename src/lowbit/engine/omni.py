@@ -7,7 +7,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from lowbit.quantization.manifest import Manifest
 logger = logging.getLogger(__name__)
 
 _request_numbers = itertools.count()
+
+StepHook = Callable[[int, torch.Tensor], torch.Tensor | None]
 
 
 class Omni:
@@ -121,13 +123,16 @@ class Omni:
         sampling_params: OmniDiffusionSamplingParams | None = None,
         *,
         progress: bool = True,
+        on_step: StepHook | None = None,
     ) -> OmniRequestOutput | list[OmniRequestOutput]:
-        """Make pictures.
+        """Make pictures or videos.
 
         Args:
             prompts: one prompt, or several.
             sampling_params: how; ``None`` takes the model's defaults.
             progress: show a bar per prompt.
+            on_step: called after each denoising step with its index from 0 and the latents, in the pipeline's own
+                shape; what it returns, if not ``None``, takes their place.
 
         Returns:
             An output for one prompt, a list of them for several.
@@ -140,7 +145,8 @@ class Omni:
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ConfigError("A prompt must be text that is not empty")
         arguments = self._arguments(params)
-        outputs = [self._generate_one(text, params, arguments, progress) for text in texts]
+        steps = _Steps(self.pipeline, on_step)
+        outputs = [self._generate_one(text, params, arguments, progress, steps) for text in texts]
         return outputs[0] if isinstance(prompts, str) else outputs
 
     def save_pretrained(self, folder: str) -> None:
@@ -161,6 +167,8 @@ class Omni:
         arguments = {**self._defaults(), **{key: value for key, value in asked.items() if value is not None}}
         arguments.update(params.extra_args)
         known = inspect.signature(self.pipeline.__call__).parameters
+        if "num_frames" in known:  # videos are arrays unless asked for otherwise
+            arguments.setdefault("output_type", "pil")
         unknown = [name for name in arguments if name not in known]
         if unknown:
             raise ConfigError(
@@ -181,26 +189,33 @@ class Omni:
         }
 
     def _generate_one(
-        self, prompt: str, params: OmniDiffusionSamplingParams, arguments: Mapping[str, Any], progress: bool
+        self,
+        prompt: str,
+        params: OmniDiffusionSamplingParams,
+        arguments: Mapping[str, Any],
+        progress: bool,
+        steps: _Steps,
     ) -> OmniRequestOutput:
         first_seed = secrets.randbelow(2**32) if params.seed is None else params.seed
         seeds = [first_seed + index for index in range(params.num_outputs_per_prompt)]
         # The noise is drawn on the CPU, so that a seed means the same start on every device.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self.pipeline.set_progress_bar_config(disable=not progress, desc="denoising")
-        clock = _StepClock()
+        steps.ends.clear()
         peak, start = PeakMemory(self.device), time.perf_counter()
         with torch.no_grad():
-            result = self.pipeline(prompt=prompt, generator=generators, **clock.arguments(self.pipeline), **arguments)
+            result = self.pipeline(prompt=prompt, generator=generators, **steps.arguments, **arguments)
         elapsed = time.perf_counter() - start
+        images, frames = _pictures(result)
         return OmniRequestOutput(
             request_id=f"request-{next(_request_numbers)}",
             prompt=prompt,
-            images=list(result.images),
+            images=images,
+            frames=frames,
             seeds=seeds,
-            num_inference_steps=len(clock.ends) or arguments.get("num_inference_steps", 0),
+            num_inference_steps=len(steps.ends) or arguments.get("num_inference_steps", 0),
             generation_time_s=elapsed,
-            step_times_s=clock.durations(),
+            step_times_s=steps.durations(),
             peak_memory_mb=peak.megabytes(),
         )
 
@@ -219,21 +234,29 @@ class Omni:
                 self.generate(list(prompts), OmniDiffusionSamplingParams(seed=0))
 
 
-class _StepClock:
-    """Notes when each denoising step ends."""
+def _pictures(result: Any) -> tuple[list[Any], list[list[Any]]]:
+    """Return the images and the videos' frames of a pipeline's output, as PIL images."""
+    if hasattr(result, "images"):
+        return list(result.images), []
+    return [], [list(video) for video in result.frames]
 
-    def __init__(self) -> None:
+
+class _Steps:
+    """Notes when each denoising step ends, and hands its latents to a hook."""
+
+    def __init__(self, pipeline: Any, hook: StepHook | None) -> None:
         self.ends: list[float] = []
+        self.hook = hook
+        self.arguments: dict[str, Any] = {}
+        if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
+            self.arguments["callback_on_step_end"] = self._note
+        elif hook is not None:
+            raise ConfigError(f"{type(pipeline).__name__} does not call back after each step: its latents can't be had")
 
-    def arguments(self, pipeline: Any) -> dict[str, Any]:
-        """Return the pipeline's argument that makes it call back, if it has one."""
-        if "callback_on_step_end" not in inspect.signature(pipeline.__call__).parameters:
-            return {}
-        return {"callback_on_step_end": self._note}
-
-    def _note(self, _pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def _note(self, _pipeline: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         self.ends.append(time.perf_counter())
-        return tensors
+        replaced = self.hook(step, tensors["latents"]) if self.hook is not None else None
+        return tensors if replaced is None else {**tensors, "latents": replaced}
 
     def durations(self) -> list[float]:
         """Return the seconds between successive ends."""

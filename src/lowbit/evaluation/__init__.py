@@ -1,0 +1,1 @@
+"""Showing how close a quantized model is to its reference: metrics, gates, comparisons."""

@@ -1,0 +1,364 @@
+"""One side of a comparison: a model generating in a process of its own, what it makes recorded in files.
+
+A process per side, because two models must never sit in memory together, and because the memory of one must not count
+for the other.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from lowbit.engine.loading import read_components, resolve_model, route
+from lowbit.errors import ConfigError
+from lowbit.inputs.data import OmniDiffusionSamplingParams
+from lowbit.integrations.skeleton import empty_component
+from lowbit.models.embedded import EMBEDDED_NAME
+from lowbit.quantization.factory import build_quant_config
+from lowbit.quantization.plan import plan_layers
+
+if TYPE_CHECKING:
+    from lowbit.engine import Omni
+    from lowbit.outputs import OmniRequestOutput
+
+_RECORD = "record.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A model and how to run it. Plain data: it goes to another process.
+
+    Attributes:
+        name: ``"reference"`` or ``"candidate"``, or what else to call it.
+        model: a folder or Hub id; ``None`` is the embedded model.
+        quantization_config: what ``build_quant_config`` takes, as plain data.
+        dtype: of what is not quantized.
+        device: ``None`` takes an accelerator when there is one.
+        enforce_eager: ``False`` compiles the transformer's blocks.
+    """
+
+    name: str
+    model: str | None = None
+    quantization_config: Any = None
+    dtype: str = "bfloat16"
+    device: str | None = None
+    enforce_eager: bool = True
+
+    def __post_init__(self) -> None:
+        build_quant_config(self.quantization_config)
+
+    def check(self) -> None:
+        """Find out, without loading weights, whether the model can be quantized as asked.
+
+        Raises:
+            ConfigError: no such model, component or layer.
+            CheckpointError: a folder that is not a pipeline's.
+        """
+        source = resolve_model(None if self.model == EMBEDDED_NAME else self.model)
+        components = read_components(source)
+        for name, config in route(build_quant_config(self.quantization_config), components).items():
+            plan_layers(empty_component(source, name, *components[name]), config)
+
+    def load(self) -> Omni:
+        """Return the engine. Raises what ``Omni`` raises."""
+        from lowbit.engine import Omni
+
+        return Omni(
+            self.model,
+            quantization_config=self.quantization_config,
+            dtype=self.dtype,
+            device=self.device,
+            enforce_eager=self.enforce_eager,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What both sides are to make: every prompt with every seed.
+
+    Attributes:
+        prompts: texts, in order.
+        seeds: of the starting noise, drawn on the CPU.
+        params: all else; its seed is not used.
+        warmup_runs: generations of the first case that are not measured.
+        measure_runs: generations of each case that are measured; the last one's pictures are kept.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    params: OmniDiffusionSamplingParams = field(default_factory=OmniDiffusionSamplingParams)
+    warmup_runs: int = 0
+    measure_runs: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise ConfigError("There is no prompt, or one is empty")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError(f"Seeds must be different numbers, at least one: {list(self.seeds)}")
+        if self.warmup_runs < 0 or self.measure_runs < 1:
+            raise ConfigError("warmup_runs must be at least 0 and measure_runs at least 1")
+
+    @property
+    def cases(self) -> list[tuple[int, str, int]]:
+        """Every prompt with every seed: (prompt's index, prompt, seed)."""
+        return [(index, prompt, seed) for index, prompt in enumerate(self.prompts) for seed in self.seeds]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a side left in its folder.
+
+    Attributes:
+        folder: where.
+        info: times, memory, manifests, versions, the scheduler, the sizes: ``record.json``.
+    """
+
+    folder: Path
+    info: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Recording:
+        """Read a recording that is complete."""
+        return cls(folder, json.loads((folder / _RECORD).read_text()))
+
+    def case(self, index: int, kind: str = "free") -> dict[str, torch.Tensor]:
+        """Return a case's tensors.
+
+        Args:
+            index: into ``Task.cases``.
+            kind: ``"free"`` or ``"forced"``.
+
+        Returns:
+            ``pictures`` uint8 [outputs or frames, height, width, 3] (only of ``"free"``) and ``latents`` float32
+            [steps, ...], each step's latents after it.
+        """
+        tensors: dict[str, torch.Tensor] = load_file(case_file(self.folder, index, kind))
+        return tensors
+
+
+def case_file(folder: Path, index: int, kind: str) -> Path:
+    """Return where a case is kept."""
+    return folder / f"{kind}_{index:04}.safetensors"
+
+
+def record(side: Side, task: Task, folder: Path, reference: Path | None = None, *, forced: bool = False) -> Recording:
+    """Generate everything, in a process of its own.
+
+    Args:
+        side: the model.
+        task: what to make.
+        folder: an existing empty folder for the files.
+        reference: the folder of the reference's recording: checked to be comparable before anything is generated.
+        forced: generate once more with the reference's latents before each step.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedError: as ``Omni``; ConfigError also where the reference made something
+            that is not comparable.
+        RuntimeError: the process died.
+    """
+    recording: Recording = in_process(_record, side, task, folder, reference, forced)
+    return recording
+
+
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return ``function(*arguments)``, called in a fresh process; its exceptions are raised here.
+
+    Raises:
+        RuntimeError: the process died (out of memory, most often), or raised what can't be sent.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_child, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        ok, value = ours.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"The process that ran it ended with status {process.exitcode}"
+            + (": killed, perhaps for want of memory" if process.exitcode == -9 else "")
+        ) from None
+    finally:
+        ours.close()
+        if process.is_alive():
+            process.join(timeout=30)
+        process.terminate()
+        process.join()
+    if ok:
+        return value
+    raise value
+
+
+def _child(connection: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    try:
+        connection.send((True, function(*arguments)))
+    except Exception as error:
+        try:
+            connection.send((False, error))
+        except Exception:  # an exception that can't be pickled
+            connection.send((False, RuntimeError("".join(traceback.format_exception(error)))))
+
+
+def _record(side: Side, task: Task, folder: Path, reference: Path | None, forced: bool) -> Recording:
+    omni = side.load()
+    information = describe(omni)
+    other = Recording.read(reference) if reference is not None else None
+    if other is not None:
+        check_comparable(other.info, information)
+    times: list[float] = []
+    peaks: list[float] = []
+    steps: list[int] = []
+    first = task.cases[0]
+    for _ in range(task.warmup_runs):
+        generate(omni, task, first[1], first[2])
+    for index, (_, prompt, seed) in enumerate(tqdm(task.cases, desc=side.name, unit="case")):
+        for _ in range(task.measure_runs):
+            latents: list[torch.Tensor] = []
+            output = generate(omni, task, prompt, seed, _Keeper(latents))
+            times.append(output.generation_time_s)
+            peaks.append(output.peak_memory_mb)
+        steps.append(output.num_inference_steps)
+        tensors = {"pictures": torch.from_numpy(stack_pictures(output)), "latents": torch.stack(latents)}
+        if other is not None:
+            check_same_shape(other.case(index), tensors)
+        save_file(tensors, case_file(folder, index, "free"))
+        if forced:
+            save_file({"latents": _forced(omni, task, index, other)}, case_file(folder, index, "forced"))
+    information |= {
+        "num_inference_steps": steps[0],
+        "per_run_generation_time_s": times,
+        "avg_generation_time_s": sum(times) / len(times),
+        "per_run_peak_memory_mb": peaks,
+        "max_peak_memory_mb": max(peaks),
+    }
+    (folder / _RECORD).write_text(json.dumps(information, indent=1))
+    return Recording(folder, information)
+
+
+def _forced(omni: Omni, task: Task, index: int, reference: Recording | None) -> torch.Tensor:
+    assert reference is not None
+    _, prompt, seed = task.cases[index]
+    known = reference.case(index)["latents"]
+    latents: list[torch.Tensor] = []
+
+    def replace(step: int, value: torch.Tensor) -> torch.Tensor:
+        latents.append(_copy(value))
+        return known[step].to(value)
+
+    generate(omni, task, prompt, seed, replace)
+    return torch.stack(latents)
+
+
+class _Keeper:
+    """A hook that keeps each step's latents."""
+
+    def __init__(self, kept: list[torch.Tensor]) -> None:
+        self.kept = kept
+
+    def __call__(self, step: int, latents: torch.Tensor) -> None:
+        self.kept.append(_copy(latents))
+
+
+def _copy(latents: torch.Tensor) -> torch.Tensor:
+    return latents.detach().float().cpu().clone()
+
+
+def generate(
+    omni: Omni,
+    task: Task,
+    prompt: str,
+    seed: int,
+    on_step: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
+) -> OmniRequestOutput:
+    """Make one case."""
+    from dataclasses import replace
+
+    output = omni.generate(prompt, replace(task.params, seed=seed), progress=False, on_step=on_step)
+    assert not isinstance(output, list)
+    return output
+
+
+def stack_pictures(output: OmniRequestOutput) -> np.ndarray:
+    """Return the images or all frames of all videos: uint8 [N, height, width, 3]."""
+    pictures = list(output.images) or [frame for video in output.frames for frame in video]
+    return np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+
+
+def describe(omni: Omni) -> dict[str, Any]:
+    """Return what ran: model, pipeline, scheduler, quantization, times of loading, versions, machine."""
+    import diffusers
+    import transformers
+
+    import lowbit
+
+    scheduler = omni.pipeline.scheduler
+    return {
+        "model": omni.config.model or "embedded",
+        "pipeline": type(omni.pipeline).__name__,
+        "scheduler": {
+            "class": type(scheduler).__name__,
+            **{key: value for key, value in scheduler.config.items() if not key.startswith("_") and _is_plain(value)},
+        },
+        "dtype": str(omni.config.dtype).removeprefix("torch."),
+        "device": str(omni.device),
+        "device_name": _device_name(omni.device),
+        "load_time_s": omni.load_time_s,
+        "load_peak_memory_mb": omni.load_peak_memory_mb,
+        "manifests": {name: manifest.to_dict() for name, manifest in omni.manifests.items()},
+        "versions": {
+            "lowbit": lowbit.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def check_comparable(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` where pipelines or schedulers differ: their pictures would, whatever the quantization."""
+    if reference["pipeline"] != candidate["pipeline"]:
+        raise ConfigError(
+            f"The reference is a {reference['pipeline']}, the candidate a {candidate['pipeline']}: not comparable"
+        )
+    first, second = reference["scheduler"], candidate["scheduler"]
+    different = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
+    if different:
+        found = "; ".join(f"{key}: {first.get(key)!r} and {second.get(key)!r}" for key in different)
+        raise ConfigError(f"The schedulers of reference and candidate differ ({found}): not comparable")
+
+
+def check_same_shape(reference: Mapping[str, torch.Tensor], candidate: Mapping[str, torch.Tensor]) -> None:
+    """Raise ``ConfigError`` where counts, sizes or steps differ."""
+    pictures = [list(tensors["pictures"].shape[:3]) for tensors in (reference, candidate)]
+    if pictures[0] != pictures[1]:
+        raise ConfigError(
+            f"The reference made [pictures, height, width] {pictures[0]}, the candidate {pictures[1]}: not comparable."
+            " Give --height and --width"
+        )
+    steps = [len(tensors["latents"]) for tensors in (reference, candidate)]
+    if steps[0] != steps[1]:
+        raise ConfigError(f"The reference took {steps[0]} steps, the candidate {steps[1]}. Give --num-inference-steps")
