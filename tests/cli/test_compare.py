@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.cli.compare import read_prompts
 from lowbit.cli.main import main
+from lowbit.cli.options import read_prompts
 from lowbit.errors import ConfigError
 
 DOOR = "lowbit.quantization.tools.compare_diffusion_trajectory_similarity"

@@ -22,7 +22,8 @@ EXAMPLES = """Examples:
   --output-json out/result.json --save-output-dir out/images --enforce-eager
 
   lowbit compare --reference-model Qwen/Qwen-Image --candidate-model ./qwen-image-int8 --prompts-file prompts.txt
-  --seed 1 --seed 2 --perceptual --teacher-forced --gate "psnr_db>=25,max_peak_memory_ratio<=0.95"
+  --seed 1 --seed 2 --perceptual --teacher-forced --layers --report out/report.html
+  --gate "psnr_db>=25,max_peak_memory_ratio<=0.95"
 """
 
 
@@ -49,22 +50,25 @@ def compare(
     candidate_ignored_layers: Annotated[
         str | None, typer.Option(help="Layers the candidate keeps. Default: --ignored-layers.")
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="A prompt per line, # begins a comment.")] = None,
+    prompt: options.Prompts = None,
+    prompts_file: options.PromptsFile = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    num_inference_steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
     num_images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures per prompt and seed.")] = 1,
     num_frames: Annotated[int | None, typer.Option(help="Of a video.")] = None,
     fps: Annotated[int | None, typer.Option(help="Of a video.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="May be given several times. Default: 0.")] = None,
+    seed: options.Seeds = None,
     warmup_runs: Annotated[int, typer.Option(min=0, help="Generations before measuring.")] = 0,
     measure_runs: Annotated[int, typer.Option(min=1, help="Measured generations of each case.")] = 1,
     perceptual: Annotated[bool, typer.Option("--perceptual", help="Add SSIM, FLIP, and LPIPS if it is there.")] = False,
     teacher_forced: Annotated[
         bool, typer.Option("--teacher-forced", help="Also give the candidate the reference's latents at each step.")
+    ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also compare layers and blocks at the first, middle and last step.")
     ] = False,
     noise_floor: Annotated[
         bool, typer.Option("--noise-floor", help="Also compare the reference with itself in float32.")
@@ -74,6 +78,7 @@ def compare(
     ] = None,
     output_json: Annotated[str | None, typer.Option(help="File to write the result to.")] = None,
     save_output_dir: Annotated[str | None, typer.Option(help="Folder to write the pictures to.")] = None,
+    report: Annotated[str | None, typer.Option(help="HTML file with pictures and charts to write.")] = None,
     dtype: options.Dtype = "bfloat16",
     device: options.Device = None,
     enforce_eager: Annotated[
@@ -87,12 +92,14 @@ def compare(
     from lowbit.evaluation import comparison
     from lowbit.evaluation.gates import parse_gate
     from lowbit.evaluation.recording import Side, Task
+    from lowbit.evaluation.report import write_report
 
     if task is Kind.t2i and num_frames is not None:
         raise ConfigError("--num-frames is for --task t2v")
     conditions = parse_gate(gate, comparison.known_figures(perceptual)) if gate else ()
     json_file = comparison.check_output_file(output_json, "--output-json") if output_json else None
     folder = comparison.check_output_folder(save_output_dir, "--save-output-dir") if save_output_dir else None
+    report_file = comparison.check_output_file(report, "--report") if report else None
     common: dict[str, Any] = {"dtype": dtype, "device": device, "enforce_eager": enforce_eager}
     plan = comparison.Plan(
         reference=Side(
@@ -112,7 +119,7 @@ def compare(
             **common,
         ),
         task=Task(
-            prompts=tuple(read_prompts(prompt or (), prompts_file)),
+            prompts=tuple(options.read_prompts(prompt, prompts_file)),
             seeds=tuple(seed or (0,)),
             params=OmniDiffusionSamplingParams(
                 height=height,
@@ -130,6 +137,7 @@ def compare(
         perceptual=perceptual,
         teacher_forced=teacher_forced,
         noise_floor=noise_floor,
+        layers=layers,
         gate=conditions,
         kind="frame" if task is Kind.t2v else "image",
     )
@@ -139,37 +147,19 @@ def compare(
             found.write_json(json_file)
         if folder:
             found.write_pictures(folder)
+        if report_file:
+            write_report(found, report_file)
     _show(found)
-    for path in (json_file, folder):
+    for path in (json_file, folder, report_file):
         if path:
             typer.echo(f"wrote       {path}")
     if not found.ok:
         raise typer.Exit(1)
 
 
-def read_prompts(prompts: Any, file: Path | None) -> list[str]:
-    """Return the prompts of the command line and of the file, in this order.
-
-    Raises:
-        ConfigError: the file is missing or not text, or there is no prompt.
-    """
-    found = list(prompts)
-    if file is not None:
-        if not file.is_file():
-            raise ConfigError(f"--prompts-file: there is no file {file}")
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"--prompts-file: {file} is not UTF-8 text") from error
-        found += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not found:
-        raise ConfigError(
-            f"--prompts-file: {file} holds no prompt" if file else "Give a prompt: --prompt or --prompts-file"
-        )
-    return found
-
-
 def _show(found: Any) -> None:
+    from lowbit.evaluation.layers import worst_layers
+
     summary = found.result["summary"]
     count = len(found.result["cases"])
     typer.echo(f"{'metric':20} {'median':>12} {'worst':>12}   over {count} case{'s' * (count != 1)}")
@@ -182,5 +172,7 @@ def _show(found: Any) -> None:
     if "noise_floor" in found.result:
         floor = found.result["noise_floor"]["summary"]["median"]["psnr_db"]
         typer.echo(f"{'noise floor':20} {floor:12.6g}   psnr_db of the reference against itself in float32")
+    for name, error in worst_layers(found.result.get("layers", []))[:5]:
+        typer.echo(f"{'layer':20} {error:12.6g} relative_l2   {name}")
     for verdict in found.verdicts:
         typer.echo(str(verdict))

@@ -8,7 +8,7 @@ import sys
 import typer
 
 import lowbit
-from lowbit.cli import compare, generate, info, quantize
+from lowbit.cli import compare, generate, info, quantize, sensitivity, tune
 
 app = typer.Typer(
     name="lowbit",
@@ -21,6 +21,8 @@ app = typer.Typer(
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("quantize", epilog=quantize.EXAMPLES)(quantize.quantize)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
+app.command("sensitivity", epilog=sensitivity.EXAMPLES)(sensitivity.sensitivity)
+app.command("tune", epilog=tune.EXAMPLES)(tune.tune)
 app.command("info", epilog=info.EXAMPLES)(info.info)
 
 

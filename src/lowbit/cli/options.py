@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,13 @@ Dtype = Annotated[str, typer.Option("--dtype", help="Of what is not quantized: b
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, xpu... Default: an accelerator if there is one.")
 ]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
+PromptsFile = Annotated[Path | None, typer.Option(help="A prompt per line, # begins a comment.")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="May be given several times. Default: 0.")]
+Height = Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")]
+Width = Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")]
+Steps = Annotated[int | None, typer.Option("--num-inference-steps", help="Default: the model's.")]
+GuidanceScale = Annotated[float | None, typer.Option(help="Default: the model's.")]
 
 
 def quantization_spec(
@@ -77,3 +85,27 @@ def read_json(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"--quantization-config: {text!r} is not a JSON dictionary")
     return value
+
+
+def read_prompts(prompts: Sequence[str] | None, file: Path | None, default: Sequence[str] = ()) -> list[str]:
+    """Return the prompts of the command line and of the file, in this order, or else the default ones.
+
+    Raises:
+        ConfigError: the file is missing or not text, or there is no prompt.
+    """
+    found = list(prompts or ())
+    if file is not None:
+        if not file.is_file():
+            raise ConfigError(f"--prompts-file: there is no file {file}")
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--prompts-file: {file} is not UTF-8 text") from error
+        found += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not found and file is None:
+        found = list(default)
+    if not found:
+        raise ConfigError(
+            f"--prompts-file: {file} holds no prompt" if file else "Give a prompt: --prompt or --prompts-file"
+        )
+    return found

@@ -51,6 +51,7 @@ class Plan:
         perceptual: add SSIM, FLIP and, where its weights are, LPIPS.
         teacher_forced: let the candidate generate once more from the reference's latents at each step.
         noise_floor: compare the reference with itself in FP32 too.
+        layers: compare linear layers and blocks at the first, the middle and the last step of the first case.
         gate: conditions to judge by.
         kind: ``"image"`` or ``"frame"``: what the JSON calls a picture.
     """
@@ -61,6 +62,7 @@ class Plan:
     perceptual: bool = False
     teacher_forced: bool = False
     noise_floor: bool = False
+    layers: bool = False
     gate: Sequence[Condition] = ()
     kind: str = "image"
 
@@ -125,15 +127,22 @@ def compare(plan: Plan, work: Path) -> Comparison:
     """
     plan.reference.check()
     plan.candidate.check()
-    reference = record(plan.reference, plan.task, _subfolder(work, "reference"))
+    reference = record(plan.reference, plan.task, _subfolder(work, "reference"), layers=plan.layers)
     candidate = record(
-        plan.candidate, plan.task, _subfolder(work, "candidate"), reference.folder, forced=plan.teacher_forced
+        plan.candidate,
+        plan.task,
+        _subfolder(work, "candidate"),
+        reference.folder,
+        forced=plan.teacher_forced,
+        layers=plan.layers,
     )
     result = {
         **compare_recordings(plan, reference, candidate),
         "settings": _settings(plan),
         "metric_guidance": guidance(plan.perceptual),
     }
+    if plan.layers:
+        result["layers"] = candidate.info["layers"]
     if plan.noise_floor:
         result["noise_floor"] = _noise_floor(plan, reference, work)
     verdicts = judge(plan.gate, figures(result)) if plan.gate else []
@@ -192,7 +201,7 @@ def compare_recordings(plan: Plan, reference: Recording, candidate: Recording) -
 
 
 def _identity(recording: Recording) -> dict[str, Any]:
-    return {key: value for key, value in recording.info.items() if key not in _GENERATION_KEYS}
+    return {key: value for key, value in recording.info.items() if key not in (*_GENERATION_KEYS, "layers")}
 
 
 def stack_metrics(reference: np.ndarray, candidate: np.ndarray, kind: str = "image") -> dict[str, Any]:

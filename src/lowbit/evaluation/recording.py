@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from lowbit.engine.loading import read_components, resolve_model, route
 from lowbit.errors import ConfigError
+from lowbit.evaluation.layers import Watch, block_errors, blocks, layer_errors, linear_layers, probe_steps
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.integrations.skeleton import empty_component
 from lowbit.models.embedded import EMBEDDED_NAME
@@ -153,7 +154,15 @@ def case_file(folder: Path, index: int, kind: str) -> Path:
     return folder / f"{kind}_{index:04}.safetensors"
 
 
-def record(side: Side, task: Task, folder: Path, reference: Path | None = None, *, forced: bool = False) -> Recording:
+def record(
+    side: Side,
+    task: Task,
+    folder: Path,
+    reference: Path | None = None,
+    *,
+    forced: bool = False,
+    layers: bool = False,
+) -> Recording:
     """Generate everything, in a process of its own.
 
     Args:
@@ -162,13 +171,15 @@ def record(side: Side, task: Task, folder: Path, reference: Path | None = None, 
         folder: an existing empty folder for the files.
         reference: the folder of the reference's recording: checked to be comparable before anything is generated.
         forced: generate once more with the reference's latents before each step.
+        layers: look into the network at a few steps of the first case: without a reference keep what enters and leaves
+            each layer and block, with one compare.
 
     Raises:
         ConfigError, CheckpointError, UnsupportedError: as ``Omni``; ConfigError also where the reference made something
             that is not comparable.
         RuntimeError: the process died.
     """
-    recording: Recording = in_process(_record, side, task, folder, reference, forced)
+    recording: Recording = in_process(_record, side, task, folder, reference, forced, layers)
     return recording
 
 
@@ -212,7 +223,7 @@ def _child(connection: Connection, function: Callable[..., Any], arguments: Sequ
             connection.send((False, RuntimeError("".join(traceback.format_exception(error)))))
 
 
-def _record(side: Side, task: Task, folder: Path, reference: Path | None, forced: bool) -> Recording:
+def _record(side: Side, task: Task, folder: Path, reference: Path | None, forced: bool, layers: bool) -> Recording:
     omni = side.load()
     information = describe(omni)
     other = Recording.read(reference) if reference is not None else None
@@ -244,6 +255,10 @@ def _record(side: Side, task: Task, folder: Path, reference: Path | None, forced
         "per_run_peak_memory_mb": peaks,
         "max_peak_memory_mb": max(peaks),
     }
+    if layers and other is None:
+        _keep_layers(omni, task, folder, steps[0])
+    elif layers and other is not None:
+        information["layers"] = _compare_layers(omni, task, other, steps[0])
     (folder / _RECORD).write_text(json.dumps(information, indent=1))
     return Recording(folder, information)
 
@@ -260,6 +275,46 @@ def _forced(omni: Omni, task: Task, index: int, reference: Recording | None) -> 
 
     generate(omni, task, prompt, seed, replace)
     return torch.stack(latents)
+
+
+def _layers_file(folder: Path, step: int) -> Path:
+    return folder / f"layers_{step:04}.safetensors"
+
+
+def _keep_layers(omni: Omni, task: Task, folder: Path, steps: int) -> None:
+    """Write what enters and leaves linear layers and blocks at a few steps of the first case."""
+    for step, samples in _watch(omni, task, {**linear_layers(omni), **blocks(omni)}, steps, None).items():
+        save_file({key: value.contiguous() for key, value in samples.items()}, _layers_file(folder, step))
+
+
+def _compare_layers(omni: Omni, task: Task, reference: Recording, steps: int) -> list[dict[str, Any]]:
+    latents = reference.case(0)["latents"]
+    found = _watch(omni, task, blocks(omni), steps, latents)
+    result = []
+    for step, samples in found.items():
+        expected = load_file(_layers_file(reference.folder, step))
+        result.append({"step": step, "linear": layer_errors(omni, expected), "blocks": block_errors(expected, samples)})
+    return result
+
+
+def _watch(
+    omni: Omni, task: Task, modules: Mapping[str, Any], steps: int, latents: torch.Tensor | None
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Generate the first case, with ``latents`` after each step if given, and return samples of the modules by step."""
+    watch, wanted = Watch(), probe_steps(steps)
+    watch.active = 0 in wanted
+    found: dict[int, dict[str, torch.Tensor]] = {}
+
+    def next_step(step: int, value: torch.Tensor) -> torch.Tensor | None:
+        if watch.active:
+            found[step] = watch.take()
+        watch.active = step + 1 in wanted
+        return latents[step].to(value) if latents is not None else None
+
+    _, prompt, seed = task.cases[0]
+    with watch.on(modules):
+        generate(omni, task, prompt, seed, next_step)
+    return found
 
 
 class _Keeper:

@@ -13,6 +13,7 @@ import torch
 
 from lowbit.errors import ConfigError
 from lowbit.ops import int8
+from lowbit.ops.dispatch import AUTO
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.scales import per_channel_scale
 
@@ -28,10 +29,13 @@ class Int8Config(QuantizationConfig):
 
     Attributes:
         activation_scheme: ``"dynamic"``, the only one.
+        activation_bits: 8, or 2 to 7 to round activations to fewer bits first: emulated, to see what such activations
+            do to quality. It saves nothing.
         is_checkpoint_int8_serialized: the checkpoint's weights are int8 already.
     """
 
     activation_scheme: str = "dynamic"
+    activation_bits: int = 8
     is_checkpoint_int8_serialized: bool = False
 
     def __post_init__(self) -> None:
@@ -41,6 +45,8 @@ class Int8Config(QuantizationConfig):
                 f"int8 has no activation_scheme {self.activation_scheme!r}: activations are scaled per token while"
                 " running; use 'dynamic'"
             )
+        if type(self.activation_bits) is not int or not 2 <= self.activation_bits <= 8:
+            raise ConfigError(f"activation_bits must be a whole number from 2 to 8, not {self.activation_bits!r}")
         if not isinstance(self.is_checkpoint_int8_serialized, bool):
             raise ConfigError("is_checkpoint_int8_serialized must be true or false")
 
@@ -56,7 +62,7 @@ class Int8Config(QuantizationConfig):
 
     def linear_method(self) -> Int8LinearMethod:
         """Return the method with this configuration's kernel."""
-        return Int8LinearMethod(self.kernel)
+        return Int8LinearMethod(self.kernel, self.activation_bits)
 
     def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
         """Return the configuration to write beside the quantized tensors."""
@@ -74,6 +80,10 @@ class Int8LinearMethod(LinearMethod):
     name = "int8"
     family = "int8"
     table = int8.IMPLEMENTATIONS
+
+    def __init__(self, kernel: str = AUTO, activation_bits: int = 8) -> None:
+        super().__init__(kernel)
+        self.activation_bits = activation_bits
 
     def create_weights(self, layer: QuantizedLinear) -> None:
         """Register ``weight`` int8 [N, K] and ``weight_scale`` float32 [N, 1]."""
@@ -97,6 +107,25 @@ class Int8LinearMethod(LinearMethod):
 
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Quantize x by tokens and multiply."""
+        if self.activation_bits < 8:
+            x = round_to_bits(x, self.activation_bits)
         assert layer.kernel is not None
         result: torch.Tensor = layer.kernel.linear(x, layer.weight, layer.weight_scale, bias)
         return result
+
+
+def round_to_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round each token to the symmetric grid of a ``bits``-bit integer with a scale of its own.
+
+    Args:
+        x: [..., K] floating.
+        bits: at least 2.
+
+    Returns:
+        ``round(x / scale) * scale`` with ``scale = absmax / (2**(bits - 1) - 1)``, in ``x.dtype``.
+    """
+    largest = 2 ** (bits - 1) - 1
+    values = x.float()
+    scale = values.abs().amax(dim=-1, keepdim=True).clamp(min=int8.SMALLEST_ABSMAX) / largest
+    rounded: torch.Tensor = ((values / scale).round() * scale).to(x.dtype)
+    return rounded
