@@ -26,6 +26,7 @@ class OmniRequestOutput:
         prompt: as given.
         images: PIL images, one per output asked for; none of a video.
         frames: of a video: per output asked for, its frames as PIL images; none of an image.
+        skipped_steps: indices from 0 of the steps in which a cache spared the transformer's blocks.
         seeds: of each image's starting noise.
         num_inference_steps: denoising steps taken.
         generation_time_s: wall-clock seconds of the whole call.
@@ -42,6 +43,7 @@ class OmniRequestOutput:
     step_times_s: Sequence[float] = field(repr=False)
     peak_memory_mb: float
     frames: Sequence[Sequence[Image]] = field(default=(), repr=False)
+    skipped_steps: Sequence[int] = ()
 
     @property
     def final_output_type(self) -> str:
@@ -62,6 +64,7 @@ class OmniRequestOutput:
             "step_time_s": self.step_time_s,
             "num_inference_steps": self.num_inference_steps,
             "peak_memory_mb": self.peak_memory_mb,
+            "num_skipped_steps": len(self.skipped_steps),
         }
 
     def save_images(self, path: str | os.PathLike[str]) -> list[Path]:

@@ -50,6 +50,8 @@ def compare(
     candidate_ignored_layers: Annotated[
         str | None, typer.Option(help="Layers the candidate keeps. Default: --ignored-layers.")
     ] = None,
+    candidate_cache_backend: options.CacheBackend = None,
+    cache_config: options.CacheConfig = None,
     prompt: options.Prompts = None,
     prompts_file: options.PromptsFile = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
@@ -116,6 +118,8 @@ def compare(
             quantization_config=options.quantization_spec(
                 candidate_quantization, candidate_quantization_config_json, candidate_ignored_layers or ignored_layers
             ),
+            cache_backend=candidate_cache_backend,
+            cache_config=options.read_json(cache_config, "--cache-config") if cache_config else None,
             **common,
         ),
         task=Task(
@@ -169,6 +173,10 @@ def _show(found: Any) -> None:
     for name, title in (("avg_generation_time_s", "s per generation"), ("max_peak_memory_mb", "MB at most")):
         first, second = (side[name] for side in sides)
         typer.echo(f"{title:20} {first:12,.2f} {second:12,.2f}   reference, candidate: {second / first:.2f} times")
+    skipped = found.result["candidate_generation"]["per_case_skipped_steps"]
+    if any(skipped):
+        steps = found.result["candidate_generation"]["num_inference_steps"] * len(skipped)
+        typer.echo(f"{'steps skipped':20} {sum(skipped):12} of {steps}")
     if "noise_floor" in found.result:
         floor = found.result["noise_floor"]["summary"]["median"]["psnr_db"]
         typer.echo(f"{'noise floor':20} {floor:12.6g}   psnr_db of the reference against itself in float32")

@@ -43,6 +43,8 @@ def generate(
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     num_images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures to make, seeds counting up.")] = 1,
+    cache_backend: options.CacheBackend = None,
+    cache_config: options.CacheConfig = None,
     dtype: options.Dtype = "bfloat16",
     device: options.Device = None,
     enforce_eager: Annotated[
@@ -75,6 +77,8 @@ def generate(
         device=device,
         enforce_eager=enforce_eager,
         calibration_prompts=calibration_prompt or (),
+        cache_backend=cache_backend,
+        cache_config=options.read_json(cache_config, "--cache-config") if cache_config else None,
     )
     _show_load(omni, model or EMBEDDED_NAME)
     result = omni.generate(prompt, params)
@@ -95,7 +99,9 @@ def _show_load(omni: Omni, model: str) -> None:
 
 
 def _show_result(result: OmniRequestOutput) -> None:
+    skipped = f" ({len(result.skipped_steps)} from the cache)" if result.skipped_steps else ""
     typer.echo(
         f"generated   in {result.generation_time_s:.2f} s: {result.num_inference_steps} steps of"
-        f" {result.step_time_s * 1e3:,.0f} ms, seed {result.seeds[0]}, peak memory {result.peak_memory_mb:,.0f} MB"
+        f" {result.step_time_s * 1e3:,.0f} ms{skipped}, seed {result.seeds[0]},"
+        f" peak memory {result.peak_memory_mb:,.0f} MB"
     )

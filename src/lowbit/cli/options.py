@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lowbit.cache import CACHE_BACKENDS
 from lowbit.errors import ConfigError
 from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS
 
@@ -34,6 +35,13 @@ Kernel = Annotated[
 Dtype = Annotated[str, typer.Option("--dtype", help="Of what is not quantized: bfloat16, float16 or float32.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, xpu... Default: an accelerator if there is one.")
+]
+CacheBackend = Annotated[
+    str | None,
+    typer.Option(help=f"Reuse what earlier denoising steps computed: {', '.join(CACHE_BACKENDS)}."),
+]
+CacheConfig = Annotated[
+    str | None, typer.Option(help="Options of the cache: JSON such as '{\"rel_l1_thresh\": 0.2}', or a file of it.")
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
 PromptsFile = Annotated[Path | None, typer.Option(help="A prompt per line, # begins a comment.")]
@@ -70,20 +78,20 @@ def quantization_spec(
     return {**spec, **options} if options else spec
 
 
-def read_json(text: str) -> dict[str, Any]:
+def read_json(text: str, option: str = "--quantization-config") -> dict[str, Any]:
     """Return the dictionary that ``text`` is, or that the file ``text`` holds."""
     source = text
     if not text.lstrip().startswith("{"):
         path = Path(text)
         if not path.is_file():
-            raise ConfigError(f"--quantization-config: {text!r} is neither a JSON dictionary nor a file")
+            raise ConfigError(f"{option}: {text!r} is neither a JSON dictionary nor a file")
         source = path.read_text()
     try:
         value = json.loads(source)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"--quantization-config: {text!r} is not valid JSON: {error}") from error
+        raise ConfigError(f"{option}: {text!r} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"--quantization-config: {text!r} is not a JSON dictionary")
+        raise ConfigError(f"{option}: {text!r} is not a JSON dictionary")
     return value
 
 

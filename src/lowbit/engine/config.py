@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lowbit.cache import build_cache
 from lowbit.errors import ConfigError
 from lowbit.quantization.factory import AnyQuantizationConfig, QuantizationSpec, build_quant_config
 
@@ -33,6 +34,8 @@ class OmniDiffusionConfig:
         enforce_eager: ``False`` compiles the transformers' repeated blocks with ``torch.compile``.
         calibration_prompts: for the static activation scheme where the checkpoint holds no input scales.
         trust_remote_code: run code that comes with the checkpoint.
+        cache_backend: reuse what earlier denoising steps computed: a name of ``lowbit.cache.CACHE_BACKENDS``.
+        cache_config: the cache's options.
     """
 
     model: str | None = None
@@ -42,12 +45,17 @@ class OmniDiffusionConfig:
     enforce_eager: bool = True
     calibration_prompts: Sequence[str] = ()
     trust_remote_code: bool = False
+    cache_backend: str | None = None
+    cache_config: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         # Normalizations at construction: what users may write becomes what the engine reads.
         object.__setattr__(self, "quantization_config", build_quant_config(self.quantization_config))
         object.__setattr__(self, "dtype", parse_dtype(self.dtype))
         object.__setattr__(self, "device", parse_device(self.device))
+        cache = build_cache(self.cache_backend, self.cache_config)
+        if cache is not None and not self.enforce_eager and not cache.runs_compiled:
+            raise ConfigError(f"cache_backend {self.cache_backend!r} does not work with compiled blocks: use tea_cache")
 
     @property
     def quantization(self) -> AnyQuantizationConfig | None:

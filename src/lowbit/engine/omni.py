@@ -8,10 +8,13 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from lowbit.cache import build_cache
+from lowbit.cache.base import Skips
 from lowbit.engine.config import OmniDiffusionConfig, merge_quantization
 from lowbit.engine.loading import load_pipeline
 from lowbit.engine.memory import PeakMemory
@@ -42,6 +45,7 @@ class Omni:
         manifests: component -> which layers took which method and kernel, which were kept and why, and the bytes.
         load_time_s: seconds that loading took.
         load_peak_memory_mb: highest memory while loading, in 10^6 bytes (see ``engine.memory``).
+        cache: what lets denoising steps reuse earlier ones' work, ``None`` for nothing.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class Omni:
         enforce_eager: bool = True,
         calibration_prompts: Sequence[str] = (),
         trust_remote_code: bool = False,
+        cache_backend: str | None = None,
+        cache_config: Mapping[str, Any] | None = None,
     ) -> None:
         """Load ``model``.
 
@@ -68,6 +74,8 @@ class Omni:
             enforce_eager: ``False`` compiles the transformers' repeated blocks.
             calibration_prompts: for FP8's static activation scheme where the checkpoint holds no input scales.
             trust_remote_code: run code that comes with the checkpoint.
+            cache_backend: reuse what earlier denoising steps computed, such as ``"tea_cache"``.
+            cache_config: the cache's options, such as ``{"rel_l1_thresh": 0.2}``.
 
         Raises:
             ConfigError: options that don't exist, contradict each other or the checkpoint.
@@ -82,11 +90,16 @@ class Omni:
             enforce_eager=enforce_eager,
             calibration_prompts=tuple(calibration_prompts),
             trust_remote_code=trust_remote_code,
+            cache_backend=cache_backend,
+            cache_config=cache_config,
         )
+        self.cache = build_cache(cache_backend, cache_config)
         peak, start = PeakMemory(self.device), time.perf_counter()
         self.pipeline = load_pipeline(self.config)
         self.load_time_s = time.perf_counter() - start
         self.load_peak_memory_mb = peak.megabytes()
+        if self.cache is not None:
+            self.cache.check(self.transformers())
         self._calibrate(self.config.calibration_prompts)
         if not enforce_eager:
             for transformer in self.transformers().values():
@@ -203,7 +216,7 @@ class Omni:
         self.pipeline.set_progress_bar_config(disable=not progress, desc="denoising")
         steps.ends.clear()
         peak, start = PeakMemory(self.device), time.perf_counter()
-        with torch.no_grad():
+        with torch.no_grad(), self._caching(arguments) as skips:
             result = self.pipeline(prompt=prompt, generator=generators, **steps.arguments, **arguments)
         elapsed = time.perf_counter() - start
         images, frames = _pictures(result)
@@ -217,7 +230,15 @@ class Omni:
             generation_time_s=elapsed,
             step_times_s=steps.durations(),
             peak_memory_mb=peak.megabytes(),
+            skipped_steps=skips.steps(),
         )
+
+    def _caching(self, arguments: Mapping[str, Any]) -> AbstractContextManager[Skips]:
+        if self.cache is None:
+            return nullcontext(Skips())
+        default = inspect.signature(self.pipeline.__call__).parameters["num_inference_steps"].default
+        steps = arguments.get("num_inference_steps", default)
+        return self.cache.active(self.pipeline, self.transformers(), steps)
 
     def _calibrate(self, prompts: Sequence[str]) -> None:
         waiting = {name: part for name, part in self.transformers().items() if uncalibrated_layers(part)}

@@ -34,6 +34,7 @@ _GENERATION_KEYS = (
     "load_time_s",
     "load_peak_memory_mb",
     "num_inference_steps",
+    "per_case_skipped_steps",
 )
 _TRAJECTORY_KEYS = ("relative_l2", "cosine_similarity")
 WORST = "worst_"

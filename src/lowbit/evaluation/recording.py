@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from lowbit.cache import build_cache
 from lowbit.engine.loading import read_components, resolve_model, route
 from lowbit.errors import ConfigError
 from lowbit.evaluation.layers import Watch, block_errors, blocks, layer_errors, linear_layers, probe_steps
@@ -48,6 +49,8 @@ class Side:
         dtype: of what is not quantized.
         device: ``None`` takes an accelerator when there is one.
         enforce_eager: ``False`` compiles the transformer's blocks.
+        cache_backend: as ``Omni`` takes it.
+        cache_config: likewise.
     """
 
     name: str
@@ -56,9 +59,12 @@ class Side:
     dtype: str = "bfloat16"
     device: str | None = None
     enforce_eager: bool = True
+    cache_backend: str | None = None
+    cache_config: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         build_quant_config(self.quantization_config)
+        build_cache(self.cache_backend, self.cache_config)
 
     def check(self) -> None:
         """Find out, without loading weights, whether the model can be quantized as asked.
@@ -82,6 +88,8 @@ class Side:
             dtype=self.dtype,
             device=self.device,
             enforce_eager=self.enforce_eager,
+            cache_backend=self.cache_backend,
+            cache_config=self.cache_config,
         )
 
 
@@ -232,6 +240,7 @@ def _record(side: Side, task: Task, folder: Path, reference: Path | None, forced
     times: list[float] = []
     peaks: list[float] = []
     steps: list[int] = []
+    skipped: list[int] = []
     first = task.cases[0]
     for _ in range(task.warmup_runs):
         generate(omni, task, first[1], first[2])
@@ -242,6 +251,7 @@ def _record(side: Side, task: Task, folder: Path, reference: Path | None, forced
             times.append(output.generation_time_s)
             peaks.append(output.peak_memory_mb)
         steps.append(output.num_inference_steps)
+        skipped.append(len(output.skipped_steps))
         tensors = {"pictures": torch.from_numpy(stack_pictures(output)), "latents": torch.stack(latents)}
         if other is not None:
             check_same_shape(other.case(index), tensors)
@@ -250,6 +260,7 @@ def _record(side: Side, task: Task, folder: Path, reference: Path | None, forced
             save_file({"latents": _forced(omni, task, index, other)}, case_file(folder, index, "forced"))
     information |= {
         "num_inference_steps": steps[0],
+        "per_case_skipped_steps": skipped,
         "per_run_generation_time_s": times,
         "avg_generation_time_s": sum(times) / len(times),
         "per_run_peak_memory_mb": peaks,

@@ -1,0 +1,167 @@
+"""TeaCache on small random transformers of every family it knows, step by step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from lowbit.cache.tea_cache import FAMILIES, TeaCache, _StandIn, fit, polynomial, recorded
+from lowbit.errors import ConfigError
+from lowbit.models.tea_cache import COEFFICIENTS, find_coefficients
+from tests.integrations.models import FAMILIES as MODELS
+
+NAMES = ["z-image", "flux", "qwen-image", "wan"]
+STEPS = 6
+IDENTITY = (0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+class Loop:
+    """Denoising as a pipeline does it, with inputs that do not depend on what the model returns."""
+
+    def __init__(self, name: str, branches: int = 1) -> None:
+        torch.manual_seed(0)
+        self.family = MODELS[name]
+        self.model: Any = self.family.make().float().eval()
+        self.pipeline = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler())
+        torch.manual_seed(1)
+        self.inputs = [self.family.inputs(torch.float32) for _ in range(branches)]
+
+    @property
+    def transformers(self) -> dict[str, Any]:
+        return {"transformer": self.model}
+
+    def run(self, move: float = 0.0) -> list[list[torch.Tensor]]:
+        """Return the output of every step and branch; each step the picture's input moves a little farther."""
+        self.pipeline.scheduler.set_timesteps(STEPS)
+        outputs = []
+        for index, timestep in enumerate(self.pipeline.scheduler.timesteps):
+            row = []
+            for inputs in self.inputs:
+                with torch.no_grad():
+                    out = self.model(**shifted(inputs, move * index**2), return_dict=False)[0]
+                row.append(out[0] if isinstance(out, list) else out)
+            outputs.append(row)
+            self.pipeline.scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
+        return outputs
+
+
+def shifted(inputs: dict[str, Any], by: float) -> dict[str, Any]:
+    key = "x" if "x" in inputs else "hidden_states"
+    time = "t" if "t" in inputs else "timestep"
+    value = inputs[key]
+    moved = [part + by for part in value] if isinstance(value, list) else value + by
+    return {**inputs, key: moved, time: inputs[time] * (1 - by / 10)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_skipped_is_exactly_the_model(name: str) -> None:
+    loop = Loop(name, branches=2)
+    expected = loop.run(0.01)
+    cache = TeaCache(1e-12, IDENTITY)
+    with cache.active(loop.pipeline, loop.transformers, STEPS) as skips:
+        found = loop.run(0.01)
+    assert skips.steps() == []
+    for first, second in zip(expected, found, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    assert not [module for module in loop.model.modules() if isinstance(module, _StandIn)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_skipped_step_adds_its_own_branchs_residual(name: str) -> None:
+    loop = Loop(name, branches=2)
+    (expected, *_) = loop.run()
+    ran = []
+    block = loop.model.get_submodule(FAMILIES[type(loop.model).__name__].blocks[-1])[-1]
+    block.register_forward_hook(lambda *_: ran.append(1))
+    with TeaCache(1e9, IDENTITY).active(loop.pipeline, loop.transformers, STEPS) as skips:
+        found = loop.run()
+    assert skips.steps() == [1, 2, 3, 4]
+    assert len(ran) == 2 * 2  # both branches of the first and of the last step
+    assert not torch.equal(expected[0], expected[1])
+    for row in found:
+        for one, other in zip(expected, row, strict=True):
+            torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decisions_are_those_of_the_accumulated_changes(name: str) -> None:
+    loop = Loop(name)
+    with recorded(loop.pipeline, loop.transformers, STEPS) as pairs:
+        loop.run(0.02)
+    changes = [change for change, _ in pairs["transformer"]]
+    assert len(changes) == STEPS - 1
+    threshold = 1.5 * float(np.median(changes))
+    total, expected = 0.0, []
+    for step in range(1, STEPS - 1):
+        total += changes[step - 1]
+        if total < threshold:
+            expected.append(step)
+        else:
+            total = 0.0
+    assert 0 < len(expected) < STEPS - 2
+    with TeaCache(threshold, IDENTITY).active(loop.pipeline, loop.transformers, STEPS) as skips:
+        loop.run(0.02)
+    assert skips.steps() == expected
+
+
+def test_a_new_generation_starts_clean() -> None:
+    loop = Loop("z-image")
+    cache = TeaCache(1e9, IDENTITY)
+    for _ in range(2):
+        with cache.active(loop.pipeline, loop.transformers, STEPS) as skips:
+            loop.run()
+        assert skips.steps() == [1, 2, 3, 4]
+
+
+def test_blocks_come_back_after_an_error() -> None:
+    loop = Loop("z-image")
+    block = loop.model.layers[0]
+    del loop.inputs[0]["cap_feats"]
+    with TeaCache(1.0, IDENTITY).active(loop.pipeline, loop.transformers, STEPS):
+        assert isinstance(loop.model.layers[0], _StandIn)
+        with pytest.raises(TypeError, match="cap_feats"):
+            loop.run()
+    assert loop.model.layers[0] is block
+
+
+def test_compiled_blocks_stay_compiled() -> None:
+    loop = Loop("z-image")
+    expected = loop.run(0.01)
+    for block in loop.model.layers:
+        block.compile(fullgraph=True, backend="eager")
+    with TeaCache(0.05, IDENTITY).active(loop.pipeline, loop.transformers, STEPS) as skips:
+        found = loop.run(0.01)
+    assert skips.steps()
+    ran = [step for step in range(STEPS) if step not in skips.steps()]
+    for step in ran:
+        torch.testing.assert_close(found[step][0], expected[step][0], atol=1e-5, rtol=1e-4)
+
+
+def test_fitting_finds_a_polynomial_again() -> None:
+    coefficients = [2.0, -1.0, 0.5, 0.25, 0.01]
+    changes = np.linspace(0.01, 1.5, 40)
+    pairs = [(float(x), float(np.polyval(coefficients, x))) for x in changes]
+    assert fit(pairs) == pytest.approx(coefficients, abs=1e-8)
+    assert polynomial(coefficients, 0.3) == pytest.approx(np.polyval(coefficients, 0.3))
+    with pytest.raises(ConfigError, match="too few"):
+        fit(pairs[:4])
+
+
+def test_coefficients_are_found_by_class_and_configuration() -> None:
+    assert all(len(entry.values) == 5 for entry in COEFFICIENTS)
+    large = find_coefficients("WanTransformer3DModel", {"num_layers": 40, "image_dim": None})
+    small = find_coefficients("WanTransformer3DModel", {"num_layers": 30, "image_dim": None})
+    assert large is not None
+    assert small is not None
+    assert large.values != small.values
+    assert find_coefficients("WanTransformer3DModel", {"num_layers": 3}) is None
+    loop = Loop("wan")
+    with pytest.raises(ConfigError, match="calibrate-cache"):
+        TeaCache().check(loop.transformers)
+    with pytest.raises(ConfigError, match="does not know Linear"):
+        TeaCache().check({"transformer": torch.nn.Linear(1, 1)})
