@@ -22,7 +22,7 @@ ComponentIndex = Mapping[str, tuple[str, str]]
 
 
 def load_pipeline(config: OmniDiffusionConfig) -> Any:
-    """Load the pipeline of ``config``, quantizing tensor by tensor.
+    """Load the pipeline of ``config``, quantizing tensor by tensor all that needs no calibration first.
 
     Raises:
         ConfigError: there is no such model, or the quantization names components it lacks or contradicts it.
@@ -34,8 +34,7 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     from lowbit.integrations.preflight import check_pipeline
 
     source = resolve_model(config.model)
-    components = read_components(source)
-    chosen = route(config.quantization, components)
+    chosen = {name: found for name, found in routed(config).items() if not found.needs_calibration}
     device = config.device
     if Path(source).is_dir():
         check_pipeline(source, chosen, device=device or "cpu")
@@ -49,6 +48,11 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     if device is not None and str(device) != "cpu":
         arguments["device_map"] = str(device)  # each tensor goes to the device by itself, not the model through memory
     return DiffusionPipeline.from_pretrained(source, **arguments)
+
+
+def routed(config: OmniDiffusionConfig) -> dict[str, QuantizationConfig]:
+    """Return component -> configuration for the components of ``config``'s model that are to be quantized."""
+    return route(config.quantization, read_components(resolve_model(config.model)))
 
 
 def resolve_model(model: str | None) -> str:

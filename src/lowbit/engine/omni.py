@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from lowbit.cache import build_cache
 from lowbit.cache.base import Skips
 from lowbit.engine.config import OmniDiffusionConfig, merge_quantization
-from lowbit.engine.loading import load_pipeline
+from lowbit.engine.loading import load_pipeline, routed
 from lowbit.engine.memory import PeakMemory
 from lowbit.engine.sizes import check_size
 from lowbit.errors import ConfigError
@@ -28,6 +28,8 @@ from lowbit.outputs import OmniRequestOutput
 from lowbit.quantization.calibration import calibration, uncalibrated_layers
 from lowbit.quantization.factory import QuantizationSpec
 from lowbit.quantization.manifest import Manifest
+from lowbit.quantization.plan import quantize_model
+from lowbit.quantization.smoothing import watched_absmax
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,8 @@ class Omni:
             dtype: of weights that are not quantized and of activations.
             device: ``None`` takes an accelerator when there is one.
             enforce_eager: ``False`` compiles the transformers' repeated blocks.
-            calibration_prompts: for FP8's static activation scheme where the checkpoint holds no input scales.
+            calibration_prompts: for ``smoothing``, and for FP8's static activation scheme where the checkpoint holds no
+                input scales.
             trust_remote_code: run code that comes with the checkpoint.
             cache_backend: reuse what earlier denoising steps computed, such as ``"tea_cache"``.
             cache_config: the cache's options, such as ``{"rel_l1_thresh": 0.2}``.
@@ -94,8 +97,11 @@ class Omni:
             cache_config=cache_config,
         )
         self.cache = build_cache(cache_backend, cache_config)
+        if not self.config.calibration_prompts and any(part.needs_calibration for part in routed(self.config).values()):
+            raise ConfigError("smoothing is found by watching the model generate: give calibration_prompts")
         peak, start = PeakMemory(self.device), time.perf_counter()
         self.pipeline = load_pipeline(self.config)
+        self._smooth(self.config.calibration_prompts)
         self.load_time_s = time.perf_counter() - start
         self.load_peak_memory_mb = peak.megabytes()
         if self.cache is not None:
@@ -239,6 +245,19 @@ class Omni:
         default = inspect.signature(self.pipeline.__call__).parameters["num_inference_steps"].default
         steps = arguments.get("num_inference_steps", default)
         return self.cache.active(self.pipeline, self.transformers(), steps)
+
+    def _smooth(self, prompts: Sequence[str]) -> None:
+        """Quantize what must be watched first: generate with the unquantized model, then quantize it in place."""
+        waiting = {name: config for name, config in routed(self.config).items() if config.needs_calibration}
+        if not waiting:
+            return
+        parts = self.modules()
+        with ExitStack() as stack:
+            absmax = {name: stack.enter_context(watched_absmax(parts[name])) for name in waiting}
+            logger.info("Watching %d prompts for smoothing", len(prompts))
+            self.generate(list(prompts), OmniDiffusionSamplingParams(seed=0))
+        for name, config in waiting.items():
+            quantize_model(parts[name], config, input_absmax=absmax[name])
 
     def _calibrate(self, prompts: Sequence[str]) -> None:
         waiting = {name: part for name, part in self.transformers().items() if uncalibrated_layers(part)}

@@ -78,6 +78,11 @@ def prepare(
     """
     if dtype not in COMPUTE_DTYPES:
         raise ConfigError(f"{config.get_name()} computes in bfloat16, float16 or float32, not in {dtype}")
+    if config.needs_calibration:
+        raise ConfigError(
+            "smoothing is found on prompts before quantizing: use Omni(..., calibration_prompts=[...]), or"
+            " quantize_model with input_absmax"
+        )
     plan = plan_layers(model, config)
     if not config.is_serialized:
         plan = _keep(plan, kept or {})

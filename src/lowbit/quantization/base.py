@@ -80,6 +80,11 @@ class QuantizationConfig(ABC):
         """
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether weights can be quantized only after the unquantized model has been watched."""
+        return False
+
+    @property
     def quant_method(self) -> MethodName:
         """The name, under the attribute diffusers and transformers look for."""
         return MethodName(self.get_name())

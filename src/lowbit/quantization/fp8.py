@@ -18,6 +18,7 @@ from lowbit.ops import fp8
 from lowbit.ops.dispatch import Problem
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.scales import per_channel_scale, per_tensor_scale
+from lowbit.quantization.transforms import check_transforms, with_transforms
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,11 +37,15 @@ class Fp8Config(QuantizationConfig):
         activation_scheme: ``"dynamic"``: scaled per token while running (per group of columns with
             ``weight_block_size``); ``"static"``: by one scale per layer, from the checkpoint or from calibration.
         weight_block_size: [rows, columns] of a weight block with one scale; ``None`` for one per output channel.
+        smoothing: 0 to 1, as of ``int8``.
+        rotation: size of the rotated groups, as of ``int8``.
         is_checkpoint_fp8_serialized: the checkpoint's weights are FP8 already.
     """
 
     activation_scheme: str = "dynamic"
     weight_block_size: list[int] | None = None
+    smoothing: float | None = None
+    rotation: int | None = None
     is_checkpoint_fp8_serialized: bool = False
 
     def __post_init__(self) -> None:
@@ -53,6 +58,9 @@ class Fp8Config(QuantizationConfig):
             raise ConfigError("is_checkpoint_fp8_serialized must be true or false")
         if self.weight_block_size is not None:
             self._check_block_size(self.weight_block_size)
+        check_transforms(self.smoothing, self.rotation)
+        if self.activation_scheme == "static" and (self.smoothing is not None or self.rotation is not None):
+            raise ConfigError("smoothing and rotation of fp8 need activation_scheme 'dynamic'")
 
     def _check_block_size(self, block_size: Sequence[int]) -> None:
         edges = list(block_size) if isinstance(block_size, list | tuple) else []
@@ -75,10 +83,16 @@ class Fp8Config(QuantizationConfig):
         """Whether the checkpoint's weights are FP8 already."""
         return self.is_checkpoint_fp8_serialized
 
-    def linear_method(self) -> Fp8LinearMethod:
-        """Return the method with this configuration's scheme, blocks and kernel."""
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether smoothing is still to be found."""
+        return self.smoothing is not None and not self.is_serialized
+
+    def linear_method(self) -> LinearMethod:
+        """Return the method with this configuration's scheme, blocks, kernel and transforms."""
         block = None if self.weight_block_size is None else (self.weight_block_size[0], self.weight_block_size[1])
-        return Fp8LinearMethod(self.activation_scheme, block, self.kernel)
+        method = Fp8LinearMethod(self.activation_scheme, block, self.kernel)
+        return with_transforms(method, self.smoothing, self.rotation)
 
     def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
         """Return the configuration to write beside the quantized tensors."""

@@ -16,6 +16,7 @@ from lowbit.ops import int8
 from lowbit.ops.dispatch import AUTO
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.scales import per_channel_scale
+from lowbit.quantization.transforms import check_transforms, with_transforms
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,11 +32,17 @@ class Int8Config(QuantizationConfig):
         activation_scheme: ``"dynamic"``, the only one.
         activation_bits: 8, or 2 to 7 to round activations to fewer bits first: emulated, to see what such activations
             do to quality. It saves nothing.
+        smoothing: 0 to 1: how much of the difference between an input's channels goes to the weight, found on
+            calibration prompts; ``None``: nothing. See ``lowbit.quantization.smoothing``.
+        rotation: multiply groups of this many channels by a Hadamard matrix; ``None``: don't. See
+            ``lowbit.quantization.transforms``.
         is_checkpoint_int8_serialized: the checkpoint's weights are int8 already.
     """
 
     activation_scheme: str = "dynamic"
     activation_bits: int = 8
+    smoothing: float | None = None
+    rotation: int | None = None
     is_checkpoint_int8_serialized: bool = False
 
     def __post_init__(self) -> None:
@@ -45,6 +52,7 @@ class Int8Config(QuantizationConfig):
                 f"int8 has no activation_scheme {self.activation_scheme!r}: activations are scaled per token while"
                 " running; use 'dynamic'"
             )
+        check_transforms(self.smoothing, self.rotation)
         if type(self.activation_bits) is not int or not 2 <= self.activation_bits <= 8:
             raise ConfigError(f"activation_bits must be a whole number from 2 to 8, not {self.activation_bits!r}")
         if not isinstance(self.is_checkpoint_int8_serialized, bool):
@@ -60,9 +68,14 @@ class Int8Config(QuantizationConfig):
         """Whether the checkpoint's weights are int8 already."""
         return self.is_checkpoint_int8_serialized
 
-    def linear_method(self) -> Int8LinearMethod:
-        """Return the method with this configuration's kernel."""
-        return Int8LinearMethod(self.kernel, self.activation_bits)
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether smoothing is still to be found."""
+        return self.smoothing is not None and not self.is_serialized
+
+    def linear_method(self) -> LinearMethod:
+        """Return the method with this configuration's kernel and transforms."""
+        return with_transforms(Int8LinearMethod(self.kernel, self.activation_bits), self.smoothing, self.rotation)
 
     def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
         """Return the configuration to write beside the quantized tensors."""

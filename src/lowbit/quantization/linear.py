@@ -27,7 +27,12 @@ class QuantizedLinear(nn.Linear):
         implementation: the table's entry of its kernel, ``None`` before the first use on a device.
         kernel: the module of that implementation.
         owns_weight: nothing else uses the memory of the weight, so that packing may overwrite it.
+        is_smoothed: its input is to be multiplied by ``mul_scale``.
+        rotation_matrix: each group of its input's channels is to be multiplied by, ``None`` for nothing.
     """
+
+    is_smoothed: bool
+    rotation_matrix: torch.Tensor | None
 
     def __init__(
         self,
@@ -49,6 +54,8 @@ class QuantizedLinear(nn.Linear):
         self.implementation: Implementation | None = None
         self.kernel: ModuleType | None = None
         self.owns_weight = False
+        self.is_smoothed = False
+        self.rotation_matrix = None
         self.creation_device = torch.device(device or "cpu")
         method.create_weights(self)
         self.quantized_names = tuple(self._parameters)

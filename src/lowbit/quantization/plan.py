@@ -18,6 +18,7 @@ from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.factory import build_quant_config
 from lowbit.quantization.linear import QuantizedLinear
 from lowbit.quantization.manifest import LayerRecord, Manifest
+from lowbit.quantization.smoothing import smooth
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ def quantize_model(
     quantization: str | Mapping[str, Any] | QuantizationConfig,
     *,
     progress: Callable[[int, int], None] | None = None,
+    input_absmax: Mapping[str, torch.Tensor] | None = None,
     **options: Any,
 ) -> Manifest:
     """Quantize the linear layers of a model in memory, in place, one at a time.
@@ -141,6 +143,8 @@ def quantize_model(
         model: any module; the layers that its family keeps in high precision stay (see ``lowbit.models``).
         quantization: a method's name, a dictionary with ``method``, or a configuration.
         progress: called with (layers done, layers to do).
+        input_absmax: for ``smoothing``: linear layer's name -> the largest absolute value [K] of each channel of its
+            input on representative prompts (``lowbit.quantization.smoothing.watched_absmax`` keeps them).
         options: of the method, such as ``ignored_layers=["img_mlp"]``.
 
     Returns:
@@ -155,12 +159,16 @@ def quantize_model(
         raise ConfigError("quantize_model takes one method for one model, not a configuration per component")
     if config.is_serialized:
         raise ConfigError("quantize_model quantizes unquantized weights; load serialized ones with from_pretrained")
+    if config.needs_calibration and input_absmax is None:
+        raise ConfigError("smoothing needs to have seen the layers' inputs: give input_absmax, see watched_absmax")
     plan = plan_layers(model, config)
     chosen = {name: decision.method for name, decision in plan.items() if decision.method is not None}
+    alpha = getattr(config, "smoothing", None)
+    scales = smooth(model, list(chosen), input_absmax, alpha) if alpha is not None and input_absmax is not None else {}
     for done, (name, method) in enumerate(chosen.items(), start=1):
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        model.set_submodule(name, quantize_layer(layer, method, name))
+        model.set_submodule(name, quantize_layer(layer, method, name, scales.get(name)))
         if progress is not None:
             progress(done, len(chosen))
     manifest = make_manifest(model, plan)
@@ -172,10 +180,21 @@ def quantize_model(
     return manifest
 
 
-def quantize_layer(linear: nn.Linear, method: LinearMethod, name: str = "") -> QuantizedLinear:
-    """Return ``linear`` quantized with ``method``, on the same device; ``linear`` is unchanged."""
+def quantize_layer(
+    linear: nn.Linear, method: LinearMethod, name: str = "", mul_scale: torch.Tensor | None = None
+) -> QuantizedLinear:
+    """Return ``linear`` quantized with ``method``, on the same device; ``linear`` is unchanged.
+
+    Args:
+        linear: of any floating dtype.
+        method: what to quantize with.
+        name: full name in the model, for messages.
+        mul_scale: float32 [K] by which the input is to be multiplied; the weight is divided by it already.
+    """
     quantized = QuantizedLinear.like(linear, method, name, linear.weight.dtype)
     quantized.load_unquantized(linear.weight.data)
+    if mul_scale is not None:
+        quantized.replace_tensor("mul_scale", mul_scale.to(linear.weight.device))
     quantized.bias = linear.bias
     quantized.train(linear.training)
     quantized.process_weights_after_loading()

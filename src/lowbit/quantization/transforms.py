@@ -1,0 +1,138 @@
+"""Changes of a linear layer's input that leave the layer's result as it is and make its rounding smaller.
+
+*Rotation* (QuaRot, Ashkboos et al., 2024): each group of channels is multiplied by an orthonormal Hadamard matrix, and
+so are the weight's columns: ``(x H) (W H)^T = x W^T``. An outlier channel is spread over its group, which helps
+integers; floating-point formats such as e4m3 hold outliers at no cost and lose by it. The matrix is the
+regular one, a Kronecker power of [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]] / 2, which unlike
+Sylvester's has no row of ones that would gather the mean (as ComfyUI's int8 "convrot" has it). Its entries are powers
+of two, exact in every dtype.
+
+*Smoothing* (SmoothQuant, Xiao et al., 2023): channel j of the input is multiplied by ``mul_scale[j]``, and column j of
+the weight divided by it. ``lowbit.quantization.smoothing`` finds the scales.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import ConfigError
+from lowbit.ops.dispatch import Problem
+from lowbit.quantization.base import LinearMethod
+
+if TYPE_CHECKING:
+    from lowbit.quantization.linear import QuantizedLinear
+
+ROTATIONS = (4, 16, 64, 256)
+"""Sizes of a rotation's groups: powers of four, for which there is a regular matrix of powers of two."""
+
+
+def check_transforms(smoothing: float | None, rotation: int | None) -> None:
+    """Raise ``ConfigError`` for a ``smoothing`` outside (0, 1] or a ``rotation`` of a size there is not."""
+    if smoothing is not None and (type(smoothing) not in (int, float) or not 0 < smoothing <= 1):
+        raise ConfigError(f"smoothing must be a number above 0, up to 1, such as 0.5, not {smoothing!r}")
+    if rotation is not None and (type(rotation) is not int or rotation not in ROTATIONS):
+        raise ConfigError(f"rotation must be one of {', '.join(map(str, ROTATIONS))}, not {rotation!r}")
+
+
+@cache
+def hadamard(size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
+    """Return the regular orthonormal Hadamard matrix, symmetric: [size, size]; ``size`` is a power of four."""
+    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four)
+    return matrix.to(device=device, dtype=dtype)
+
+
+def rotation_group(channels: int, rotation: int) -> int:
+    """Return the largest size of ``ROTATIONS`` up to ``rotation`` that divides ``channels``, 1 if none does."""
+    return max((size for size in ROTATIONS if size <= rotation and channels % size == 0), default=1)
+
+
+def rotate(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply each group of channels of x [..., K] by ``matrix`` [g, g], its own inverse; g divides K."""
+    rotated: Tensor = x.unflatten(-1, (-1, len(matrix))) @ matrix.to(x.dtype)
+    return rotated.flatten(-2)
+
+
+class TransformedMethod(LinearMethod):
+    """Another method behind a smoothed or rotated input.
+
+    On disk: the other method's tensors, of the changed weight, and with smoothing ``mul_scale`` float32 [K], by which
+    the input is multiplied (the name and meaning of vLLM-Omni's MX checkpoints). A scale of all ones is not applied.
+    """
+
+    def __init__(self, inner: LinearMethod, smoothing: float | None, rotation: int | None) -> None:
+        super().__init__(inner.kernel)
+        self.inner, self.smoothing, self.rotation = inner, smoothing, rotation
+        # What the class of another method says, this one says for it.
+        self.name, self.family, self.table = inner.name, inner.family, inner.table  # type: ignore[misc]
+
+    def create_weights(self, layer: QuantizedLinear) -> None:
+        """Register the other method's tensors and ``mul_scale``."""
+        self.inner.create_weights(layer)
+        if self.smoothing is not None:
+            layer.register_quantized("mul_scale", (layer.in_features,), torch.float32)
+
+    def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: Tensor) -> Tensor:
+        """Leave it to the other method, but for ``mul_scale``."""
+        if name == "mul_scale":
+            return super().canonical_tensor(layer, name, tensor)
+        return self.inner.canonical_tensor(layer, name, tensor)
+
+    def quantize_weight(self, weight: Tensor) -> dict[str, Tensor]:
+        """Quantize [N, K], already divided by the layer's ``mul_scale``, rotated; the scale is all ones at first."""
+        group = self._group(weight.shape[1])
+        changed = weight if group == 1 else rotate(weight.float(), hadamard(group, device=weight.device))
+        tensors = self.inner.quantize_weight(changed)
+        if self.smoothing is not None:
+            tensors["mul_scale"] = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
+        return tensors
+
+    def dequantize_weight(self, layer: QuantizedLinear) -> Tensor:
+        """Return the weight for the input as it comes."""
+        weight = self.inner.dequantize_weight(layer)
+        group = self._group(layer.in_features)
+        if group > 1:
+            weight = rotate(weight, hadamard(group, device=weight.device))
+        return weight * layer.get_parameter("mul_scale") if self.smoothing is not None else weight
+
+    def refusal(self, layer: torch.nn.Linear) -> str | None:
+        """Refuse what the other method refuses, and layers that can't be rotated."""
+        if self.rotation is not None and self._group(layer.in_features) == 1:
+            return f"{layer.in_features} channels can't be rotated in groups of 4 or more"
+        return self.inner.refusal(layer)
+
+    def problem(self, layer: QuantizedLinear, device: torch.device) -> Problem:
+        """Return what the other method asks for."""
+        return self.inner.problem(layer, device)
+
+    def process_weights_after_loading(self, layer: QuantizedLinear) -> None:
+        """Choose the kernel and keep what there is to multiply with."""
+        super().process_weights_after_loading(layer)
+        group = self._group(layer.in_features)
+        device = layer.get_parameter("weight").device
+        layer.rotation_matrix = hadamard(group, layer.compute_dtype, device) if group > 1 else None
+        layer.is_smoothed = self.smoothing is not None and bool((layer.get_parameter("mul_scale") != 1).any())
+
+    def apply(self, layer: QuantizedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Change x and let the other method compute."""
+        if layer.is_smoothed:
+            x = (x * layer.get_parameter("mul_scale")).to(x.dtype)
+        if layer.rotation_matrix is not None:
+            x = rotate(x, layer.rotation_matrix)
+        return self.inner.apply(layer, x, bias)
+
+    def _group(self, channels: int) -> int:
+        return 1 if self.rotation is None else rotation_group(channels, self.rotation)
+
+
+def with_transforms(method: LinearMethod, smoothing: float | None, rotation: int | None) -> LinearMethod:
+    """Return ``method``, behind a smoothed or rotated input if either is asked for."""
+    if smoothing is None and rotation is None:
+        return method
+    return TransformedMethod(method, smoothing, rotation)
