@@ -104,6 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stage", action="append", choices=STAGES, help="default: all of them")
     parser.add_argument("--vae-steps", type=int, default=VaePlan.steps)
     parser.add_argument("--flow-steps", type=int, default=FlowPlan.steps)
+    parser.add_argument("--flow-refine-steps", type=int, default=FlowPlan.refine_steps)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     return parser.parse_args()
 
@@ -115,7 +116,7 @@ def main() -> None:
     stages = args.stage or STAGES
     plan = Plan(
         vae=replace(VaePlan(), steps=args.vae_steps),
-        flow=replace(FlowPlan(), steps=args.flow_steps),
+        flow=replace(FlowPlan(), steps=args.flow_steps, refine_steps=args.flow_refine_steps),
     )
     run = Run(plan, args.seed, args.work_dir, args.device)
     if "vae" in stages:

@@ -92,14 +92,31 @@ class Average:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train and how; ``rate`` is AdamW's peak learning rate."""
+    """How long to train and how; ``rate`` is AdamW's peak learning rate.
+
+    After ``steps`` the rate rises once more, to ``refine_rate``, and falls over ``refine_steps`` (a warm restart,
+    Loshchilov and Hutter, 2017).
+    """
 
     steps: int
     rate: float
+    refine_steps: int = 0
+    refine_rate: float = 0.0
     warmup: int = 100
     decay: float = 0.998
     weight_decay: float = 0.01
     checkpoint_seconds: float = 120.0
+
+    @property
+    def all_steps(self) -> int:
+        """Steps with those of the restart."""
+        return self.steps + self.refine_steps
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step."""
+        if step < self.steps:
+            return self.rate * cosine_rate(step, self.steps, self.warmup)
+        return self.refine_rate * cosine_rate(step - self.steps, self.refine_steps, self.warmup)
 
 
 class Loop:
@@ -153,7 +170,7 @@ class Loop:
         on_checkpoint: Callable[[int], None] | None = None,
     ) -> None:
         """Train up to the schedule's end, then save."""
-        end = self.schedule.steps
+        end = self.schedule.all_steps
         saved = began = time.monotonic()
         before = self.seconds
         self.first = self.step
@@ -176,8 +193,7 @@ class Loop:
         self.save()
 
     def _one_step(self, loss: Loss, replicas: list[Modules], workers: ThreadPoolExecutor) -> dict[str, float]:
-        schedule = self.schedule
-        rate = schedule.rate * cosine_rate(self.step, schedule.steps, schedule.warmup)
+        rate = self.schedule.rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 

@@ -28,6 +28,8 @@ PATCH_KEY = "2-1"
 class FlowPlan:
     """How the transformer is trained; ``dropped`` is the share of captions replaced by "".
 
+    After the first ``steps`` captions are followed and large fills still have spots; ``refine_steps`` remove them.
+
     ``sigma_mean`` and ``sigma_deviation`` are of the logit-normal noise levels; ``uniform_share`` of the levels
     are uniform in (0, 1) instead, ``high_share`` uniform in (0.9, 1). Only there a picture on fixed places does
     not yet tell by itself what it shows, so that the caption is needed, and there sampling begins.
@@ -36,6 +38,8 @@ class FlowPlan:
     steps: int = 2400
     batch: int = 32
     rate: float = 1e-3
+    refine_steps: int = 1600
+    refine_rate: float = 6e-4
     decay: float = 0.995
     dropped: float = 0.06
     uniform_share: float = 0.2
@@ -241,7 +245,7 @@ def make_loop(path: Path, seed: int, plan: FlowPlan, device: torch.device) -> Lo
     transformer, encoder = build_transformer(), text.build_text_encoder()
     initialize(transformer)
     modules = {"transformer": transformer.to(device), "text_encoder": encoder.to(device)}
-    schedule = Schedule(plan.steps, plan.rate, warmup=200, decay=plan.decay)
+    schedule = Schedule(plan.steps, plan.rate, plan.refine_steps, plan.refine_rate, warmup=200, decay=plan.decay)
     loop = Loop(modules, schedule, path)
     loop.prepare = prepare
     loop.resume()
