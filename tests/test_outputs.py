@@ -26,6 +26,11 @@ def test_several_are_numbered(tmp_path: Path) -> None:
     assert Image.open(paths[2]).getpixel((0, 0)) == (2, 0, 0)
 
 
+def test_a_video_is_no_image(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a video"):
+        output(0).save_images(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("name", ["missing/a.png", "a.txt", "a", "."])
 def test_paths_that_cannot_be_written(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Can't write"):

@@ -74,8 +74,10 @@ class OmniRequestOutput:
             path: the file of a single image; of several, ``picture.png`` becomes ``picture_0.png`` and so on.
 
         Raises:
-            ConfigError: the path can't be written or has no image format's ending.
+            ConfigError: the path can't be written or has no image format's ending, or the output is a video.
         """
+        if not self.images:
+            raise ConfigError("The output is a video: its frames are in .frames (diffusers.utils.export_to_video)")
         target = check_image_path(path)
         if len(self.images) == 1:
             targets = [target]
