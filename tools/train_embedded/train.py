@@ -59,10 +59,15 @@ def fixed_basis(run: Run) -> Basis:
 
 
 def train_vae(run: Run) -> None:
-    """Train the autoencoder up to its last step, on crowds: most of a caption's picture is plain background."""
-    pictures = crowded_pictures(run.plan.vae_pictures, run.seed)
-    basis = fixed_basis(run)
-    run.vae_loop().run(make_vae_loss(pictures, basis, run.plan.vae, run.seed, run.device))
+    """Train the autoencoder up to its last step.
+
+    On crowds first, because most of a caption's picture is plain background; then half on pictures of captions.
+    """
+    count = run.plan.vae_pictures
+    crowds = crowded_pictures(count, run.seed)
+    refining = torch.cat([crowds[: count // 2], training_pictures(count // 2, run.seed)[0]])
+    loss = make_vae_loss(crowds, refining, fixed_basis(run), run.plan.vae, run.seed, run.device)
+    run.vae_loop().run(loss)
 
 
 def prepare_data(run: Run) -> LatentData:
@@ -103,6 +108,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", action="append", choices=STAGES, help="default: all of them")
     parser.add_argument("--vae-steps", type=int, default=VaePlan.steps)
+    parser.add_argument("--vae-refine-steps", type=int, default=VaePlan.refine_steps)
     parser.add_argument("--flow-steps", type=int, default=FlowPlan.steps)
     parser.add_argument("--flow-refine-steps", type=int, default=FlowPlan.refine_steps)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
@@ -115,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the loop brings its own threads
     stages = args.stage or STAGES
     plan = Plan(
-        vae=replace(VaePlan(), steps=args.vae_steps),
+        vae=replace(VaePlan(), steps=args.vae_steps, refine_steps=args.vae_refine_steps),
         flow=replace(FlowPlan(), steps=args.flow_steps, refine_steps=args.flow_refine_steps),
     )
     run = Run(plan, args.seed, args.work_dir, args.device)

@@ -25,13 +25,16 @@ NORM_GROUPS = 1
 class VaePlan:
     """How the autoencoder is trained, on whole pictures; ``latent_noise`` is in latent units.
 
-    Every ``encoder_every``-th step trains the encoder too: a linear map, it needs little.
+    Every ``encoder_every``-th step trains the encoder too: a linear map, it needs little. The ``refine_steps`` after
+    ``steps`` are on pictures of captions too: crowds have few large objects, whose fills stay uneven.
     """
 
     steps: int = 6500
     batch: int = 4
     encoder_every: int = 4
     rate: float = 2e-3
+    refine_steps: int = 2500
+    refine_rate: float = 1e-3
     decay: float = 0.996
     latent_noise: float = 0.1
     edge_weight: float = 6.0
@@ -95,17 +98,25 @@ def make_vae_loop(path: Path, seed: int, plan: VaePlan, device: torch.device) ->
     """Build the autoencoder with its loop, resumed from ``path`` where it exists."""
     torch.manual_seed(seed)
     vae = build_vae().to(device=device, memory_format=torch.channels_last)
-    loop = Loop({"vae": vae}, Schedule(plan.steps, plan.rate, decay=plan.decay), path)
+    loop = Loop(
+        {"vae": vae}, Schedule(plan.steps, plan.rate, plan.refine_steps, plan.refine_rate, decay=plan.decay), path
+    )
     loop.prepare = prepare
     loop.resume()
     return loop
 
 
-def make_vae_loss(pictures: Tensor, basis: Basis, plan: VaePlan, seed: int, device: torch.device) -> Loss:
-    """The loss for ``Loop.run``; its randomness comes from the seed, the step, the shard."""
+def make_vae_loss(
+    crowds: Tensor, refining: Tensor, basis: Basis, plan: VaePlan, seed: int, device: torch.device
+) -> Loss:
+    """The loss for ``Loop.run``: on ``crowds`` at first, on ``refining`` in the last steps.
+
+    Its randomness comes from the seed, the step, the shard.
+    """
 
     def loss(modules: Modules, step: int, shard: int) -> tuple[Tensor, dict[str, float]]:
         generator = shard_generator(seed, step, shard)
+        pictures = crowds if step < plan.steps else refining
         which = torch.randint(len(pictures), (plan.batch // SHARDS,), generator=generator)
         latents = basis.encode(pictures[which]).to(device)
         batch = to_model(pictures[which]).to(device, memory_format=torch.channels_last)
