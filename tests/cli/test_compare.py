@@ -15,6 +15,7 @@ from lowbit.errors import ConfigError
 
 DOOR = "lowbit.quantization.tools.compare_diffusion_trajectory_similarity"
 PROMPT = "a red circle above a blue star"
+SMOOTHED = '{"method": "int8", "smoothing": 0.5}'
 
 
 @pytest.mark.parametrize(("gate", "status"), [("strict", 0), ("psnr_db>=1000", 1)])
@@ -56,6 +57,9 @@ def test_the_reference_systems_command_works_as_written(tmp_path: Path, gate: st
         (["--prompt", PROMPT, "--candidate-quantization", "int8", "--ignored-layers", "img_mlp"], "img_mlp"),
         (["--prompt", PROMPT, "--ignored-layers", "to_q"], "needs --quantization"),
         (["--prompt", PROMPT, "--num-frames", "5"], "--task t2v"),
+        (["--prompt", PROMPT, "--report", "."], "is a folder"),
+        (["--prompt", PROMPT, "--candidate-cache-backend", "teacache"], "Unknown cache_backend"),
+        (["--prompt", PROMPT, "--candidate-quantization-config-json", SMOOTHED], "--calibration-prompt"),
         (["--prompt", PROMPT, "--seed", "1", "--seed", "1"], "different numbers"),
         (["--prompt", PROMPT, "--candidate-model", "./nowhere/at/all"], "There is no folder"),
     ],

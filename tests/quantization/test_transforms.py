@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
-from scipy.linalg import hadamard as sylvester
 
 from lowbit import Omni
 from lowbit.errors import ConfigError
@@ -32,8 +30,6 @@ def test_the_matrix_is_a_regular_hadamard_of_exact_entries(size: int) -> None:
     assert torch.equal(matrix, matrix.T)
     assert (scaled.sum(dim=0) == size**0.5).all()  # regular: every column sums to the same
     assert torch.equal(hadamard(size, torch.bfloat16).double(), matrix)
-    assert abs(np.linalg.det(matrix.numpy())) == pytest.approx(1)
-    assert abs(np.linalg.det(sylvester(size) / size**0.5)) == pytest.approx(1)
 
 
 def test_rotating_twice_is_nothing_and_groups_stay_apart() -> None:
@@ -112,9 +108,6 @@ def test_scales_are_powers_of_two_that_even_channels_out() -> None:
     scale = smoothing_scale(torch.rand(100) * 1e9, torch.rand(100) * 1e-9, 1.0)
     assert torch.equal(scale, torch.exp2(torch.log2(scale).round()))
     assert scale.min() >= 2.0**-20
-
-
-PLANTED = 24.0
 
 
 def plant(model: ZImageTransformer2DModel) -> None:

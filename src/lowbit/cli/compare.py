@@ -52,6 +52,7 @@ def compare(
     ] = None,
     candidate_cache_backend: options.CacheBackend = None,
     cache_config: options.CacheConfig = None,
+    calibration_prompt: options.CalibrationPrompts = None,
     prompt: options.Prompts = None,
     prompts_file: options.PromptsFile = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
@@ -118,6 +119,7 @@ def compare(
             quantization_config=options.quantization_spec(
                 candidate_quantization, candidate_quantization_config_json, candidate_ignored_layers or ignored_layers
             ),
+            calibration_prompts=tuple(calibration_prompt or ()),
             cache_backend=candidate_cache_backend,
             cache_config=options.read_json(cache_config, "--cache-config") if cache_config else None,
             **common,

@@ -50,9 +50,7 @@ def generate(
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager/--compile", help="--compile compiles the transformer's blocks.")
     ] = True,
-    calibration_prompt: Annotated[
-        list[str] | None, typer.Option(help="For FP8's static activation scheme; may be given several times.")
-    ] = None,
+    calibration_prompt: options.CalibrationPrompts = None,
 ) -> None:
     """Make a picture from a prompt."""
     if not prompt.strip():

@@ -43,6 +43,10 @@ CacheBackend = Annotated[
 CacheConfig = Annotated[
     str | None, typer.Option(help="Options of the cache: JSON such as '{\"rel_l1_thresh\": 0.2}', or a file of it.")
 ]
+CalibrationPrompts = Annotated[
+    list[str] | None,
+    typer.Option("--calibration-prompt", help="For smoothing and FP8's static scheme; may be given several times."),
+]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
 PromptsFile = Annotated[Path | None, typer.Option(help="A prompt per line, # begins a comment.")]
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="May be given several times. Default: 0.")]

@@ -27,6 +27,7 @@ def validate(
     quantization_config: options.QuantizationConfigText = None,
     ignored_layers: options.IgnoredLayers = None,
     kernel: options.Kernel = None,
+    calibration_prompt: options.CalibrationPrompts = None,
     height: options.Height = None,
     width: options.Width = None,
     num_inference_steps: options.Steps = None,
@@ -52,7 +53,8 @@ def validate(
     params = OmniDiffusionSamplingParams(
         height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
     )
-    plan = validation_plan(model, spec, params, dtype=dtype, device=device)
+    prompts = tuple(calibration_prompt or ())
+    plan = validation_plan(model, spec, params, dtype=dtype, device=device, calibration_prompts=prompts)
     with tempfile.TemporaryDirectory(prefix="lowbit-validate-") as work:
         found = comparison.compare(plan, Path(work))
         if json_file:

@@ -51,6 +51,7 @@ class Side:
         enforce_eager: ``False`` compiles the transformer's blocks.
         cache_backend: as ``Omni`` takes it.
         cache_config: likewise.
+        calibration_prompts: likewise.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Side:
     enforce_eager: bool = True
     cache_backend: str | None = None
     cache_config: Mapping[str, Any] | None = None
+    calibration_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         build_quant_config(self.quantization_config)
@@ -75,7 +77,12 @@ class Side:
         """
         source = resolve_model(None if self.model == EMBEDDED_NAME else self.model)
         components = read_components(source)
-        for name, config in route(build_quant_config(self.quantization_config), components).items():
+        chosen = route(build_quant_config(self.quantization_config), components)
+        if not self.calibration_prompts and any(config.needs_calibration for config in chosen.values()):
+            raise ConfigError(
+                f"smoothing of the {self.name} is found by watching it generate: give --calibration-prompt"
+            )
+        for name, config in chosen.items():
             plan_layers(empty_component(source, name, *components[name]), config)
 
     def load(self) -> Omni:
@@ -90,6 +97,7 @@ class Side:
             enforce_eager=self.enforce_eager,
             cache_backend=self.cache_backend,
             cache_config=self.cache_config,
+            calibration_prompts=self.calibration_prompts,
         )
 
 

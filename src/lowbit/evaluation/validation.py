@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,17 @@ HEADER = (
 
 
 def validation_plan(
-    model: str | None, spec: Any, params: OmniDiffusionSamplingParams, *, dtype: str, device: str | None
+    model: str | None,
+    spec: Any,
+    params: OmniDiffusionSamplingParams,
+    *,
+    dtype: str,
+    device: str | None,
+    calibration_prompts: tuple[str, ...] = (),
 ) -> Plan:
     """Return the comparison of ``spec`` with the unquantized model: twelve prompts, two seeds, one warm-up."""
     reference = Side(name="reference", model=model, dtype=dtype, device=device)
-    candidate = Side(name="candidate", model=model, quantization_config=spec, dtype=dtype, device=device)
+    candidate = replace(reference, name="candidate", quantization_config=spec, calibration_prompts=calibration_prompts)
     task = Task(prompts=validation_prompts(model), seeds=SEEDS, params=params, warmup_runs=1)
     return Plan(reference=reference, candidate=candidate, task=task, perceptual=True)
 
