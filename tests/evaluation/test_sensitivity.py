@@ -114,7 +114,13 @@ def test_probes_are_spread() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", [None, {"transformer": "int8"}, {"method": "int8", "is_checkpoint_int8_serialized": True}]
+    "spec",
+    [
+        None,
+        {"transformer": "int8"},
+        {"method": "int8", "is_checkpoint_int8_serialized": True},
+        {"method": "int8", "smoothing": 0.5},
+    ],
 )
 def test_what_is_no_single_method(spec: object) -> None:
     with pytest.raises(ConfigError):

@@ -88,13 +88,15 @@ def one_method(spec: Any) -> QuantizationConfig:
     """Return the configuration of a single method.
 
     Raises:
-        ConfigError: none, one per component, or one of a checkpoint that is quantized already.
+        ConfigError: none, one per component, one of a checkpoint that is quantized already, or one with smoothing.
     """
     config = build_quant_config(spec)
     if config is None or isinstance(config, ComponentQuantizationConfig):
         raise ConfigError(f"Give one quantization method for the diffusion transformers, not {spec!r}")
     if config.is_serialized:
         raise ConfigError(f"{spec!r} describes a checkpoint that is quantized already; give the unquantized one")
+    if config.needs_calibration:
+        raise ConfigError(f"{spec!r}: layers can't be smoothed one at a time; leave smoothing out")
     return config
 
 
