@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from diffusers import ZImageTransformer2DModel
 from torch import nn
 
@@ -114,6 +115,7 @@ def make_step(model: ZImageTransformer2DModel, side: int, compiled: bool) -> Cal
 
 def make_steps(variants: Sequence[str], options: argparse.Namespace) -> dict[str, Callable[[], torch.Tensor]]:
     """Return the step of every variant; a model is built once for its eager and its compiled variant."""
+    torch._dynamo.config.recompile_limit = 64  # every model's blocks share one code object
     base = make_model(options.layers, options.refiners)
     names: list[str] = []
     steps: dict[str, Callable[[], torch.Tensor]] = {}
