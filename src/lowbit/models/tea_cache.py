@@ -36,6 +36,12 @@ COEFFICIENTS: tuple[Coefficients, ...] = (
     Coefficients(
         "FluxTransformer2DModel", (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401, 2.64230861e-01), _TEACACHE
     ),
+    Coefficients(
+        "ZImageTransformer2DModel",
+        (1.8858829670e02, -1.3707103979e02, 2.9740938889e01, -1.4912653550, 5.0336784787e-02),
+        "`lowbit calibrate-cache` on the embedded model",
+        {"dim": 288, "n_layers": 5},
+    ),
     Coefficients("QwenImageTransformer2DModel", (-4.5e02, 2.8e02, -4.5e01, 3.2, -2.0e-02), _VLLM_OMNI),
     Coefficients(
         "ZImageTransformer2DModel", (-4.5e02, 2.8e02, -4.5e01, 3.2, -2.0e-02), f"{_VLLM_OMNI}, those of Qwen-Image"
