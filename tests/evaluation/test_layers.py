@@ -24,7 +24,8 @@ from lowbit.evaluation.recording import Side, Task
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 
 PLANTED = "layers.2.feed_forward.w2"
-TASK = Task(prompts=("a red circle",), params=OmniDiffusionSamplingParams(num_inference_steps=3))
+PARAMS = OmniDiffusionSamplingParams(num_inference_steps=3, height=128, width=128, guidance_scale=0.0)
+TASK = Task(prompts=("a red circle",), params=PARAMS)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,9 @@ def test_a_doubled_scale_is_found_as_the_worst_layer_and_its_block(spoilt: Path,
     assert second < 0.1
     for row in found:
         grown = {
-            block: errors["output_relative_l2"] - errors["input_relative_l2"] for block, errors in row["blocks"].items()
+            block: errors["output_relative_l2"] - errors["input_relative_l2"]
+            for block, errors in row["blocks"].items()
+            if block.startswith("transformer.layers.")
         }
         assert max(grown, key=lambda block: grown[block]) == "transformer.layers.2"
 

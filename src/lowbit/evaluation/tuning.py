@@ -357,9 +357,9 @@ def tune(
         task: of the search.
         verification: of the full comparison; its prompts must be others.
         gate: conditions to meet.
-        work: folder of the state.
+        work: folder of the state, created where it is missing.
         budget: of the search.
-        say: called with a line per trial.
+        say: called with a line per trial; goes to another process, so no local function.
 
     Returns:
         The recipe, and the comparison that verified it.
@@ -370,6 +370,7 @@ def tune(
     shared = set(task.prompts) & set(verification.prompts)
     if shared:
         raise ConfigError(f"Verify on prompts that the search does not use; both have {sorted(shared)[0]!r}")
+    work.mkdir(parents=True, exist_ok=True)
     found: Search = in_process(search, side, list(methods), task, tuple(gate), work, budget, say)
     if found.best is None:
         raise ConfigError(_no_recipe(found, gate))
