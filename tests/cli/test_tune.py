@@ -13,7 +13,7 @@ from lowbit.evaluation.prompts import validation_prompts
 from tools.train_embedded.captions import parse
 
 PROMPT = "a red circle"
-HARSH = '{"method": "int8", "activation_bits": 4}'
+HARSH = '{"method": "int8", "activation_bits": 4, "ignored_layers": ["re:(?!layers.2)"]}'
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -38,14 +38,14 @@ def test_sensitivity_prints_a_table_and_writes_a_chart(
 
 
 def test_tune_writes_a_recipe_that_other_commands_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("verify.txt").write_text("a blue star\n")
     arguments = ["tune", "-q", HARSH, "--prompt", PROMPT, "--num-inference-steps", "2", "--gate", "psnr_db>=12"]
     arguments += ["--verification-prompts-file", "verify.txt", "--budget", "1", "--device", "cpu", "-o", "recipe.json"]
     assert run(arguments, monkeypatch) == 0
-    shown = capsys.readouterr().out
+    shown = capfd.readouterr().out
     for word in ("trial", "size", "time", "pass", "recipe.json"):
         assert word in shown
     assert json.loads(Path("recipe.json").read_text())["activation_bits"] == 4

@@ -157,11 +157,17 @@ def test_the_difference_is_the_absolute_difference_amplified(
     page, _ = page_and_events
     page.locator("#amplify").evaluate("input => { input.value = 5; input.dispatchEvent(new Event('input')); }")
     assert page.locator("#amplify-value").inner_text().startswith("32")
-    difference = page.locator(".difference").first
-    style = "position: fixed; left: 0; top: 0; width: 128px; border-radius: 0; outline: none"
-    difference.evaluate("(element, style) => element.setAttribute('style', style)", style)
-    shot = np.asarray(Image.open(io.BytesIO(difference.screenshot())).convert("RGB"), dtype=float)
-    difference.evaluate("element => element.removeAttribute('style')")
+    page.locator(".difference").first.evaluate(
+        """element => {
+            const copy = element.cloneNode(true);
+            copy.id = "copy";
+            copy.style.cssText = "position: fixed; left: 0; top: 0; width: 128px; z-index: 9; border-radius: 0";
+            document.body.append(copy);
+        }"""
+    )
+    clip = {"x": 0, "y": 0, "width": 128, "height": 128}
+    shot = np.asarray(Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB"), dtype=float)
+    page.locator("#copy").evaluate("element => element.remove()")
     first, second = (
         side.case(0)["pictures"][0].numpy().astype(float) for side in (comparison.reference, comparison.candidate)
     )

@@ -16,7 +16,7 @@ from lowbit.evaluation.tuning import Budget, by_worth, exact_pattern, linear_byt
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.models.patterns import matches
 
-HARSH = {"method": "int8", "activation_bits": 4}
+HARSH = {"method": "int8", "activation_bits": 4, "ignored_layers": [r"re:(?!layers\.[23])"]}
 PARAMS = OmniDiffusionSamplingParams(num_inference_steps=3)
 TASK = Task(prompts=("a red circle",), params=PARAMS)
 VERIFICATION = Task(prompts=("a large blue square above a small green star",), params=PARAMS)
@@ -26,7 +26,9 @@ SIDE = Side(name="reference", device="cpu")
 def test_a_recipe_meets_its_gate_when_run_by_itself(tmp_path: Path) -> None:
     gate = parse_gate("psnr_db>=38")
     budget = Budget(trials=12)
-    spec, proof = tune(SIDE, [HARSH, "int8"], TASK, VERIFICATION, gate, tmp_path / "work", budget, print)
+    spec, proof = tune(
+        SIDE, [HARSH, {**HARSH, "activation_bits": 8}], TASK, VERIFICATION, gate, tmp_path / "work", budget, print
+    )
     assert proof.ok
     assert spec["method"] == "int8"
     (tmp_path / "again").mkdir()
@@ -69,7 +71,7 @@ def test_recipes_name_their_layers_exactly() -> None:
     found = recipe(HARSH, ["transformer.proj_out", "transformer.blocks.1.to_q"], names)
     assert found["method"] == "int8"
     assert found["activation_bits"] == 4
-    assert found["ignored_layers"] == ["re:^proj_out$", "blocks.1.to_q"]
+    assert found["ignored_layers"] == [*HARSH["ignored_layers"], "re:^proj_out$", "blocks.1.to_q"]
     both = recipe("int8", ["transformer_2.a"], ["transformer.a", "transformer_2.a"])
     assert both["transformer_2"]["ignored_layers"] == ["a"]
     assert "ignored_layers" not in both["transformer"]
