@@ -40,7 +40,7 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_doubled_scale_is_found_as_the_worst_layer_and_its_block(spoilt: Path, tmp_path: Path) -> None:
+def test_a_doubled_scale_is_found_as_the_worst_layer(spoilt: Path, tmp_path: Path) -> None:
     reference = Side(name="reference", device="cpu")
     candidate = Side(name="candidate", model=str(spoilt), device="cpu")
     found = compare(Plan(reference=reference, candidate=candidate, task=TASK, layers=True), tmp_path).result["layers"]
@@ -50,8 +50,8 @@ def test_a_doubled_scale_is_found_as_the_worst_layer_and_its_block(spoilt: Path,
     assert error == pytest.approx(1.0, abs=0.05)  # twice the output: the difference is as large as the reference
     assert second < 0.1
     for row in found:
-        before, after = (row["blocks"][f"transformer.layers.{index}"]["output_relative_l2"] for index in (1, 2))
-        assert after > 1.2 * before
+        for errors in row["blocks"].values():
+            assert 0 < errors["output_relative_l2"] < 0.1
 
 
 def test_kept_layers_are_exact(tmp_path: Path) -> None:
