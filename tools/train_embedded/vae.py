@@ -98,9 +98,8 @@ def make_vae_loop(path: Path, seed: int, plan: VaePlan, device: torch.device) ->
     """Build the autoencoder with its loop, resumed from ``path`` where it exists."""
     torch.manual_seed(seed)
     vae = build_vae().to(device=device, memory_format=torch.channels_last)
-    loop = Loop(
-        {"vae": vae}, Schedule(plan.steps, plan.rate, plan.refine_steps, plan.refine_rate, decay=plan.decay), path
-    )
+    schedule = Schedule(plan.steps, plan.rate, plan.refine_steps, plan.refine_rate, decay=plan.decay)
+    loop = Loop({"vae": vae}, schedule, path)
     loop.prepare = prepare
     loop.resume()
     return loop
