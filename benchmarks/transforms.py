@@ -41,8 +41,15 @@ def variant(linear: nn.Linear, x: torch.Tensor, options: dict[str, Any]) -> nn.M
     return quantize_layer(changed, Int8Config(**options).linear_method(), mul_scale=scale)
 
 
-def errors(width: int, features: int, outliers: float) -> dict[str, float]:
+def make_linear(width: int, features: int) -> nn.Linear:
+    """Return a layer with normal weights, as trained ones nearly are (uniform ones would lose by being rotated)."""
     linear = nn.Linear(width, features, bias=False, dtype=torch.bfloat16)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    return linear.requires_grad_(False)
+
+
+def errors(width: int, features: int, outliers: float) -> dict[str, float]:
+    linear = make_linear(width, features)
     x = torch.randn(256, width, dtype=torch.bfloat16)
     x[:, :: width // 8] *= outliers
     exact = x.double() @ linear.weight.double().t()
@@ -66,7 +73,7 @@ def main() -> None:
     with torch.no_grad():
         for outliers in (1.0, 50.0):
             results["relative_l2"][f"channels x{outliers:g}"] = errors(options.width, options.features, outliers)
-        linear = nn.Linear(options.width, options.features, bias=False, dtype=torch.bfloat16)
+        linear = make_linear(options.width, options.features)
         for rows in options.rows:
             x = torch.randn(rows, options.width, dtype=torch.bfloat16)
             layers = {name: variant(linear, x, chosen) for name, chosen in VARIANTS.items()}

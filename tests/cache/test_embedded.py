@@ -1,4 +1,4 @@
-"""TeaCache on the embedded model, with and without quantization."""
+"""Caches on the embedded model, with and without quantization."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lowbit import Omni
+from lowbit.errors import ConfigError
 from lowbit.evaluation.metrics import picture_metrics
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 
@@ -38,3 +39,25 @@ def test_guidance_in_one_batch_skips_too() -> None:
     )
     assert not isinstance(output, list)
     assert output.metrics["num_skipped_steps"] == len(output.skipped_steps)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_cache_dit_skips_and_starts_clean(quantization: str | None) -> None:
+    pytest.importorskip("cache_dit", reason="needs cache-dit")
+    options = {"Fn_compute_blocks": 1, "max_warmup_steps": 4, "residual_diff_threshold": 0.12}
+    exact, _ = pictures(quantization=quantization)
+    omni = Omni(device="cpu", quantization=quantization, cache_backend="cache_dit", cache_config=options)
+    first, again = (
+        omni.generate(PROMPTS[0], OmniDiffusionSamplingParams(seed=3), progress=False)[0] for _ in range(2)
+    )
+    assert first.skipped_steps == again.skipped_steps
+    assert first.skipped_steps
+    assert np.array_equal(np.asarray(first.images[0]), np.asarray(again.images[0]))
+    assert picture_metrics(exact[0], np.asarray(first.images[0]))["psnr_db"] >= 25
+
+
+def test_options_that_do_not_fit_the_model_are_told() -> None:
+    pytest.importorskip("cache_dit", reason="needs cache-dit")
+    omni = Omni(device="cpu", cache_backend="cache_dit", cache_config={"Fn_compute_blocks": 8})
+    with pytest.raises(ConfigError, match="cache_dit does not take this pipeline: Fn_compute_blocks 8"):
+        omni.generate(PROMPTS[0], progress=False)

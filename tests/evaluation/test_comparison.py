@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lowbit.errors import ConfigError
@@ -26,7 +27,7 @@ from lowbit.evaluation.comparison import (
     trajectory,
 )
 from lowbit.evaluation.gates import parse_gate
-from lowbit.evaluation.recording import Side, Task, in_process
+from lowbit.evaluation.recording import Side, Task, check_same_shape, in_process
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.models.embedded import embedded_model
 
@@ -99,7 +100,7 @@ def test_the_json_is_strict_and_tells_what_made_it(int8: Comparison, tmp_path: P
     assert set(known_figures(perceptual=True)) == set(figures(int8.result))
 
 
-def test_other_schedulers_are_refused(tmp_path: Path) -> None:
+def test_other_schedulers_are_refused_before_anything_is_generated(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(embedded_model().folder, folder)
     file = folder / "scheduler" / "scheduler_config.json"
@@ -110,6 +111,17 @@ def test_other_schedulers_are_refused(tmp_path: Path) -> None:
     work.mkdir()
     with pytest.raises(ConfigError, match=r"schedulers .* differ .*shift"):
         compare(replace(plan(), candidate=other), work)
+    assert not list(work.iterdir())
+
+
+def test_other_counts_sizes_and_steps_are_refused() -> None:
+    made = {"pictures": torch.zeros(2, 8, 8, 3), "latents": torch.zeros(4, 1)}
+    check_same_shape(made, made)
+    for pictures in (torch.zeros(1, 8, 8, 3), torch.zeros(2, 8, 16, 3)):
+        with pytest.raises(ConfigError, match=r"reference made .*\[2, 8, 8\]"):
+            check_same_shape(made, {**made, "pictures": pictures})
+    with pytest.raises(ConfigError, match="took 4 steps, the candidate 3"):
+        check_same_shape(made, {**made, "latents": torch.zeros(3, 1)})
 
 
 def test_unknown_layers_are_found_before_anything_is_generated(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class CacheDit(GenerationCache):
         cache_dit, skips = _package(), Skips()
         try:
             cache_dit.enable_cache(pipeline, cache_config=cache_dit.DBCacheConfig(**self.settings))
-        except ValueError as error:
+        except (ValueError, AssertionError) as error:  # it asserts that its options fit the model
             raise ConfigError(f"cache_dit does not take this pipeline: {error}") from error
         watches = [Witness(transformer, Calls(pipeline), skips) for transformer in transformers.values()]
         try:

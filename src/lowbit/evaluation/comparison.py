@@ -24,7 +24,7 @@ from lowbit.evaluation.metrics import (
     to_json,
 )
 from lowbit.evaluation.perceptual import PERCEPTUAL_METRICS, lpips_absence, perceptual_metrics
-from lowbit.evaluation.recording import Recording, Side, Task, record
+from lowbit.evaluation.recording import Recording, Side, Task, check_comparable, record
 
 _GENERATION_KEYS = (
     "avg_generation_time_s",
@@ -126,8 +126,7 @@ def compare(plan: Plan, work: Path) -> Comparison:
     Raises:
         ConfigError, CheckpointError, UnsupportedError: a side can't be loaded or run, or they are not comparable.
     """
-    plan.reference.check()
-    plan.candidate.check()
+    check_comparable(plan.reference.check(), plan.candidate.check())
     reference = record(plan.reference, plan.task, _subfolder(work, "reference"), layers=plan.layers)
     candidate = record(
         plan.candidate,

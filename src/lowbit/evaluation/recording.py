@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from lowbit.cache import build_cache
-from lowbit.engine.loading import read_components, resolve_model, route
+from lowbit.engine.loading import ComponentIndex, read_components, resolve_model, route
 from lowbit.errors import ConfigError
 from lowbit.evaluation.layers import Watch, block_errors, blocks, layer_errors, linear_layers, probe_steps
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.integrations.skeleton import empty_component
 from lowbit.models.embedded import EMBEDDED_NAME
+from lowbit.ops.cpu.features import processor_name
 from lowbit.quantization.factory import build_quant_config
 from lowbit.quantization.plan import plan_layers
 
@@ -68,8 +69,11 @@ class Side:
         build_quant_config(self.quantization_config)
         build_cache(self.cache_backend, self.cache_config)
 
-    def check(self) -> None:
+    def check(self) -> dict[str, Any]:
         """Find out, without loading weights, whether the model can be quantized as asked.
+
+        Returns:
+            What ``check_comparable`` takes.
 
         Raises:
             ConfigError: no such model, component or layer.
@@ -84,6 +88,7 @@ class Side:
             )
         for name, config in chosen.items():
             plan_layers(empty_component(source, name, *components[name]), config)
+        return _read_comparable(source, components)
 
     def load(self) -> Omni:
         """Return the engine. Raises what ``Omni`` raises."""
@@ -199,6 +204,12 @@ def record(
     return recording
 
 
+_DEATHS = {
+    -9: ": killed, perhaps for want of memory",
+    1: '; a script that compares needs `if __name__ == "__main__":` before its own calls, for the process imports it',
+}
+
+
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return ``function(*arguments)``, called in a fresh process; its exceptions are raised here.
 
@@ -214,10 +225,8 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
         ok, value = ours.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(
-            f"The process that ran it ended with status {process.exitcode}"
-            + (": killed, perhaps for want of memory" if process.exitcode == -9 else "")
-        ) from None
+        cause = _DEATHS.get(process.exitcode or 0, "")
+        raise RuntimeError(f"The process that ran it ended with status {process.exitcode}{cause}") from None
     finally:
         ours.close()
         if process.is_alive():
@@ -243,8 +252,6 @@ def _record(side: Side, task: Task, folder: Path, reference: Path | None, forced
     omni = side.load()
     information = describe(omni)
     other = Recording.read(reference) if reference is not None else None
-    if other is not None:
-        check_comparable(other.info, information)
     times: list[float] = []
     peaks: list[float] = []
     steps: list[int] = []
@@ -378,14 +385,10 @@ def describe(omni: Omni) -> dict[str, Any]:
 
     import lowbit
 
-    scheduler = omni.pipeline.scheduler
     return {
         "model": omni.config.model or "embedded",
         "pipeline": type(omni.pipeline).__name__,
-        "scheduler": {
-            "class": type(scheduler).__name__,
-            **{key: value for key, value in scheduler.config.items() if not key.startswith("_") and _is_plain(value)},
-        },
+        "scheduler": _scheduler_settings(omni.pipeline.scheduler),
         "dtype": str(omni.config.dtype).removeprefix("torch."),
         "device": str(omni.device),
         "device_name": _device_name(omni.device),
@@ -402,14 +405,25 @@ def describe(omni: Omni) -> dict[str, Any]:
     }
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool))
+def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    plain = (str, int, float, bool, type(None))
+    settings = {key: value for key, value in scheduler.config.items() if isinstance(value, plain)}
+    return {"class": type(scheduler).__name__, **{key: settings[key] for key in settings if not key.startswith("_")}}
+
+
+def _read_comparable(source: str, components: ComponentIndex) -> dict[str, Any]:
+    import diffusers
+
+    pipeline = diffusers.DiffusionPipeline.load_config(source)["_class_name"]
+    scheduler_class = getattr(diffusers, components["scheduler"][1])
+    scheduler = scheduler_class.from_pretrained(source, subfolder="scheduler")
+    return {"pipeline": pipeline, "scheduler": _scheduler_settings(scheduler)}
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def check_comparable(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> None:

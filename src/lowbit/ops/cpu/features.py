@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import platform
 from functools import cache
+from pathlib import Path
 
 import torch
+
+
+@cache
+def processor_name() -> str:
+    """Return the CPU's model as the system names it, such as "AMD EPYC 9355"; at worst its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name")
+    return next(models, platform.processor() or platform.machine())
 
 
 @cache
