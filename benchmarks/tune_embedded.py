@@ -65,7 +65,7 @@ def held_out_figures(recipes: dict[str, list[str]]) -> dict[str, dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gate", default="psnr_db>=35")
+    parser.add_argument("--gate", default="psnr_db>=54")
     parser.add_argument("--trials", type=int, default=40, help="budget of the search")
     parser.add_argument("--random", type=int, default=20, help="random choices")
     parser.add_argument("--work-dir", type=Path, default=None, help="keep the search's state here and resume from it")

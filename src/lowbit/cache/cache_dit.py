@@ -43,11 +43,15 @@ class CacheDit(GenerationCache):
         cache_dit, skips = _package(), Skips()
         try:
             cache_dit.enable_cache(pipeline, cache_config=cache_dit.DBCacheConfig(**self.settings))
-        except (ValueError, AssertionError) as error:  # it asserts that its options fit the model
+        except ValueError as error:
             raise ConfigError(f"cache_dit does not take this pipeline: {error}") from error
         watches = [Witness(transformer, Calls(pipeline), skips) for transformer in transformers.values()]
         try:
             yield skips
+        except AssertionError as error:  # at the first step it asserts that Fn and Bn fit the number of blocks
+            if "compute_blocks" not in str(error):
+                raise
+            raise ConfigError(f"cache_dit does not take these options for this pipeline: {error}") from error
         finally:
             for watch in watches:
                 watch.remove()
