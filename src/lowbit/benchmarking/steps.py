@@ -134,7 +134,8 @@ def _make_variant(name: str, model: nn.Module, given: Mapping[str, Any], about: 
             result = used(**given, return_dict=False)[0]
         first = result[0] if isinstance(result, list) else result
         wait_for(device)
-        return first.float().cpu()
+        values: torch.Tensor = first.float().cpu()
+        return values
 
     with compilation_allowed():
         compilation = warm_up(step, blocks)
@@ -182,9 +183,7 @@ def time_variants(
             raise ConfigError("This C library has no mallopt: freed memory can't be kept")
         with nothing_new_compiled():
             cases = {variant.name: variant.step for variant in variants}
-            seconds = alternate(
-                cases, repetitions=repetitions, budget=budget, progress=allocator if progress else None
-            )
+            seconds = alternate(cases, repetitions=repetitions, budget=budget, progress=allocator if progress else None)
         times = {name: summary(values) for name, values in seconds.items()}
         rows += [_row(variant, times, allocator, errors[variant.name]) for variant in variants]
     return rows
@@ -212,9 +211,7 @@ def relative_errors(variants: Sequence[Variant]) -> dict[str, float]:
     """Return the norm of each result's difference from float32's (or the first's) over its norm: sees a wrong scale."""
     reference = next((variant for variant in variants if variant.name == "fp32"), variants[0])
     expected = reference.step()
-    return {
-        variant.name: round(float((variant.step() - expected).norm() / expected.norm()), 6) for variant in variants
-    }
+    return {variant.name: round(float((variant.step() - expected).norm() / expected.norm()), 6) for variant in variants}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -75,8 +75,8 @@ def find_subject(
     """Find the transformer that the user named.
 
     Args:
-        model: a name of ``lowbit.models.published``, ``"embedded"`` or ``None``, a pipeline's or a transformer's folder,
-            or a Hub id.
+        model: a name of ``lowbit.models.published``, ``"embedded"`` or ``None``, a folder of a pipeline or of a
+            transformer, or a Hub id.
         size: height and width in pixels; ``None``: 512, of the embedded model what it was trained for.
         layers: blocks of the main list; only of a published shape. ``None``: all.
         batch: pictures at once.
@@ -99,7 +99,9 @@ def find_subject(
         return Subject(published.name, published.class_name, config, None, "", most, workload)
     if layers is not None:
         names = ", ".join(entry.name for entry in PUBLISHED)
-        raise ConfigError(f"layers applies to the published shapes ({names}); {model or EMBEDDED_NAME} is measured whole")
+        raise ConfigError(
+            f"layers applies to the published shapes ({names}); {model or EMBEDDED_NAME} is measured whole"
+        )
     return _real(model, workload)
 
 
