@@ -38,7 +38,7 @@ def compile_blocks(model: nn.Module) -> int:
     return len(blocks)
 
 
-def warm_up(step: Callable[[], Any], compiled_blocks: int) -> dict[str, int]:
+def warm_up(step: Callable[[], Any], compiled_blocks: int) -> tuple[Any, dict[str, int]]:
     """Call ``step`` twice and count what torch.compile did.
 
     Args:
@@ -46,7 +46,8 @@ def warm_up(step: Callable[[], Any], compiled_blocks: int) -> dict[str, int]:
         compiled_blocks: blocks that must be compiled; 0 for an eager variant, which may compile parts by itself.
 
     Returns:
-        ``graphs`` and ``graph_breaks`` of the first call, ``late_graphs`` of the second, ``compiled_blocks``.
+        What ``step`` returned; and ``graphs`` and ``graph_breaks`` of the first call, ``late_graphs`` of the second,
+        ``compiled_blocks``.
 
     Raises:
         RuntimeError: blocks should have been compiled and no graph was made.
@@ -60,8 +61,8 @@ def warm_up(step: Callable[[], Any], compiled_blocks: int) -> dict[str, int]:
     }
     if compiled_blocks and not found["graphs"]:
         raise RuntimeError("torch.compile made no graph: the blocks ran in eager mode")
-    step()
-    return {**found, "late_graphs": counters["stats"]["unique_graphs"] - found["graphs"]}
+    result = step()
+    return result, {**found, "late_graphs": counters["stats"]["unique_graphs"] - found["graphs"]}
 
 
 @contextmanager

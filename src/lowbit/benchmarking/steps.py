@@ -33,12 +33,14 @@ class Variant:
     Attributes:
         name: the precision, ``-compiled`` after it where it is.
         step: makes a step, waits for it, returns its result in float32 on the CPU.
+        result: what a step returned.
         weight_bytes: of all parameters and buffers.
         about: kernels, versions, graphs: for the record.
     """
 
     name: str
     step: Step
+    result: torch.Tensor
     weight_bytes: int
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -138,8 +140,8 @@ def _make_variant(name: str, model: nn.Module, given: Mapping[str, Any], about: 
         return values
 
     with compilation_allowed():
-        compilation = warm_up(step, blocks)
-    return Variant(name, step, _bytes(model), {**about, "compilation": compilation})
+        result, compilation = warm_up(step, blocks)
+    return Variant(name, step, result, _bytes(model), {**about, "compilation": compilation})
 
 
 def _bytes(model: nn.Module) -> int:
@@ -183,7 +185,9 @@ def time_variants(
             raise ConfigError("This C library has no mallopt: freed memory can't be kept")
         with nothing_new_compiled():
             cases = {variant.name: variant.step for variant in variants}
-            seconds = alternate(cases, repetitions=repetitions, budget=budget, progress=allocator if progress else None)
+            title = allocator if progress else None
+            warmup = int(allocator == KEPT_ALLOCATOR)  # all are warm, but kept memory fills at the first use
+            seconds = alternate(cases, repetitions=repetitions, warmup=warmup, budget=budget, progress=title)
         times = {name: summary(values) for name, values in seconds.items()}
         rows += [_row(variant, times, allocator, errors[variant.name]) for variant in variants]
     return rows

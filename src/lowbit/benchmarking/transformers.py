@@ -136,10 +136,16 @@ def random_transformer(class_name: str, config: dict[str, Any], dtype: torch.dty
     Nothing is made in a wider dtype first.
     """
     model = hollow_transformer(class_name, config)
-    noise = torch.randn(_NOISE_VALUES, generator=torch.Generator().manual_seed(0)).mul_(_WEIGHT_SCALE).to(dtype)
+    noise = random_noise(dtype)
     for module in model.modules():
         fill(module, noise, device)
     return model.to(device).eval().requires_grad_(False)
+
+
+def random_noise(dtype: torch.dtype) -> torch.Tensor:
+    """Return the values [N] that ``fill`` repeats: normal with deviation 0.02."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_NOISE_VALUES, generator=generator).mul_(_WEIGHT_SCALE).to(dtype)
 
 
 def hollow_transformer(class_name: str, config: dict[str, Any]) -> nn.Module:
@@ -152,7 +158,13 @@ def hollow_transformer(class_name: str, config: dict[str, Any]) -> nn.Module:
 
 
 def fill(module: nn.Module, noise: torch.Tensor, device: torch.device) -> None:
-    """Put values in place of the parameters of ``module`` itself that are on the meta device."""
+    """Put values in place of the parameters of ``module`` itself that are on the meta device.
+
+    Args:
+        module: whose own parameters to fill: matrices with ``noise``, norms' weights with 1, biases with 0.
+        noise: [N], in the dtype that the parameters are to have.
+        device: where they are to be.
+    """
     for name, parameter in module._parameters.items():
         if parameter is None or not parameter.is_meta:
             continue
