@@ -7,11 +7,11 @@ from typing import Any
 SMALL: dict[str, dict[str, Any]] = {
     "ZImageTransformer2DModel": {
         "in_channels": 4,
-        "dim": 64,
+        "dim": 96,
         "n_layers": 2,
         "n_refiner_layers": 1,
-        "n_heads": 2,
-        "n_kv_heads": 2,
+        "n_heads": 3,
+        "n_kv_heads": 3,
         "cap_feat_dim": 48,
         "axes_dims": [8, 12, 12],
         "axes_lens": [64, 32, 32],

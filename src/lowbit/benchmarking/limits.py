@@ -46,7 +46,7 @@ def gemm_limits(
         rates: list[tuple[float, str, Size]] = []
         for size in CPU_SIZES if device.type == "cpu" else ACCELERATOR_SIZES:
             cases = dict(_products(kind, size, device))
-            seconds = alternate(cases, repetitions=20, budget=_BUDGET)
+            seconds = alternate(cases, repetitions=20, warmup=0, budget=_BUDGET, least=1)
             operations = 2 * size[0] * size[1] * size[2]
             rates += [(operations / min(times), name, size) for name, times in seconds.items()]
         if not rates:
@@ -62,7 +62,9 @@ def _products(kind: str, size: Size, device: torch.device) -> Iterator[tuple[str
     if kind in DTYPES:
         x = torch.randn(rows, columns, device=device).to(DTYPES[kind])
         weight = torch.randn(features, columns, device=device).to(DTYPES[kind])
-        yield "torch", _waited(lambda: nn.functional.linear(x, weight), device)
+        once = _waited(lambda: nn.functional.linear(x, weight), device)
+        once()
+        yield "torch", once
         return
     for name, product in [*_torch_products(kind, size, device), *_kernels(kind, size, device)]:
         try:

@@ -75,6 +75,8 @@ def _sdnq(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
         weights_dtype="int8",
         use_quantized_matmul=True,
         add_skip_keys=False,
+        minimum_allowed_numel=1,
+        minimum_allowed_channel_size=1,
         # a leading dot makes it the beginning of a parameter's full name
         modules_to_not_convert=[f".{name}." for name in linear if name not in chosen],
         torch_dtype=dtype,

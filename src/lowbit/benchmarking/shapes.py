@@ -165,7 +165,7 @@ def time_linear(
             assert isinstance(layer, nn.Linear)
             layer = quantize_layer(layer, _method(method))
         cases[method] = _waiting(layer, x.to(device, dtype), device)
-    seconds = alternate(cases, repetitions=repetitions, budget=budget)
+    seconds = alternate(cases, repetitions=repetitions, budget=budget, least=1)
     scale = shape.rows / rows
     return {method: summary(values)["median_ms"] / 1e3 * scale for method, values in seconds.items()}
 
@@ -195,7 +195,7 @@ def time_attention(
         query = torch.randn(shape.batch, shape.heads, queries, shape.head_size, dtype=dtype, device=device)
         key = torch.randn(shape.batch, shape.heads, shape.keys, shape.head_size, dtype=dtype, device=device)
         cases[str(dtype)] = _waiting(lambda q, k=key: scaled_dot_product_attention(q, k, k), query, device)
-    seconds = alternate(cases, repetitions=repetitions, budget=budget)
+    seconds = alternate(cases, repetitions=repetitions, budget=budget, least=1)
     scale = shape.queries / queries
     return {dtype: summary(seconds[str(dtype)])["median_ms"] / 1e3 * scale for dtype in dtypes}
 
@@ -217,7 +217,7 @@ def measure_shapes(
             kept layers compute in and what speedups are over.
         device: where.
         repetitions: of each measurement.
-        budget: seconds per measurement; two repetitions are made in any case.
+        budget: seconds per measurement, beyond a warm-up and one repetition.
         progress: show a bar.
 
     Returns:
@@ -243,18 +243,16 @@ def measure_shapes(
     return {
         "limits": limits,
         "shapes": [_shape_row(shape, inventory.linear[shape], linear[shape], types, limits) for shape in linear],
-        "attention": [
-            {
-                **vars(one),
-                "count": inventory.attention[one],
-                "seconds": {str(dtype).removeprefix("torch."): time for dtype, time in attention[one].items()},
-            }
-            for one in attention
-        ],
+        "attention": [_attention_row(one, inventory.attention[one], attention[one]) for one in attention],
         "weights": inventory.weights,
         "quantized_weights": inventory.quantized_weights,
         "prediction": predict(inventory, linear, attention, methods, baseline),
     }
+
+
+def _attention_row(shape: AttentionShape, count: int, seconds: Mapping[torch.dtype, float]) -> dict[str, Any]:
+    times = {str(dtype).removeprefix("torch."): time for dtype, time in seconds.items()}
+    return {**vars(shape), "count": count, "seconds": times}
 
 
 def _advance(bar: Any, text: str) -> None:

@@ -17,6 +17,7 @@ def alternate(
     repetitions: int,
     warmup: int = 1,
     budget: float = float("inf"),
+    least: int = 2,
     progress: str | None = None,
 ) -> dict[str, list[float]]:
     """Time each case ``repetitions`` times, in turn.
@@ -25,7 +26,8 @@ def alternate(
         cases: what to call, by name; on an accelerator they wait for it. The order is reversed every other round.
         repetitions: rounds at most.
         warmup: calls of each before.
-        budget: seconds; no round starts after, but two are made.
+        budget: seconds; no round starts after.
+        least: rounds that are made whatever they take.
         progress: title of a progress bar; ``None`` shows none.
 
     Returns:
@@ -41,7 +43,7 @@ def alternate(
             bar.update()
     start = time.perf_counter()
     for repetition in range(repetitions):
-        if repetition >= 2 and time.perf_counter() - start > budget:
+        if repetition >= least and time.perf_counter() - start > budget:
             break
         for name in names if repetition % 2 == 0 else reversed(names):
             bar.set_postfix_str(name)
