@@ -1,13 +1,12 @@
 """How cost grows: a step's time with tokens, layers and batch; loading's time and memory with bytes.
 
-    python -m benchmarks.growth --output benchmarks/results/growth.json --update docs/performance.md
+    python -m benchmarks.growth --output benchmarks/results/growth.json
     python -m benchmarks.growth --parts tokens --output growth.json
-    python -m benchmarks.growth --tables benchmarks/results/growth.json         # print the tables of an earlier run
 
 Z-Image blocks of published width, random weights, no refiners. BF16 is left out above ``--most-bf16`` tokens, which
 take minutes on a CPU without BF16 instructions. Each table has the exponent p of time = c * x**p, fitted to all points
 by least squares of the logarithms, and that between the last two points. Where a step's time goes is taken from
-torch.profiler. ``--update`` puts the tables between the markers of a page.
+torch.profiler. ``benchmarks.performance_page`` makes the tables.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.timing import alternate, summary, write
+from benchmarks.performance_page import growth
+from benchmarks.timing import alternate, machine, summary, write
 from lowbit.benchmarking.inputs import Workload, step_inputs
 from lowbit.benchmarking.transformers import random_transformer, share
 from lowbit.models.published import published_transformer
@@ -45,7 +45,6 @@ LAYERS = (1, 2, 4, 6)
 BATCHES = (1, 2, 4, 8)
 SMALL = 256  # tokens, for the tables of layers and batch
 PRECISIONS = {"int8": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
-BEGIN, END = "<!-- tables of benchmarks/growth.py -->", "<!-- end of tables -->"
 LINEAR_OPERATORS = ("aten::addmm", "aten::mm", "aten::linear", "aten::matmul", "mkldnn::", "onednn::", "lowbit::")
 
 Models = dict[str, nn.Module]
@@ -178,65 +177,6 @@ def grow_loading(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "exponents": {"load_seconds": times, "peak_bytes": memory}}
 
 
-def step_table(name: str, found: dict[str, Any]) -> str:
-    rows = found["rows"]
-    precisions = [precision for precision in PRECISIONS if precision in rows[0]["ms"]]
-    heads = [name, *(f"{p} ms" for p in precisions), "int8: linear, attention, other", "fp32: the same"]
-    lines = [line(heads), line(["---:"] * len(heads))]
-    for row in rows:
-        times = [f"{row['ms'][p]:,.0f}" if p in row["ms"] else "" for p in precisions]
-        shares = [", ".join(f"{share:.0%}" for share in row["shares"][p].values()) for p in ("int8", "fp32")]
-        lines.append(line([f"{row[name]:,}", *times, *shares]))
-    for kind, title in (("fitted", "exponent"), ("last", "between the last two")):
-        fits = [f"{found['exponents'][p][kind]:.2f}" for p in precisions]
-        lines.append(line([title, *fits, "", ""]))
-    return "\n".join(lines)
-
-
-def loading_table(found: dict[str, Any]) -> str:
-    heads = ["checkpoint GB", "load s", "GB/s", "model GB", "peak GB", "peak over model MB"]
-    lines = [line(heads), line(["---:"] * len(heads))]
-    for row in found["rows"]:
-        size, seconds = row["checkpoint_bytes"] / 1e9, row["load_seconds"]
-        over = (row["peak_bytes"] - row["model_bytes"]) / 1e6
-        bytes_ = [f"{row['model_bytes'] / 1e9:.2f}", f"{row['peak_bytes'] / 1e9:.2f}", f"{over:,.0f}"]
-        lines.append(line([f"{size:.2f}", f"{seconds:.2f}", f"{size / seconds:.2f}", *bytes_]))
-    time, memory = found["exponents"]["load_seconds"], found["exponents"]["peak_bytes"]
-    lines.append(line(["exponent", f"{time['fitted']:.2f}", "", "", f"{memory['fitted']:.2f} with the model's", ""]))
-    return "\n".join(lines)
-
-
-def line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-TITLES = {
-    "tokens": "A step's time with tokens (one layer)",
-    "layers": f"A step's time with layers ({SMALL} tokens)",
-    "batch": f"A step's time with batch (one layer, {SMALL} tokens each)",
-    "loading": "Loading in Int8 with bytes",
-}
-
-
-def tables(found: dict[str, Any]) -> str:
-    """Return all tables as Markdown."""
-    texts = []
-    for part, title in TITLES.items():
-        if part in found:
-            body = loading_table(found[part]) if part == "loading" else step_table(part, found[part])
-            texts.append(f"### {title}\n\n{body}")
-    return "\n\n".join(texts)
-
-
-def update(page: Path, text: str) -> None:
-    """Put ``text`` between the markers of a page."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{page} lacks the markers {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
@@ -245,8 +185,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--most-bf16", type=int, default=1024, help="tokens (default: %(default)s)")
     parser.add_argument("--folder", help="where to write checkpoints (default: the system's temporary folder)")
     parser.add_argument("--output", type=Path, help="JSON file; parts of it that are not measured now are kept")
-    parser.add_argument("--update", type=Path, help="page to put the tables into")
-    parser.add_argument("--tables", type=Path, help="JSON file of an earlier run: measure nothing")
     return parser.parse_args()
 
 
@@ -255,17 +193,14 @@ MEASURE = {"tokens": grow_tokens, "layers": grow_layers, "batch": grow_batch, "l
 
 def main() -> None:
     options = parse_arguments()
-    source = options.tables or options.output
-    found: dict[str, Any] = json.loads(source.read_text()) if source and source.exists() else {}
-    if not options.tables:
-        for part in options.parts:
-            print(f"{part}:", flush=True)
-            found[part] = MEASURE[part](options)
-            if options.output:
-                write(options.output, {part: found[part] for part in PARTS if part in found})
-    print(tables(found))
-    if options.update:
-        update(options.update, tables(found))
+    earlier = options.output is not None and options.output.exists()
+    found: dict[str, Any] = json.loads(options.output.read_text()) if earlier else {}
+    for part in options.parts:
+        print(f"{part}:", flush=True)
+        found[part] = MEASURE[part](options)
+        if options.output:
+            write(options.output, {part: found[part] for part in PARTS if part in found})
+    print(growth({**found, "date": "", "machine": machine()}))
 
 
 if __name__ == "__main__":

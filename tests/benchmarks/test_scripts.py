@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import growth, transformer_step
+from benchmarks import growth, performance_page, transformer_step
+from benchmarks.timing import machine
 from benchmarks.whole_model import make_model
 from lowbit.benchmarking.steps import check_precisions
 from lowbit.benchmarking.transformers import random_transformer
@@ -37,21 +39,25 @@ def test_the_workloads_have_the_tokens_they_are_named_after() -> None:
         assert work.image_tokens + work.text_tokens == tokens
 
 
-def test_tables_go_between_the_markers_of_a_page(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{growth.BEGIN}\nold\n{growth.END}\nafter\n")
-    text = growth.tables({"tokens": growth.with_exponents("tokens", ROWS)})
-    growth.update(page, text)
-    growth.update(page, text)
-    written = page.read_text()
-    assert written.startswith("before\n")
-    assert written.endswith("after\n")
-    assert "old" not in written
-    assert written.count("| 2,048 |") == 1
-    assert "50%, 30%, 20%" in written
-    (tmp_path / "other.md").write_text("nothing")
-    with pytest.raises(SystemExit, match="lacks the markers"):
-        growth.update(tmp_path / "other.md", text)
+def test_tables_go_where_the_page_marks_them(tmp_path: Path) -> None:
+    marks = "<!-- table: {} -->\nold\n<!-- end of table -->\n"
+    page = f"before\n{marks.format('growth.json')}between\n{marks.format('whole_model.json')}after\n"
+    result = {"date": "today", "machine": machine(), "tokens": growth.with_exponents("tokens", ROWS)}
+    (tmp_path / "growth.json").write_text(json.dumps(result))
+    once = performance_page.fill_in(page, tmp_path)
+    assert performance_page.fill_in(once, tmp_path) == once
+    assert once.startswith("before\n")
+    assert once.endswith("after\n")
+    assert "old" not in once
+    assert once.count("| 2,048 |") == 1
+    assert "50%, 30%, 20%" in once
+    assert "Not measured (`benchmarks/results/whole_model.json` is missing)" in once
+
+
+def test_the_page_of_the_docs_is_made_from_the_committed_results() -> None:
+    page = (performance_page.ROOT / "docs" / "performance.md").read_text()
+    assert performance_page.MARKED.search(page)
+    assert performance_page.fill_in(page, performance_page.ROOT / "benchmarks" / "results") == page
 
 
 def test_a_steps_time_is_divided_by_kind() -> None:
