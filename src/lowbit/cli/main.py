@@ -8,7 +8,7 @@ import sys
 import typer
 
 import lowbit
-from lowbit.cli import calibrate_cache, compare, generate, info, quantize, sensitivity, tune, validate
+from lowbit.cli import bench, calibrate_cache, compare, generate, info, quantize, sensitivity, tune, validate
 
 app = typer.Typer(
     name="lowbit",
@@ -25,6 +25,7 @@ app.command("sensitivity", epilog=sensitivity.EXAMPLES)(sensitivity.sensitivity)
 app.command("tune", epilog=tune.EXAMPLES)(tune.tune)
 app.command("validate", epilog=validate.EXAMPLES)(validate.validate)
 app.command("calibrate-cache", epilog=calibrate_cache.EXAMPLES)(calibrate_cache.calibrate_cache)
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("info", epilog=info.EXAMPLES)(info.info)
 
 

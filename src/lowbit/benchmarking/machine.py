@@ -1,0 +1,83 @@
+"""What a measurement depends on, and writing it beside the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.ops.cpu import native
+
+FLAGS_OF_INTEREST = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+PACKAGES = ("torch", "triton", "diffusers", "torchao", "optimum-quanto", "sdnq", "openvino", "gguf")
+ALLOCATOR_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine, the packages and the commit."""
+    model, flags = _cpu()
+    found = {
+        "cpu": model,
+        "flags": [flag for flag in FLAGS_OF_INTEREST if flag in flags],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES if version(name)},
+        "commit": _commit(),
+        "native": native.description(),
+        "allocator": {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ},
+    }
+    if torch.cuda.is_available():
+        found["accelerator"] = torch.cuda.get_device_name()
+    return found
+
+
+def version(package: str) -> str | None:
+    """Return the version of an installed distribution, ``None`` where it isn't installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write ``results`` as JSON, with the machine and the date; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
+    path.write_text(json.dumps({**head, **results}, indent=1) + "\n", encoding="utf-8")
+
+
+def _cpu() -> tuple[str, set[str]]:
+    model, flags = platform.processor() or platform.machine(), set[str]()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return model, flags
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            model = value.strip()
+        elif key.strip() == "flags":
+            flags = set(value.split())
+    return model, flags
+
+
+def _commit() -> str | None:
+    """Return the commit of a source tree; an installed package has none."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    source = Path(__file__).resolve().parents[3]
+    if not (source / ".git").exists():
+        return None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=source).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
