@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lowbit.ops.cpu import native
+from lowbit.ops.cpu.features import processor_facts, processor_name
 
 FLAGS_OF_INTEREST = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 PACKAGES = ("torch", "triton", "diffusers", "torchao", "optimum-quanto", "sdnq", "openvino", "gguf")
@@ -22,9 +23,9 @@ ALLOCATOR_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRES
 
 def machine() -> dict[str, Any]:
     """Describe the machine, the packages and the commit."""
-    model, flags = _cpu()
+    flags = processor_facts().get("flags", "").split()
     found = {
-        "cpu": model,
+        "cpu": processor_name(),
         "flags": [flag for flag in FLAGS_OF_INTEREST if flag in flags],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -54,21 +55,6 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
     path.write_text(json.dumps({**head, **results}, indent=1) + "\n", encoding="utf-8")
-
-
-def _cpu() -> tuple[str, set[str]]:
-    model, flags = platform.processor() or platform.machine(), set[str]()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return model, flags
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            model = value.strip()
-        elif key.strip() == "flags":
-            flags = set(value.split())
-    return model, flags
 
 
 def _commit() -> str | None:

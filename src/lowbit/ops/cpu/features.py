@@ -10,14 +10,18 @@ import torch
 
 
 @cache
-def processor_name() -> str:
-    """Return the CPU's model as the system names it, such as "AMD EPYC 9355"; at worst its architecture."""
+def processor_facts() -> dict[str, str]:
+    """Return what Linux tells of the CPU in ``/proc/cpuinfo``, nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    models = (value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name")
-    return next(models, platform.processor() or platform.machine())
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def processor_name() -> str:
+    """Return the CPU's model as the system names it, such as "AMD EPYC 9355"; at worst its architecture."""
+    return processor_facts().get("model name") or platform.processor() or platform.machine()
 
 
 @cache
