@@ -1,7 +1,7 @@
 // Attention in float32: of the inputs as they are, or (kAttentionFp8) of e4m3 codes of them, decoded, with the softmax
 // rounded to e4m3 too: the numbers of 8-bit floating point on a CPU that has no instruction for it.
 
-constexpr int64_t kFloatRows = 48;
+constexpr int64_t kFloatRows = 96;
 
 struct FloatTile {
     const float* x;          // rows, x_stride apart

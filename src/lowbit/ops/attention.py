@@ -23,8 +23,10 @@ everywhere in its head, in a value NaN in its channel of the head.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn.functional import pad
@@ -33,6 +35,8 @@ from lowbit.errors import ConfigError
 from lowbit.ops import fp8, int8
 from lowbit.ops.dispatch import ANY_DEVICE, AUTO, Implementation, select
 from lowbit.ops.library import define_operator
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("int8", "fp8")
 """What attention can be quantized to."""
@@ -51,7 +55,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("native", "lowbit.ops.cpu.attention", frozenset({"cpu"})),
     Implementation("sdpa", "lowbit.ops.sdpa", ANY_DEVICE),
     Implementation(
-        "reference", "lowbit.ops.attention", ANY_DEVICE, slow="the reference holds scores in memory and is slow everywhere"
+        "reference",
+        "lowbit.ops.attention",
+        ANY_DEVICE,
+        slow="the reference holds scores in memory and is slow everywhere",
     ),
 )
 
@@ -92,9 +99,7 @@ def check_kind(kind: str | None, option: str = "attention_quantization") -> str:
     return kind.lower()
 
 
-def check_shapes(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None
-) -> None:
+def check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     """Raise ``ValueError`` where the shapes of an attention's tensors don't fit each other; names both."""
     if query.dim() != 4 or key.dim() != 4:
         raise ValueError("query and key have to be [batch, tokens, heads, head_dim]")
@@ -109,46 +114,87 @@ def check_shapes(
         raise ValueError(f"value has to have the shape of key, {tuple(key.shape)}, not {tuple(value.shape)}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key and value have to have one dtype, not {query.dtype}, {key.dtype}, {value.dtype}")
-    if key_mask is not None and (key_mask.shape != (batch, keys) or key_mask.dtype != torch.bool):
-        raise ValueError(
-            f"key_mask has to be bool [batch, keys] = {(batch, keys)}, not {key_mask.dtype} {tuple(key_mask.shape)}"
-        )
+
+
+def as_key_mask(mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor | None:
+    """Return bool [batch, keys], or ``None`` for a mask that is not boolean or not the same for all queries and heads.
+
+    Args:
+        mask: as diffusers' dispatcher takes it: bool [batch or 1, keys], or what broadcasts against
+            [batch, heads, queries, keys].
+        batch: size of the batch.
+        keys: number of keys.
+    """
+    if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
+        mask = mask[:, 0, 0]
+    if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != keys:
+        return None
+    return mask.expand(batch, keys)
 
 
 def _run(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    key_mask: torch.Tensor | None,
+    mask: torch.Tensor | None,
     scale: float,
     is_causal: bool,
     kind: str,
     kernel: str,
 ) -> torch.Tensor:
-    check_shapes(query, key, value, key_mask)
+    """Compute attention with the implementation named ``kernel``.
+
+    Args:
+        query: [batch, queries, heads, head_dim].
+        key: [batch, keys, key heads, head_dim].
+        value: as ``key``.
+        mask: see ``as_key_mask``; with another one than of keys attention is torch's, unquantized, which the log says.
+        scale: of the scores.
+        is_causal: query i sees the keys 0 ... i.
+        kind: ``"int8"``, ``"fp8"`` or ``UNQUANTIZED``.
+        kernel: a name in ``IMPLEMENTATIONS``.
+
+    Returns:
+        Like ``query``, dense.
+    """
+    check_shapes(query, key, value)
     if query.numel() == 0 or key.shape[1] == 0:
         return query.new_zeros(query.shape)
+    key_mask = None if mask is None else as_key_mask(mask, query.shape[0], key.shape[1])
+    if mask is not None and key_mask is None:
+        if kind != UNQUANTIZED:
+            _tell_once(
+                f"{mask.dtype} {list(mask.shape)}" if mask.dim() < 3 else f"{mask.dtype}, {mask.dim()} dimensions"
+            )
+        kind, kernel, key_mask = UNQUANTIZED, "sdpa", mask
     module = next(entry for entry in IMPLEMENTATIONS if entry.name == kernel).load()
     result: torch.Tensor = module.attention(query, key, value, key_mask, scale, is_causal, kind)
     return result
+
+
+@cache
+def _tell_once(mask: str) -> None:
+    logger.warning(
+        "A mask (%s) is not a boolean one of keys: this attention is not quantized, torch computes it as it is", mask
+    )
 
 
 def _fake(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    key_mask: torch.Tensor | None,
+    mask: torch.Tensor | None,
     scale: float,
     is_causal: bool,
     kind: str,
     kernel: str,
 ) -> torch.Tensor:
-    check_shapes(query, key, value, key_mask)
+    check_shapes(query, key, value)
     return query.new_empty(query.shape)
 
 
 attention_operator = define_operator(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, float scale, bool is_causal, str kind,"
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool is_causal, str kind,"
     " str kernel) -> Tensor",
     _run,
     _fake,
@@ -242,7 +288,7 @@ def _encode(values: torch.Tensor, kind: str, dim: int) -> tuple[torch.Tensor, to
 
 
 def _center(values: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``values`` [batch, heads, tokens, head_dim] less their mean over kept tokens, and it; zero where not kept."""
+    """Return ``values`` [batch, heads, tokens, head_dim] less their mean over kept tokens, zero elsewhere, and it."""
     if keep is None:
         mean = values.mean(dim=2, keepdim=True)
         return values - mean, mean

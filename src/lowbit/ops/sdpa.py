@@ -21,9 +21,16 @@ def attention(
     is_causal: bool,
     kind: str,
 ) -> torch.Tensor:
-    """Compute attention; arguments and result as in ``lowbit.ops.attention.attention``, the kind is ``UNQUANTIZED``."""
-    mask = None if key_mask is None else key_mask[:, None, None, :]
+    """Compute attention; arguments and result as in ``lowbit.ops.attention.attention``, the kind is ``UNQUANTIZED``.
+
+    ``key_mask`` may be any mask that torch takes, boolean or added to the scores.
+    """
+    mask = key_mask[:, None, None, :] if key_mask is not None and key_mask.dim() == 2 else key_mask
+    if key_mask is not None and key_mask.dim() == 2 and key_mask.shape != (query.shape[0], key.shape[1]):
+        mask = key_mask  # [queries, keys]
     if is_causal and mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError("A causal attention takes no mask that is added to its scores")
         mask = mask & torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).tril()
         is_causal = False
     result = torch.nn.functional.scaled_dot_product_attention(

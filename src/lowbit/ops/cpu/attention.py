@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from lowbit.errors import UnsupportedError
 from lowbit.ops.attention import LOG2_E, UNQUANTIZED, AttentionProblem
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.features import fast_matmul_dtype
@@ -40,6 +41,9 @@ def attention(
     kind: str,
 ) -> torch.Tensor:
     """Compute attention; arguments and result as in ``lowbit.ops.attention.attention``."""
+    refusal = supports(AttentionProblem(query.device, query.dtype, kind, query.shape[3]))
+    if refusal is not None and (kind != UNQUANTIZED or not native.multiplies_int8()):
+        raise UnsupportedError(f"attention can't be computed: {refusal}")
     output = torch.empty(query.shape, dtype=query.dtype)
     rows = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
     keep = None if key_mask is None else key_mask.contiguous()
