@@ -251,7 +251,7 @@ def attention(
         if keep is not None:
             scores = scores.masked_fill(~keep.transpose(-1, -2), -torch.inf)
         if is_causal:
-            scores = scores.masked_fill(_future(first, *scores.shape[-2:], query.device), -torch.inf)
+            scores = scores.masked_fill(_future(first, scores), -torch.inf)
         parts.append(_soften(_in_blocks(scores, -1, -torch.inf), value_codes, value_scale, kind))
     result = torch.cat(parts, dim=2)
     result = torch.where(result.isneginf(), 0.0, result + value_mean)
@@ -304,9 +304,12 @@ def _in_blocks(values: torch.Tensor, dim: int, filling: float) -> torch.Tensor:
     """Split dimension ``dim`` (-1 or -2) in blocks of 64, the last one filled up."""
     missing = -values.shape[dim] % BLOCK_KEYS
     padding = (0, missing) if dim == -1 else (0, 0, 0, missing)
-    return pad(values, padding, value=filling).unflatten(dim, (-1, BLOCK_KEYS))
+    blocks: torch.Tensor = pad(values, padding, value=filling).unflatten(dim, (-1, BLOCK_KEYS))
+    return blocks
 
 
-def _future(first: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """Return bool [queries, keys]: which keys come after the queries, the first of which is number ``first``."""
-    return torch.arange(keys, device=device) > torch.arange(first, first + queries, device=device)[:, None]
+def _future(first: int, scores: torch.Tensor) -> torch.Tensor:
+    """Return bool [queries, keys]: which keys come after the queries, the first being number ``first``."""
+    queries, keys = scores.shape[-2:]
+    query = torch.arange(first, first + queries, device=scores.device)
+    return torch.arange(keys, device=scores.device) > query[:, None]

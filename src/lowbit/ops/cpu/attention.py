@@ -45,7 +45,7 @@ def attention(
     if refusal is not None and (kind != UNQUANTIZED or not native.multiplies_int8()):
         raise UnsupportedError(f"attention can't be computed: {refusal}")
     output = torch.empty(query.shape, dtype=query.dtype)
-    rows = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
     keep = None if key_mask is None else key_mask.contiguous()
-    native.attention(*rows, keep, output, scale * LOG2_E, is_causal, kind)
+    native.attention(query, key, value, keep, output, scale * LOG2_E, is_causal, kind)
     return output
