@@ -173,12 +173,12 @@ LOWBIT_INLINE void write_attention(const AttentionJob& job, const Softmax<Rows>&
                                    const float* mean, const float* poison, int64_t rows, Output* output) {
     const int64_t columns = padded(job.width);
     for (int64_t row = 0; row < rows; ++row) {
-        const bool empty = softmax.highest[row] == kNoScore;
+        const bool empty = softmax.sum[row] == 0.0f;
         const float factor = empty ? 0.0f : 1.0f / softmax.sum[row];
-        const float bad = poison[row] + poison_of(softmax.highest[row]);
+        const float bad = poison[row] + poison_of(softmax.highest[row]);  // comparisons have dropped NaN from all else
         Output* to = output + row * job.heads * job.width;
         for (int64_t i = 0; i < job.width; ++i)
-            avx512::narrow(sums[row * columns + i] * factor + (empty ? 0.0f : mean[i] + bad), to[i]);
+            avx512::narrow(sums[row * columns + i] * factor + (empty ? 0.0f : mean[i]) + bad, to[i]);
     }
 }
 

@@ -255,7 +255,7 @@ def attention(
         parts.append(_soften(_in_blocks(scores, -1, -torch.inf), value_codes, value_scale, kind))
     result = torch.cat(parts, dim=2)
     result = torch.where(result.isneginf(), 0.0, result + value_mean)
-    return result.transpose(1, 2).to(query.dtype, memory_format=torch.contiguous_format)
+    return result.transpose(1, 2).contiguous().to(query.dtype)
 
 
 def _soften(scores: torch.Tensor, value_codes: torch.Tensor, value_scale: torch.Tensor, kind: str) -> torch.Tensor:

@@ -233,12 +233,12 @@ def attention_kernel(
         key_pointers += BLOCK_KEYS * BLOCK_D
         value_pointers += BLOCK_KEYS
         channels += BLOCK_D
-    empty = highest == NO_SCORE
+    empty = total == 0.0
     mean = tl.load(value_mean + unit * width + columns, mask=columns < width, other=0.0)
-    # Zero, or NaN where a query, a key or a score is not finite.
+    # Zero, or NaN where a query, a key or a score is not finite; comparisons drop it from all else.
     bad = (step - step) + (highest - highest) + tl.load(poison + unit)
-    result = sums / tl.where(empty, 1.0, total)[:, None] + mean[None, :] + bad[:, None]
-    result = tl.where(empty[:, None], 0.0, result)
+    result = sums / tl.where(empty, 1.0, total)[:, None] + mean[None, :]
+    result = tl.where(empty[:, None], 0.0, result) + bad[:, None]
     place = (batch * queries + rows.to(tl.int64)) * heads + head
     tl.store(out + place[:, None] * width + columns[None, :], result.to(out.dtype.element_ty), mask=inside)
 
