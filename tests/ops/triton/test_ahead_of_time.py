@@ -179,13 +179,6 @@ def test_attention_uses_tensor_cores_for_both_products(kind: str, chip: str) -> 
     assert re.search(ATTENTION_INSTRUCTIONS[kind, chip], result.assembly)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "chip"), ATTENTION_CHIPS)
-def test_attention_of_wide_heads_fits(kind: str, chip: str) -> None:
-    with mock.patch.object(attention, "quantize_keys_kernel", Recorder(attention.quantize_keys_kernel)):
-        compiled(Case(attention, "attention_kernel", run_attention), CHIPS[chip], kind, 256)
-
-
 @pytest.mark.parametrize(("kind", "chip"), [("int8", "sm_90"), ("fp8", "sm_80"), ("fp8", "gfx942")])
 def test_quantizing_keys_compiles(kind: str, chip: str) -> None:
     with mock.patch.object(attention, "attention_kernel", Recorder(attention.attention_kernel)):

@@ -14,17 +14,22 @@ from tests.ops.test_attention import KINDS, Case, make, relative_error
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 CASES = {
-    "whole blocks": Case(1, 64, 128, 2, 2, 64),
-    "ragged, grouped heads": Case(2, 40, 77, 4, 2, 40),
+    "whole blocks": Case(1, 40, 128, 1, 1, 64),
+    "ragged, grouped heads": Case(2, 10, 70, 2, 1, 40),
     "one of each": Case(1, 1, 1, 1, 1, 8),
     "wide heads": Case(1, 5, 70, 1, 1, 128),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "masked", "is_causal"),
+    [
+        *((name, False, False) for name in CASES),
+        *(("ragged, grouped heads", *flags) for flags in ((False, True), (True, False), (True, True))),
+        ("whole blocks", False, True),
+    ],
+)
 def test_equals_the_reference(device: torch.device, name: str, masked: bool, is_causal: bool, kind: str) -> None:
     query, key, value, mask = make(CASES[name], torch.float32, masked)
     scale = query.shape[-1] ** -0.5
@@ -71,9 +76,9 @@ def test_a_query_without_keys_gives_zeros(device: torch.device) -> None:
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="triton: runs on cuda, xpu, not on cpu"):
         select_kernel(AttentionProblem(torch.device("cpu"), torch.bfloat16, "int8"), "triton")
-    problem = AttentionProblem(torch.device("cuda"), torch.bfloat16, "int8", 512)
+    problem = AttentionProblem(torch.device("cuda"), torch.bfloat16, "int8", 256)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launch, "_accelerator", lambda _: launch.Target("cuda", 75))
     assert "SM 8.0" in str(attention.supports(problem))
     monkeypatch.setattr(launch, "_accelerator", lambda _: launch.Target("cuda", 90))
-    assert "at most 256 wide" in str(attention.supports(problem))
+    assert "at most 128 wide" in str(attention.supports(problem))

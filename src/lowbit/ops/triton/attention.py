@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lowbit.errors import UnsupportedError
 from lowbit.ops import attention as reference
 from lowbit.ops.attention import KINDS, LOG2_E, AttentionProblem
 from lowbit.ops.triton.launch import Target, Tile, device_refusal, on_device_of, target_of
@@ -35,7 +36,7 @@ from lowbit.ops.triton.rounding import (
 )
 
 CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-LARGEST_HEAD_DIM = 256
+LARGEST_HEAD_DIM = 128  # wider ones don't fit the registers
 BLOCK_KEYS = tl.constexpr(reference.BLOCK_KEYS)
 NO_SCORE = tl.constexpr(-1e30)  # of a row that has no key yet; finite, so that differences are
 
@@ -243,16 +244,17 @@ def attention_kernel(
     tl.store(out + place[:, None] * width + columns[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
-def tile_for(target: Target, head_dim: int) -> Tile:
-    """Return the tile for heads of ``head_dim``: its block_m and launch options. Not measured.
+def tile_for(target: Target) -> Tile:
+    """Return the tile's block_m and launch options: without spills for heads of 128; not measured.
 
-    A thread holds a share of the scores, of the block's product and of the sums: 160 registers of 128 x (64 + 2 x 128)
-    numbers with 8 warps.
+    A thread holds its share of the scores, of the block's product and of the sums: of 64 x (64 + 2 x 128) numbers 80
+    registers with 8 warps. With 128 rows it would be 160, which leaves too few for the rest.
     """
     if target.backend == "interpreter":
         return Tile(32, 64, 64, num_warps=1, num_stages=1)
-    stages = 2 if target.backend == "hip" else 3
-    return Tile(128 if head_dim <= 128 else 64, 64, 64, num_warps=8, num_stages=stages)
+    if target.backend == "hip":
+        return Tile(64, 64, 64, num_warps=4, num_stages=2)
+    return Tile(64, 64, 64, num_warps=8, num_stages=3)
 
 
 def supports(problem: AttentionProblem) -> str | None:
@@ -266,8 +268,12 @@ def supports(problem: AttentionProblem) -> str | None:
     if target.backend == "cuda" and int(target.arch) < 80:
         return f"Triton's int8 products need SM 8.0 (this is {target})"
     if problem.head_dim is not None and problem.head_dim > LARGEST_HEAD_DIM:
-        return f"heads are at most {LARGEST_HEAD_DIM} wide, not {problem.head_dim}"
+        return _too_wide(problem.head_dim)
     return None
+
+
+def _too_wide(width: int) -> str:
+    return f"heads are at most {LARGEST_HEAD_DIM} wide, not {width}"
 
 
 @torch.no_grad()
@@ -283,13 +289,15 @@ def attention(
     """Compute attention in 8 bits; arguments and result as in ``lowbit.ops.attention.attention``."""
     query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
     batch, queries, heads, width = query.shape
+    if width > LARGEST_HEAD_DIM:
+        raise UnsupportedError(f"attention can't be computed: {_too_wide(width)}")
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     key_mean, value_mean = _mean(key, key_mask), _mean(value, key_mask)
     poison = (key_mean - key_mean).sum(dim=-1)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     encoding = encoding_of(CODE_DTYPES[kind], query.device)
     block_d = max(triton.next_power_of_2(width), 32)
-    tile = tile_for(target_of(query.device), block_d)
+    tile = tile_for(target_of(query.device))
     with on_device_of(query):
         prepared = _quantize_keys(key, value, key_mean, value_mean, mask, kind, encoding, block_d)
         attention_kernel[(-(-queries // tile.block_m), heads, batch)](
