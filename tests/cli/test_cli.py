@@ -25,11 +25,22 @@ def lowbit(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_generate_writes_the_picture_and_says_what_it_did(tmp_path: Path) -> None:
-    result = lowbit("generate", PROMPT, "--quantization", "int8", "--output", "picture.png", cwd=tmp_path)
+    result = lowbit(
+        "generate", PROMPT, "-q", "int8", "--attention-quantization", "int8", "--output", "picture.png", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     picture = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
     assert judge(parse(PROMPT), picture).ok
-    for word in ("embedded", "int8", "kept", "loaded", "steps of", "peak memory", "picture.png"):
+    for word in (
+        "embedded",
+        "int8",
+        "7 attention layers int8",
+        "kept",
+        "loaded",
+        "steps of",
+        "peak memory",
+        "picture.png",
+    ):
         assert word in result.stdout
     assert "denoising" in result.stderr
 
@@ -47,6 +58,7 @@ def test_generate_writes_the_picture_and_says_what_it_did(tmp_path: Path) -> Non
         (["--height", "100"], "multiples of 16"),
         (["--quantization-config", "{"], "not valid JSON"),
         (["--quantization-config", '{"unet": "int8"}'], "lacks: unet"),
+        (["--attention-quantization", "int4"], "Unknown --attention-quantization: 'int4'"),
         (["--steps", "0"], "num_inference_steps"),
     ],
 )
@@ -82,7 +94,14 @@ def test_quantize_writes_a_checkpoint_that_generates(tmp_path: Path) -> None:
 def test_info_tells_which_kernels_run_and_why_not_the_others(tmp_path: Path) -> None:
     result = lowbit("info", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for word in ("int8 on cpu", "fp8 on cpu", "in use", "triton       no: runs on cuda", "native helpers"):
+    for word in (
+        "int8 on cpu",
+        "fp8 on cpu",
+        "int8 attention on cpu",
+        "in use",
+        "triton       no: runs on cuda",
+        "native helpers",
+    ):
         assert word in result.stdout
 
 

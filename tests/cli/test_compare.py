@@ -60,6 +60,11 @@ def test_the_reference_systems_command_works_as_written(tmp_path: Path, gate: st
         (["--prompt", PROMPT, "--report", "."], "is a folder"),
         (["--prompt", PROMPT, "--candidate-cache-backend", "teacache"], "Unknown cache_backend"),
         (["--prompt", PROMPT, "--candidate-quantization-config-json", SMOOTHED], "--calibration-prompt"),
+        (
+            ["--prompt", PROMPT, "--candidate-attention-quantization", "int4"],
+            "--candidate-attention-quantization: 'int4'",
+        ),
+        (["--prompt", PROMPT, "--reference-attention-quantization", '{"unet": "int8"}'], "lacks: unet"),
         (["--prompt", PROMPT, "--seed", "1", "--seed", "1"], "different numbers"),
         (["--prompt", PROMPT, "--candidate-model", "./nowhere/at/all"], "There is no folder"),
     ],

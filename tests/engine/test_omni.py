@@ -135,3 +135,31 @@ def test_compiled_blocks_make_nearly_the_same_picture(int8: Omni) -> None:
     difference = pixels(first.images[0]).astype(int) - pixels(second.images[0]).astype(int)
     assert np.abs(difference).mean() < 3
     assert torch.compiler.is_compiling() is False
+
+
+def test_attention_in_int8_and_what_it_says() -> None:
+    omni = Omni(attention_quantization="int8", device="cpu")
+    record = omni.attention["transformer"]
+    assert (record.kind, record.layers) == ("int8", 7)
+    assert record.summary() == f"7 attention layers int8 ({record.kernel})"
+    output = one(omni.generate(PROMPT, OmniDiffusionSamplingParams(seed=0), progress=False))
+    assert judge(parse(PROMPT), pixels(output.images[0])).ok
+    plain = one(Omni(device="cpu").generate(PROMPT, FAST, progress=False))
+    assert not np.array_equal(
+        pixels(plain.images[0]), pixels(one(omni.generate(PROMPT, FAST, progress=False)).images[0])
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("int4", "Unknown attention_quantization: 'int4'. There are: int8, fp8, none"),
+        ({"transformer": "int4"}, "Unknown attention_quantization of transformer: 'int4'"),
+        ({"unet": "int8"}, "names components that the pipeline lacks: unet"),
+        ({"text_encoder": "int8"}, "Qwen3Model has no attention of diffusers' kind"),
+        ({"vae": "int8"}, "AutoencoderKL"),
+    ],
+)
+def test_attention_that_cannot_be_quantized(spec: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Omni(attention_quantization=spec, device="cpu")  # type: ignore[arg-type]

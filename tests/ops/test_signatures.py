@@ -8,14 +8,16 @@ from types import ModuleType
 
 import pytest
 
-from lowbit.ops import fp8, int8
+from lowbit.ops import attention, fp8, int8
 from lowbit.ops.dispatch import Implementation
 
-FUNCTIONS = ("supports", "pack_weight", "unpack_weight", "linear")
+LINEAR = ("supports", "pack_weight", "unpack_weight", "linear")
+FUNCTIONS = {int8: LINEAR, fp8: LINEAR, attention: ("supports", "attention")}
 BACKENDS = [
-    pytest.param(family, implementation, id=f"{family.__name__.rsplit('.', 1)[-1]}-{implementation.module}")
-    for family in (int8, fp8)
+    pytest.param(family, implementation, function, id=f"{implementation.module}-{function}")
+    for family, functions in FUNCTIONS.items()
     for implementation in family.IMPLEMENTATIONS
+    for function in functions
 ]
 
 
@@ -24,8 +26,7 @@ def arguments(module: ModuleType, function: str) -> list[tuple[str, object, obje
     return [(parameter.name, parameter.kind, parameter.default) for parameter in parameters]
 
 
-@pytest.mark.parametrize(("family", "implementation"), BACKENDS)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("family", "implementation", "function"), BACKENDS)
 def test_same_arguments(family: ModuleType, implementation: Implementation, function: str) -> None:
     try:
         module = importlib.import_module(implementation.module)

@@ -81,6 +81,28 @@ struct ProductJob {
     void* output;  // [rows, columns]
 };
 
+constexpr int kAttentionKinds = 3;  // float32, int8, e4m3
+
+struct AttentionJob {
+    const void *query, *key, *value;  // [batch, tokens, heads, width], strides of the first three in elements
+    const int64_t *query_stride, *key_stride, *value_stride;
+    const uint8_t* keep;  // [batch, keys], or null: all
+    void* output;         // [batch, queries, heads, width], dense
+    int64_t batch, queries, keys, heads, key_heads, width;
+    float scale;  // of the scores, in powers of two
+    bool causal;
+    int64_t first_unit;  // (batch, key head) that the workspace begins with
+    char* workspace;
+    int64_t head_bytes;
+};
+
+struct AttentionKernels {
+    int64_t (*head_bytes)(const AttentionJob&);
+    void (*prepare[3])(const AttentionJob&, int64_t, int64_t);  // by element type
+    void (*attend[3])(const AttentionJob&, int64_t, int64_t);
+    int64_t rows;
+};
+
 // Indices: element type (float32, bfloat16, float16), code type (int8, uint8, e4m3; decoding int8, e4m3).
 struct Kernels {
     void (*quantize[3][3])(const QuantizeJob&, int64_t, int64_t);
@@ -142,6 +164,24 @@ namespace avx512 {
 #endif
 namespace avx512_vnni {
 #include "int8_product.h"
+#include "attention.h"
+#include "attention_float32.h"
+#include "attention_int8.h"
+
+constexpr AttentionKernels attentions[kAttentionKinds] = {
+    {head_bytes<float>,
+     {prepare_float<float, false>, prepare_float<BFloat16, false>, prepare_float<Half, false>},
+     {attend_float<float, false>, attend_float<BFloat16, false>, attend_float<Half, false>},
+     kFloatRows},
+    {head_bytes<int8_t>,
+     {prepare_int8<float>, prepare_int8<BFloat16>, prepare_int8<Half>},
+     {attend_int8<float>, attend_int8<BFloat16>, attend_int8<Half>},
+     kInt8Rows},
+    {head_bytes<float>,
+     {prepare_float<float, true>, prepare_float<BFloat16, true>, prepare_float<Half, true>},
+     {attend_float<float, true>, attend_float<BFloat16, true>, attend_float<Half, true>},
+     kFloatRows},
+};
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -318,5 +358,30 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
     constexpr int64_t kProductsPerElement = 64;  // multiply-adds in the time of one element of the other kernels
     const int64_t work = rows * columns * depth / kProductsPerElement;
     run(avx512_vnni::multiplications[element_type], job, groups * row_blocks, work, threads);
+#endif
+}
+
+// Attention: see AttentionJob. sizes: batch, queries, keys, heads, key_heads, width (at most 256); strides: three each of
+// query, key and value; kind: 0 float32, 1 int8, 2 e4m3. Needs what lowbit_int8_product needs.
+LOWBIT_EXPORT void lowbit_attention(const void* query, const void* key, const void* value, const uint8_t* keep,
+                                    void* output, int element_type, const int64_t* sizes, const int64_t* strides,
+                                    float scale, int causal, int kind, int threads) {
+#ifdef LOWBIT_X86
+    AttentionJob job{query, key, value, strides, strides + 3, strides + 6, keep, output, sizes[0], sizes[1], sizes[2],
+                     sizes[3], sizes[4], sizes[5], scale, causal != 0, 0, nullptr, 0};
+    const AttentionKernels& kernels = avx512_vnni::attentions[kind];
+    job.head_bytes = kernels.head_bytes(job);
+    // A head a thread at a time: its keys and values are used up while they are in the cache.
+    const int64_t units = job.batch * job.key_heads, group = smaller(units, threads < 1 ? 1 : threads);
+    static thread_local std::vector<char> memory;  // kept: fresh pages cost as much as the work on short sequences
+    memory.resize(static_cast<size_t>(group * job.head_bytes + 64));
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    job.workspace = memory.data() + (64 - address % 64) % 64;
+    const int64_t row_blocks = blocks(job.queries, kernels.rows) * (job.heads / job.key_heads);
+    for (; job.first_unit < units; job.first_unit += group) {
+        const int64_t count = smaller(group, units - job.first_unit);
+        run(kernels.prepare[element_type], job, count, count * job.keys * job.width * 8, threads);
+        run(kernels.attend[element_type], job, count * row_blocks, count * job.queries * job.keys * job.width / 16, threads);
+    }
 #endif
 }

@@ -50,6 +50,8 @@ def compare(
     candidate_ignored_layers: Annotated[
         str | None, typer.Option(help="Layers the candidate keeps. Default: --ignored-layers.")
     ] = None,
+    reference_attention_quantization: Annotated[str | None, typer.Option(help=options.ATTENTION_HELP)] = None,
+    candidate_attention_quantization: Annotated[str | None, typer.Option(help=options.ATTENTION_HELP)] = None,
     candidate_cache_backend: options.CacheBackend = None,
     cache_config: options.CacheConfig = None,
     calibration_prompt: options.CalibrationPrompts = None,
@@ -107,6 +109,9 @@ def compare(
     plan = comparison.Plan(
         reference=Side(
             name="reference",
+            attention_quantization=options.attention_spec(
+                reference_attention_quantization, "--reference-attention-quantization"
+            ),
             model=reference_model or model,
             quantization_config=options.quantization_spec(
                 reference_quantization, reference_quantization_config_json, reference_ignored_layers
@@ -115,6 +120,9 @@ def compare(
         ),
         candidate=Side(
             name="candidate",
+            attention_quantization=options.attention_spec(
+                candidate_attention_quantization, "--candidate-attention-quantization"
+            ),
             model=candidate_model or model,
             quantization_config=options.quantization_spec(
                 candidate_quantization, candidate_quantization_config_json, candidate_ignored_layers or ignored_layers

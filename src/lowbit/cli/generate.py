@@ -43,6 +43,7 @@ def generate(
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     num_images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures to make, seeds counting up.")] = 1,
+    attention_quantization: options.AttentionQuantization = None,
     cache_backend: options.CacheBackend = None,
     cache_config: options.CacheConfig = None,
     dtype: options.Dtype = "bfloat16",
@@ -77,6 +78,7 @@ def generate(
         calibration_prompts=calibration_prompt or (),
         cache_backend=cache_backend,
         cache_config=options.read_json(cache_config, "--cache-config") if cache_config else None,
+        attention_quantization=options.attention_spec(attention_quantization),
     )
     _show_load(omni, model or EMBEDDED_NAME)
     result = omni.generate(prompt, params)
@@ -91,7 +93,9 @@ def _show_load(omni: Omni, model: str) -> None:
     typer.echo(f"model       {model} ({type(omni.pipeline).__name__}) in {dtype} on {omni.device}")
     for manifest in omni.manifests.values():
         typer.echo(f"quantized   {manifest.summary()}")
-    as_they_are = [name for name in omni.modules() if name not in omni.manifests]
+    for name, record in omni.attention.items():
+        typer.echo(f"attention   {name}: {record.summary()}")
+    as_they_are = [name for name in omni.modules() if name not in {*omni.manifests, *omni.attention}]
     typer.echo(f"as they are {', '.join(as_they_are) or 'none'}")
     typer.echo(f"loaded      in {omni.load_time_s:.2f} s, peak memory {omni.load_peak_memory_mb:,.0f} MB")
 

@@ -6,6 +6,7 @@ import importlib
 import platform
 import re
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -16,8 +17,9 @@ import lowbit
 from lowbit.cli import options
 from lowbit.errors import ConfigError
 from lowbit.models import FAMILIES, family_of
+from lowbit.ops import attention
 from lowbit.ops.cpu import native
-from lowbit.ops.dispatch import Problem, verdicts
+from lowbit.ops.dispatch import AnyProblem, Implementation, Problem, verdicts
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS, build_quant_config, config_class
 from lowbit.quantization.plan import plan_layers
@@ -62,15 +64,18 @@ def _show_machine() -> None:
     for device in devices():
         for method in SUPPORTED_QUANTIZATION_METHODS:
             typer.echo(f"\n{method} on {device}:")
-            _show_kernels(method, device)
+            family = importlib.import_module(f"lowbit.ops.{config_class(method)().linear_method().family}")
+            _show_kernels(family.IMPLEMENTATIONS, Problem(device, torch.bfloat16, 1024, 1024))
+        for kind in attention.KINDS:
+            typer.echo(f"\n{kind} attention on {device}:")
+            problem = attention.AttentionProblem(device, torch.bfloat16, kind, 128)
+            _show_kernels(attention.IMPLEMENTATIONS, problem)
     typer.echo("\nmodel families with known defaults: " + ", ".join(family.name for family in FAMILIES))
 
 
-def _show_kernels(method: str, device: torch.device) -> None:
-    family = importlib.import_module(f"lowbit.ops.{config_class(method)().linear_method().family}")
-    problem = Problem(device, torch.bfloat16, 1024, 1024)
+def _show_kernels(table: Sequence[Implementation], problem: AnyProblem) -> None:
     chosen = False
-    for implementation, reason in verdicts(family.IMPLEMENTATIONS, problem):
+    for implementation, reason in verdicts(table, problem):
         if reason is not None:
             verdict = f"no: {reason}"
         elif chosen or not implementation.automatic:

@@ -11,6 +11,7 @@ import typer
 
 from lowbit.cache import CACHE_BACKENDS
 from lowbit.errors import ConfigError
+from lowbit.ops.attention import KINDS, check_kind
 from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS
 
 Model = Annotated[
@@ -36,6 +37,8 @@ Dtype = Annotated[str, typer.Option("--dtype", help="Of what is not quantized: b
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, xpu... Default: an accelerator if there is one.")
 ]
+ATTENTION_HELP = f"Compute attention in 8 bits: {', '.join(KINDS)}, or JSON from components to these."
+AttentionQuantization = Annotated[str | None, typer.Option("--attention-quantization", help=ATTENTION_HELP)]
 CacheBackend = Annotated[
     str | None,
     typer.Option(help=f"Reuse what earlier denoising steps computed: {', '.join(CACHE_BACKENDS)}."),
@@ -80,6 +83,17 @@ def quantization_spec(
     if options and not ("method" in spec or "quant_method" in spec):
         raise ConfigError("With a configuration per component, write ignored_layers and kernel into it")
     return {**spec, **options} if options else spec
+
+
+def attention_spec(text: str | None, option: str = "--attention-quantization") -> str | dict[str, Any] | None:
+    """Return what ``Omni`` takes as ``attention_quantization``.
+
+    Raises:
+        ConfigError: an unknown kind, or JSON that can't be read.
+    """
+    if text is not None and text.lstrip().startswith("{"):
+        return read_json(text, option)
+    return None if text is None else check_kind(text, option)
 
 
 def read_json(text: str, option: str = "--quantization-config") -> dict[str, Any]:

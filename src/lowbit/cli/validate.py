@@ -27,6 +27,7 @@ def validate(
     quantization_config: options.QuantizationConfigText = None,
     ignored_layers: options.IgnoredLayers = None,
     kernel: options.Kernel = None,
+    attention_quantization: options.AttentionQuantization = None,
     calibration_prompt: options.CalibrationPrompts = None,
     height: options.Height = None,
     width: options.Width = None,
@@ -54,7 +55,15 @@ def validate(
         height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
     )
     prompts = tuple(calibration_prompt or ())
-    plan = validation_plan(model, spec, params, dtype=dtype, device=device, calibration_prompts=prompts)
+    plan = validation_plan(
+        model,
+        spec,
+        params,
+        dtype=dtype,
+        device=device,
+        calibration_prompts=prompts,
+        attention_quantization=options.attention_spec(attention_quantization),
+    )
     with tempfile.TemporaryDirectory(prefix="lowbit-validate-") as work:
         found = comparison.compare(plan, Path(work))
         if json_file:

@@ -10,6 +10,7 @@ import torch
 
 from lowbit.cache import build_cache
 from lowbit.errors import ConfigError
+from lowbit.ops.attention import UNQUANTIZED, check_kind
 from lowbit.quantization.factory import AnyQuantizationConfig, QuantizationSpec, build_quant_config
 
 DTYPES = {
@@ -36,6 +37,7 @@ class OmniDiffusionConfig:
         trust_remote_code: run code that comes with the checkpoint.
         cache_backend: reuse what earlier denoising steps computed: a name of ``lowbit.cache.CACHE_BACKENDS``.
         cache_config: the cache's options.
+        attention_quantization: ``"int8"`` or ``"fp8"``, or component -> kind; ``None`` leaves attention as it is.
     """
 
     model: str | None = None
@@ -47,12 +49,14 @@ class OmniDiffusionConfig:
     trust_remote_code: bool = False
     cache_backend: str | None = None
     cache_config: Mapping[str, Any] | None = None
+    attention_quantization: str | Mapping[str, str | None] | None = None
 
     def __post_init__(self) -> None:
         # Normalizations at construction: what users may write becomes what the engine reads.
         object.__setattr__(self, "quantization_config", build_quant_config(self.quantization_config))
         object.__setattr__(self, "dtype", parse_dtype(self.dtype))
         object.__setattr__(self, "device", parse_device(self.device))
+        object.__setattr__(self, "attention_quantization", parse_attention(self.attention_quantization))
         cache = build_cache(self.cache_backend, self.cache_config)
         if cache is not None and not self.enforce_eager and not cache.runs_compiled:
             raise ConfigError(f"cache_backend {self.cache_backend!r} does not work with compiled blocks: use tea_cache")
@@ -73,6 +77,19 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
         assert isinstance(dtype, torch.dtype)
         return dtype
     raise ConfigError(f"Unknown dtype {dtype!r}. Known: {', '.join(DTYPES)}. (Fewer bits are what quantization is for)")
+
+
+def parse_attention(kind: str | Mapping[str, str | None] | None) -> str | dict[str, str] | None:
+    """Return the kind of attention quantization, or that of each component; ``None`` and ``"none"`` for none.
+
+    Raises:
+        ConfigError: an unknown kind.
+    """
+    if not isinstance(kind, Mapping):
+        known = check_kind(kind)
+        return None if known == UNQUANTIZED else known
+    kinds = {name: check_kind(each, f"attention_quantization of {name}") for name, each in kind.items()}
+    return {name: each for name, each in kinds.items() if each != UNQUANTIZED}
 
 
 def parse_device(device: torch.device | str | None) -> torch.device:

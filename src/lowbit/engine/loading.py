@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowbit.engine.config import OmniDiffusionConfig
+from lowbit.engine.config import OmniDiffusionConfig, parse_attention
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
@@ -119,3 +119,34 @@ def route(config: AnyQuantizationConfig | None, components: ComponentIndex) -> d
             f" {{component: {config.get_name()!r}}} with one of {', '.join(components)}"
         )
     return dict.fromkeys(transformers, config)
+
+
+def route_attention(
+    kind: str | Mapping[str, str | None] | None,
+    components: ComponentIndex | Mapping[str, Any],
+    transformers: Iterable[str],
+) -> dict[str, str]:
+    """Return component -> kind of attention quantization.
+
+    Args:
+        kind: one for all ``transformers``, or component -> kind.
+        components: of the pipeline, by name.
+        transformers: names of its diffusion transformers.
+
+    Raises:
+        ConfigError: an unknown kind, a component that the pipeline lacks, or no transformer.
+    """
+    parsed = parse_attention(kind)
+    if parsed is None:
+        return {}
+    if isinstance(parsed, str):
+        parsed = dict.fromkeys(transformers, parsed)
+        if not parsed:
+            raise ConfigError("attention_quantization applies to diffusion transformers and the pipeline has none")
+    missing = [name for name in parsed if name not in components]
+    if missing:
+        raise ConfigError(
+            f"attention_quantization names components that the pipeline lacks: {', '.join(missing)}. It has:"
+            f" {', '.join(components)}"
+        )
+    return parsed

@@ -16,11 +16,12 @@ import torch
 from lowbit.cache import build_cache
 from lowbit.cache.base import Skips
 from lowbit.engine.config import OmniDiffusionConfig, merge_quantization
-from lowbit.engine.loading import load_pipeline, routed
+from lowbit.engine.loading import load_pipeline, route_attention, routed
 from lowbit.engine.memory import PeakMemory
 from lowbit.engine.sizes import check_size
 from lowbit.errors import ConfigError
 from lowbit.inputs.data import OmniDiffusionSamplingParams
+from lowbit.integrations.attention import AttentionRecord, quantize_attention
 from lowbit.integrations.loading import manifests
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
@@ -48,6 +49,7 @@ class Omni:
         load_time_s: seconds that loading took.
         load_peak_memory_mb: highest memory while loading, in 10^6 bytes (see ``engine.memory``).
         cache: what lets denoising steps reuse earlier ones' work, ``None`` for nothing.
+        attention: component -> what was done to its attention, for those whose attention is quantized.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Omni:
         trust_remote_code: bool = False,
         cache_backend: str | None = None,
         cache_config: Mapping[str, Any] | None = None,
+        attention_quantization: str | Mapping[str, str | None] | None = None,
     ) -> None:
         """Load ``model``.
 
@@ -79,6 +82,7 @@ class Omni:
             trust_remote_code: run code that comes with the checkpoint.
             cache_backend: reuse what earlier denoising steps computed, such as ``"tea_cache"``.
             cache_config: the cache's options, such as ``{"rel_l1_thresh": 0.2}``.
+            attention_quantization: compute attention in ``"int8"`` or ``"fp8"``; a dictionary from components to these.
 
         Raises:
             ConfigError: options that don't exist, contradict each other or the checkpoint.
@@ -95,12 +99,14 @@ class Omni:
             trust_remote_code=trust_remote_code,
             cache_backend=cache_backend,
             cache_config=cache_config,
+            attention_quantization=attention_quantization,
         )
         self.cache = build_cache(cache_backend, cache_config)
         if not self.config.calibration_prompts and any(part.needs_calibration for part in routed(self.config).values()):
             raise ConfigError("smoothing is found by watching the model generate: give calibration_prompts")
         peak, start = PeakMemory(self.device), time.perf_counter()
         self.pipeline = load_pipeline(self.config)
+        self.attention = self._quantize_attention()
         self._smooth(self.config.calibration_prompts)
         self.load_time_s = time.perf_counter() - start
         self.load_peak_memory_mb = peak.megabytes()
@@ -112,6 +118,8 @@ class Omni:
                 transformer.compile_repeated_blocks(fullgraph=True)
         for manifest in self.manifests.values():
             logger.info("%s", manifest.summary())
+        for name, record in self.attention.items():
+            logger.info("%s: %s", name, record.summary())
 
     @property
     def device(self) -> torch.device:
@@ -245,6 +253,15 @@ class Omni:
         default = inspect.signature(self.pipeline.__call__).parameters["num_inference_steps"].default
         steps = arguments.get("num_inference_steps", default)
         return self.cache.active(self.pipeline, self.transformers(), steps)
+
+    def _quantize_attention(self) -> dict[str, AttentionRecord]:
+        assert isinstance(self.config.dtype, torch.dtype)
+        modules = self.modules()
+        kinds = route_attention(self.config.attention_quantization, modules, self.transformers())
+        return {
+            name: quantize_attention(modules[name], kind, device=self.device, dtype=self.config.dtype)
+            for name, kind in kinds.items()
+        }
 
     def _smooth(self, prompts: Sequence[str]) -> None:
         """Quantize what must be watched first: generate with the unquantized model, then quantize it in place."""

@@ -11,7 +11,7 @@ import multiprocessing
 import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,14 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from lowbit.cache import build_cache
-from lowbit.engine.loading import ComponentIndex, read_components, resolve_model, route
+from lowbit.engine.config import parse_attention
+from lowbit.engine.loading import ComponentIndex, read_components, resolve_model, route, route_attention
 from lowbit.errors import ConfigError
 from lowbit.evaluation.layers import Watch, block_errors, blocks, layer_errors, linear_layers, probe_steps
 from lowbit.inputs.data import OmniDiffusionSamplingParams
+from lowbit.integrations.attention import check_attention
 from lowbit.integrations.skeleton import empty_component
+from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME
 from lowbit.ops.cpu.features import processor_name
 from lowbit.quantization.factory import build_quant_config
@@ -53,6 +56,7 @@ class Side:
         cache_backend: as ``Omni`` takes it.
         cache_config: likewise.
         calibration_prompts: likewise.
+        attention_quantization: likewise.
     """
 
     name: str
@@ -64,9 +68,11 @@ class Side:
     cache_backend: str | None = None
     cache_config: Mapping[str, Any] | None = None
     calibration_prompts: tuple[str, ...] = ()
+    attention_quantization: str | Mapping[str, str | None] | None = None
 
     def __post_init__(self) -> None:
         build_quant_config(self.quantization_config)
+        parse_attention(self.attention_quantization)
         build_cache(self.cache_backend, self.cache_config)
 
     def check(self) -> dict[str, Any]:
@@ -88,6 +94,9 @@ class Side:
             )
         for name, config in chosen.items():
             plan_layers(empty_component(source, name, *components[name]), config)
+        transformers = [name for name, entry in components.items() if is_diffusion_transformer(*entry)]
+        for name in route_attention(self.attention_quantization, components, transformers):
+            check_attention(empty_component(source, name, *components[name]))
         return _read_comparable(source, components)
 
     def load(self) -> Omni:
@@ -103,6 +112,7 @@ class Side:
             cache_backend=self.cache_backend,
             cache_config=self.cache_config,
             calibration_prompts=self.calibration_prompts,
+            attention_quantization=self.attention_quantization,
         )
 
 
@@ -395,6 +405,7 @@ def describe(omni: Omni) -> dict[str, Any]:
         "load_time_s": omni.load_time_s,
         "load_peak_memory_mb": omni.load_peak_memory_mb,
         "manifests": {name: manifest.to_dict() for name, manifest in omni.manifests.items()},
+        "attention": {name: asdict(record) for name, record in omni.attention.items()},
         "versions": {
             "lowbit": lowbit.__version__,
             "torch": torch.__version__,

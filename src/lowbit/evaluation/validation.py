@@ -32,10 +32,17 @@ def validation_plan(
     dtype: str,
     device: str | None,
     calibration_prompts: tuple[str, ...] = (),
+    attention_quantization: str | Mapping[str, str | None] | None = None,
 ) -> Plan:
     """Return the comparison of ``spec`` with the unquantized model: twelve prompts, two seeds, one warm-up."""
     reference = Side(name="reference", model=model, dtype=dtype, device=device)
-    candidate = replace(reference, name="candidate", quantization_config=spec, calibration_prompts=calibration_prompts)
+    candidate = replace(
+        reference,
+        name="candidate",
+        quantization_config=spec,
+        calibration_prompts=calibration_prompts,
+        attention_quantization=attention_quantization,
+    )
     task = Task(prompts=validation_prompts(model), seeds=SEEDS, params=params, warmup_runs=1)
     return Plan(reference=reference, candidate=candidate, task=task, perceptual=True)
 
@@ -108,7 +115,8 @@ def row(result: Mapping[str, Any]) -> Row:
         manifests = list(result["candidate"]["manifests"].values())
         return Row(
             model=Path(result["candidate"]["model"]).name,
-            method=_method(settings["candidate"]["quantization_config"]),
+            method=_method(settings["candidate"]["quantization_config"])
+            + _attention(result["candidate"].get("attention", {})),
             kernels=_kernels(manifests),
             ignored_layers=_ignored(settings["candidate"]["quantization_config"]),
             bytes_before=sum(manifest["bytes_before"] for manifest in manifests),
@@ -130,6 +138,11 @@ def _method(config: Any) -> str:
     options = {key: value for key, value in config.items() if key not in ("method", "ignored_layers", "kernel")}
     shown = ", ".join(f"{key}={value}" for key, value in options.items())
     return f"{config['method']} ({shown})" if shown else str(config["method"])
+
+
+def _attention(records: Mapping[str, Mapping[str, Any]]) -> str:
+    found = sorted({f"{record['kind']} ({record['kernel']})" for record in records.values()})
+    return f", attention {', '.join(found)}" if found else ""
 
 
 def _ignored(config: Any) -> str:

@@ -12,6 +12,8 @@ further scale tensors in some families):
 ``linear(x, packed, weight_scale, ...) -> Tensor``
     the computation.
 
+The attention family has ``supports`` and ``attention`` (``lowbit.ops.attention``) in place of the four.
+
 The module is imported only once a device it serves is asked for, so a vendor's library is never imported without need.
 """
 
@@ -24,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Protocol
 
 import torch
 
@@ -33,6 +36,14 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 ANY_DEVICE = frozenset({"any"})
+
+
+class AnyProblem(Protocol):
+    """What choosing needs to know of a problem; the rest is between the family and its implementations."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class Implementation:
         """Import and return the module that implements it."""
         return importlib.import_module(self.module)
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: AnyProblem) -> str | None:
         """Return why it can't run ``problem``, or ``None`` when it can."""
         if self.devices != ANY_DEVICE and problem.device.type not in self.devices:
             return f"runs on {', '.join(sorted(self.devices))}, not on {problem.device.type}"
@@ -97,19 +108,19 @@ def requested_kernel(family: str, option: str = AUTO) -> str:
     return os.environ.get(f"LOWBIT_{family.upper()}_KERNEL", AUTO)
 
 
-def verdicts(table: Sequence[Implementation], problem: Problem) -> Iterator[tuple[Implementation, str | None]]:
+def verdicts(table: Sequence[Implementation], problem: AnyProblem) -> Iterator[tuple[Implementation, str | None]]:
     """Yield every implementation in order of preference with its refusal (``None``: it can run)."""
     for implementation in table:
         yield implementation, implementation.refusal(problem)
 
 
-def select(family: str, table: Sequence[Implementation], problem: Problem, option: str = AUTO) -> Implementation:
+def select(family: str, table: Sequence[Implementation], problem: AnyProblem, option: str = AUTO) -> Implementation:
     """Choose the implementation of ``family`` for ``problem``.
 
     Args:
-        family: ``"int8"``, ``"fp8"``: the module in ``ops`` whose table this is.
+        family: ``"int8"``, ``"fp8"``, ``"attention"``: the module in ``ops`` whose table this is.
         table: implementations, the preferred first.
-        problem: what the layer asks for.
+        problem: what the layer or the model asks for.
         option: a name from the table, or ``"auto"``. A named one is used or refused, never replaced.
 
     Raises:

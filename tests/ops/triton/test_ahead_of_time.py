@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lowbit.ops.triton import ahead_of_time, fp8, int8, launch, quantize_rows
+from lowbit.ops.triton import ahead_of_time, attention, fp8, int8, launch, quantize_rows
 from lowbit.ops.triton.ahead_of_time import CHIPS, Chip, Compiled, Launch, compile_kernel, compile_launch, specialize
 
 pytestmark = pytest.mark.skipif(
@@ -46,6 +46,11 @@ def fp8_block_product(m: int) -> None:
     x, _, weight, _, bias = operands(m, torch.float8_e4m3fn)
     scales = meta(m, K // 128, dtype=torch.float32), meta(N // 128, K // 128, dtype=torch.float32)
     fp8.fp8_scaled_mm(x, scales[0], weight, scales[1], bias, torch.bfloat16, [128, 128])
+
+
+def run_attention(kind: str, width: int) -> None:
+    tensors = (meta(1, 4160, 30, width) for _ in range(3))
+    attention.attention(*tensors, None, width**-0.5, False, kind)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,16 @@ NARROW_INSTRUCTIONS = {
 }
 
 
+ATTENTION_CHIPS = [(kind, chip) for kind in ("int8", "fp8") for chip in CHIPS]
+# Decoded to float16 where e4m3 can't be multiplied.
+ATTENTION_INSTRUCTIONS = {
+    **{key: instruction for key, instruction in INSTRUCTIONS.items() if key != ("fp8", "gfx942")},
+    ("fp8", "sm_80"): r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.f16\.f16\.f32",
+    ("fp8", "gfx942"): r"v_mfma_f32_\d+x\d+x\d+_f16",
+    ("int8", "gfx942"): r"v_mfma_i32_\d+x\d+x\d+_i8",
+}
+
+
 class Recorder:
     """Takes a kernel's place and keeps what it is launched with."""
 
@@ -110,7 +125,7 @@ class Recorder:
         return lambda *arguments, **keywords: self.launches.append(specialize(self.kernel, arguments, keywords))
 
 
-def compiled(case: Case, chip: Chip, *arguments: int) -> Compiled:
+def compiled(case: Case, chip: Chip, *arguments: Any) -> Compiled:
     """Compile what ``case`` launches on ``chip``; fail if it would not fit there."""
     recorder = Recorder(getattr(case.module, case.kernel))
     with (
@@ -155,6 +170,21 @@ def test_products_of_one_row_use_tensor_cores(name: str, chip: str) -> None:
 def test_products_of_few_rows_use_tensor_cores(name: str, chip: str) -> None:
     assembly = compiled(PRODUCTS[name], CHIPS[chip], 64).assembly
     assert re.search(INSTRUCTIONS[family_of(name), chip], assembly)
+
+
+@pytest.mark.parametrize(("kind", "chip"), ATTENTION_CHIPS)
+def test_attention_uses_tensor_cores_for_both_products(kind: str, chip: str) -> None:
+    with mock.patch.object(attention, "quantize_keys_kernel", Recorder(attention.quantize_keys_kernel)):
+        result = compiled(Case(attention, "attention_kernel", run_attention), CHIPS[chip], kind, 128)
+    found = re.findall(ATTENTION_INSTRUCTIONS[kind, chip], result.assembly)
+    # A product of 64 or 128 numbers takes several; no product may be left to 32-bit arithmetic.
+    assert len(found) >= 2
+
+
+@pytest.mark.parametrize(("kind", "chip"), [("int8", "sm_90"), ("fp8", "sm_80"), ("fp8", "gfx942")])
+def test_quantizing_keys_compiles(kind: str, chip: str) -> None:
+    with mock.patch.object(attention, "attention_kernel", Recorder(attention.attention_kernel)):
+        compiled(Case(attention, "quantize_keys_kernel", run_attention), CHIPS[chip], kind, 128)
 
 
 @pytest.mark.parametrize(("name", "chip"), chips_of(QUANTIZATIONS))

@@ -41,6 +41,7 @@ _SIGNATURES = {
         _int,
         _int,
     ),
+    "lowbit_attention": (*[_pointer] * 5, _int, _pointer, _pointer, ctypes.c_float, *[_int] * 3),
     "lowbit_set_parallel": (_pointer,),
 }
 
@@ -241,6 +242,45 @@ def int8_product(
     _library().lowbit_int8_product(
         x.data_ptr(), rows, depth, _address(x_scale), packed.data_ptr(), features, _address(weight_scale),
         _address(bias), output.data_ptr(), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+LARGEST_HEAD_DIM = 256
+ATTENTION_KINDS = {"none": 0, "int8": 1, "fp8": 2}
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor | None,
+    output: torch.Tensor,
+    scale: float,
+    is_causal: bool,
+    kind: str,
+) -> None:
+    """Write attention to ``output``; needs what ``int8_product`` needs.
+
+    Args:
+        query: [batch, queries, heads, head_dim] float32, bfloat16 or float16; head_dim at most ``LARGEST_HEAD_DIM``,
+            its elements side by side.
+        key: [batch, keys, key heads, head_dim], likewise; at least one key, heads a multiple of the key heads.
+        value: likewise, like ``key``.
+        keep: dense bool [batch, keys], or ``None`` for all.
+        output: written: dense, like ``query``.
+        scale: of the scores in powers of two.
+        is_causal: query i sees the keys 0 ... i.
+        kind: a key of ``ATTENTION_KINDS``.
+    """
+    sizes = (*query.shape[:2], key.shape[1], query.shape[2], key.shape[2], query.shape[3])
+    strides = [step for tensor in (query, key, value) for step in tensor.stride()[:3]]
+    assert output.is_contiguous()
+    assert keep is None or (keep.is_contiguous() and keep.dtype == torch.bool)
+    assert all(tensor.stride(3) == 1 for tensor in (query, key, value))
+    _library().lowbit_attention(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), None if keep is None else keep.data_ptr(),
+        output.data_ptr(), ELEMENT_TYPES[query.dtype], (_size * len(sizes))(*sizes), (_size * len(strides))(*strides),
+        scale, is_causal, ATTENTION_KINDS[kind], torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def specialize(kernel: Any, arguments: Sequence[Any], keywords: Mapping[str, Any
 
     Args:
         kernel: a ``triton.jit`` function.
-        arguments: positional ones: tensors (on any device, meta too, taken to be aligned), integers, ``None``.
+        arguments: positional ones: tensors (on any device, meta too, taken to be aligned), numbers, ``None``.
         keywords: compile-time arguments and launch options.
     """
     names: list[str] = kernel.arg_names
@@ -122,6 +122,8 @@ def specialize(kernel: Any, arguments: Sequence[Any], keywords: Mapping[str, Any
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPE_NAMES[value.dtype]
             aligned.add(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:

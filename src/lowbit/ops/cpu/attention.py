@@ -1,0 +1,51 @@
+"""Attention on CPUs with AVX-512 by the native helper: in int8, or in float32, unquantized or rounded to e4m3.
+
+Without instructions for bfloat16 torch's scaled_dot_product_attention converts it on the way; float32 arithmetic on the
+same inputs is faster and nearer to the exact result. FP8 has no instructions on any CPU: there it shows what 8-bit
+floating point would do to the pictures, at float32's speed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.errors import UnsupportedError
+from lowbit.ops.attention import LOG2_E, UNQUANTIZED, AttentionProblem
+from lowbit.ops.cpu import native
+from lowbit.ops.cpu.features import fast_matmul_dtype
+
+
+def supports(problem: AttentionProblem) -> str | None:
+    """Return why ``problem`` can't be run, ``None`` when it can."""
+    if not native.available():
+        return f"native helper {native.refusal()}"
+    if not native.multiplies_int8():
+        return "the CPU has no AVX512-VNNI"
+    if problem.dtype not in native.ELEMENT_TYPES:
+        return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
+    if problem.head_dim is not None and problem.head_dim > native.LARGEST_HEAD_DIM:
+        return f"heads are at most {native.LARGEST_HEAD_DIM} wide, not {problem.head_dim}"
+    if problem.kind == UNQUANTIZED and fast_matmul_dtype(problem.dtype) != torch.float32:
+        return f"the CPU multiplies {problem.dtype} itself"
+    return None
+
+
+@torch.no_grad()
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    kind: str,
+) -> torch.Tensor:
+    """Compute attention; arguments and result as in ``lowbit.ops.attention.attention``."""
+    refusal = supports(AttentionProblem(query.device, query.dtype, kind, query.shape[3]))
+    if refusal is not None and (kind != UNQUANTIZED or not native.multiplies_int8()):
+        raise UnsupportedError(f"attention can't be computed: {refusal}")
+    output = torch.empty(query.shape, dtype=query.dtype)
+    query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    keep = None if key_mask is None else key_mask.contiguous()
+    native.attention(query, key, value, keep, output, scale * LOG2_E, is_causal, kind)
+    return output
