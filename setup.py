@@ -6,6 +6,7 @@ Without a compiler the package installs as pure Python, and the operators that w
 from __future__ import annotations
 
 import os
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -33,7 +34,7 @@ class BuildHelper(build_ext):
 HELPER = Extension(
     "lowbit._native.lowbit_cpu",
     sources=["src/lowbit/_native/lowbit_cpu.cpp"],
-    depends=["src/lowbit/_native/kernels.h", "src/lowbit/_native/int8_product.h"],
+    depends=sorted(glob("src/lowbit/_native/*.h")),
     language="c++",
     optional=True,
 )
