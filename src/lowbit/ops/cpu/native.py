@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -53,12 +54,11 @@ def _load() -> ctypes.CDLL | str:
     """Return the library, or the reason there is none."""
     if os.environ.get("LOWBIT_NATIVE", "1") == "0":
         return "turned off by LOWBIT_NATIVE=0"
-    suffixes = (".so", ".dylib", ".pyd", ".dll")
-    found = sorted(path for path in DIRECTORY.glob("lowbit_cpu*") if path.suffix in suffixes)
-    if not found:
-        return f"not built (no library in {DIRECTORY})"
+    file = DIRECTORY / f"lowbit_cpu{'.dll' if sys.platform == 'win32' else '.so'}"
+    if not file.is_file():
+        return f"not built (no {file})"
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(file))
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
