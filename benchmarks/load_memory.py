@@ -1,7 +1,12 @@
 """Peak memory and speed of quantizing a checkpoint while loading it.
 
 Writes a random BF16 checkpoint in the shape of Z-Image's transformer, shard by shard, then loads it in fresh processes
-through diffusers: in BF16, in Int8 and in FP8. Prints one JSON object. The checkpoint is deleted afterwards.
+through diffusers: in BF16, in Int8 and in FP8, and from checkpoints that are quantized already (``int8-serialized``,
+``fp8-serialized``). Prints one JSON object. The checkpoints are deleted afterwards.
+
+Files are in the page cache. A hypervisor may take free memory back and give it out again page by page: so that it is
+not that which is measured, as much memory as the model will need is touched and freed just before loading;
+``--cold-memory`` leaves that out.
 
 Examples::
 
@@ -16,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import shutil
 import subprocess
 import sys
@@ -29,6 +35,8 @@ from typing import Any
 from benchmarks.timing import write
 
 METHODS = ("bf16", "int8", "fp8")
+SERIALIZED = "-serialized"
+ALL_METHODS = (*METHODS, "int8-serialized", "fp8-serialized")
 SHARD_BYTES = 2_000_000_000
 TEXT_TOKENS, TEXT_WIDTH = 64, 2560
 HEAD_WIDTH = 128
@@ -37,12 +45,11 @@ HEAD_WIDTH = 128
 def main() -> None:
     options = parse_arguments()
     if options.worker:
-        print(json.dumps(measure(Path(options.worker), options.methods[0], options.step)))
+        print(json.dumps(measure(Path(options.worker), options)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         size = write_checkpoint(Path(folder), options.dim, options.layers, options.refiner_layers)
-        warm_cache(Path(folder))
-        runs = [run_worker(folder, method, options.step) for method in options.methods]
+        runs = [run_worker(Path(folder), method, options) for method in options.methods]
     results = {"checkpoint_bytes": size, "runs": runs}
     print(json.dumps(results, indent=2))
     if options.output:
@@ -54,11 +61,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=3840, help="width, a multiple of 128 (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--refiner-layers", type=int, default=2, help="of each kind (default: %(default)s)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=ALL_METHODS, default=METHODS, help="default: %(default)s")
     parser.add_argument("--step", action="store_true", help="also compute one step: slow in BF16 on an old CPU")
+    parser.add_argument("--cold-memory", action="store_true", help="take memory as the system gives it")
     parser.add_argument("--folder", help="where to write the checkpoint (default: the system's temporary folder)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--save", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -123,12 +133,35 @@ def warm_cache(folder: Path) -> None:
                 pass
 
 
-def run_worker(folder: str, method: str, step: bool) -> dict[str, Any]:
-    step_option = ["--step"] if step else []
-    command = [sys.executable, "-m", "benchmarks.load_memory", "--worker", folder, "--methods", method, *step_option]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+def run_worker(folder: Path, method: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Load in a fresh process; a quantized checkpoint is written by another one before."""
+    flags = [f"--{name}" for name in ("step", "cold-memory") if getattr(options, name.replace("-", "_"))]
+    source = folder
+    if method.endswith(SERIALIZED):
+        source = folder / method
+        start_worker(folder, method.removesuffix(SERIALIZED), ["--cold-memory", "--save", str(source)])
+    warm_cache(source)
+    found = start_worker(source, method, flags)
+    if source != folder:
+        shutil.rmtree(source)
+    return found
+
+
+def start_worker(source: Path, method: str, flags: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.load_memory", "--worker", str(source), "--methods", method]
+    result = subprocess.run(
+        [*command, *flags, "--started", str(time.time())], stdout=subprocess.PIPE, text=True, check=True
+    )
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
+
+
+def warm_memory(size: int) -> None:
+    """Touch ``size`` bytes and give them back, so that they are the machine's and not its hypervisor's."""
+    memory = mmap.mmap(-1, max(size, 1))
+    for offset in range(0, size, mmap.PAGESIZE):
+        memory[offset] = 1
+    memory.close()
 
 
 class MemoryWatch:
@@ -159,38 +192,60 @@ class MemoryWatch:
         self.thread.join()
 
 
-def measure(folder: Path, method: str, step: bool) -> dict[str, Any]:
-    """Load ``folder`` with ``method`` in this process and return what it took."""
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Load ``folder`` in this process and return what it took."""
     import torch
     from diffusers import ZImageTransformer2DModel
 
     from lowbit.quantization import build_quant_config
 
-    config = None if method == "bf16" else build_quant_config(method)
+    method = options.methods[0]
+    config = None if method == "bf16" or method.endswith(SERIALIZED) else build_quant_config(method)
+    import lowbit  # noqa: F401 - a quantized checkpoint is read by it
+
+    preparing = time.perf_counter()
+    if config is not None and not options.cold_memory:
+        warm_memory(sum(file.stat().st_size for file in folder.glob("*.safetensors")) // 2)
+    preparing = time.perf_counter() - preparing
     watch = MemoryWatch()
     begin = time.perf_counter()
     model = ZImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16, quantization_config=config)
     seconds = time.perf_counter() - begin
     watch.stop()
-    result: dict[str, Any] = {
-        "method": method,
-        "load_seconds": seconds,
+    result = {"method": method, "load_seconds": seconds, **memory_report(watch), **model_report(model, watch, seconds)}
+    if options.save:
+        model.save_pretrained(options.save)
+    if options.step:
+        compute_step(model)
+        result["seconds_to_end_of_first_step"] = time.perf_counter() - begin
+        result["seconds_from_process_start"] = time.time() - options.started - preparing
+        result["end_rss_anon_bytes_after_step"] = watch.read()["RssAnon"]
+    return result
+
+
+def memory_report(watch: MemoryWatch) -> dict[str, int]:
+    """Return what loading took of memory."""
+    return {
         "start_rss_anon_bytes": watch.start["RssAnon"],
         "peak_rss_anon_bytes": watch.peak["RssAnon"],
         "peak_rss_file_bytes": watch.peak["RssFile"],
         "end_rss_anon_bytes": watch.read()["RssAnon"],
     }
-    if config is not None:
-        manifest: Any = model.lowbit_manifest
-        converted = sum(record.bytes_before for record in manifest.quantized)
-        result["model_bytes"] = manifest.bytes_after
-        result["bf16_gb_converted_per_second"] = converted / 1e9 / seconds
-        result["peak_over_model_bytes"] = watch.peak["RssAnon"] - manifest.bytes_after
-        result["kernels"] = {f"{name} ({kernel})": n for (name, kernel), n in manifest.by_kernel().items()}
-    if step:
-        compute_step(model)
-        result["seconds_to_end_of_first_step"] = time.perf_counter() - begin
-    return result
+
+
+def model_report(model: Any, watch: MemoryWatch, seconds: float) -> dict[str, Any]:
+    """Return what was quantized, how fast, and the peak beyond it and beyond what the process held before."""
+    manifest: Any = getattr(model, "lowbit_manifest", None)
+    if manifest is None:
+        return {}
+    converted = sum(record.bytes_before for record in manifest.quantized)
+    return {
+        "model_bytes": manifest.bytes_after,
+        "bf16_gb_converted_per_second": converted / 1e9 / seconds,
+        "peak_over_model_bytes": watch.peak["RssAnon"] - manifest.bytes_after,
+        "peak_over_model_and_start_bytes": watch.peak["RssAnon"] - watch.start["RssAnon"] - manifest.bytes_after,
+        "kernels": {f"{name} ({kernel})": n for (name, kernel), n in manifest.by_kernel().items()},
+    }
 
 
 def compute_step(model: Any) -> None:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel, ZImageTransformer2DModel
+from tqdm import tqdm
 
 from lowbit.errors import CheckpointError, ConfigError
+from lowbit.ops.cpu.memory import mapped_ranges
 from lowbit.quantization import Fp8Config, Int8Config, QuantizationConfig, QuantizedLinear, quantize_model
 from lowbit.quantization.calibration import calibration
 from tests.integrations.models import FAMILIES, Family, relative_error, save, stored_config, tensors
@@ -259,3 +263,42 @@ def test_lora_changes_the_output_as_on_a_linear_layer(checkpoint: Path, z_family
         changes.append(z_family.run(model) - before)
     assert float(changes[0].norm()) > 0
     assert relative_error(changes[1], changes[0]) < 0.3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped where")
+def test_a_quantized_checkpoint_is_multiplied_with_where_it_is_mapped(
+    checkpoint: Path, tmp_path: Path, z_family: Family
+) -> None:
+    online = ZImageTransformer2DModel.from_pretrained(
+        checkpoint, torch_dtype=BF16, quantization_config=Int8Config(kernel="float32")
+    )
+    online.save_pretrained(tmp_path / "int8")
+    config = Int8Config(kernel="float32")
+    model = ZImageTransformer2DModel.from_pretrained(tmp_path / "int8", torch_dtype=BF16, quantization_config=config)
+    z_family.run(model)
+    (file,) = (tmp_path / "int8").glob("*.safetensors")
+    ranges = [*mapped_ranges(frozenset([str(file.resolve())]))]
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    addresses = [layer.get_parameter("weight").data_ptr() for layer in layers]
+    assert layers
+    assert all(any(begin <= address < end for begin, end in ranges) for address in addresses)
+
+
+def test_progress_counts_the_bytes_that_were_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr("lowbit.integrations.diffusers.diffusers_logging.tqdm", Bar)
+    model = ZImageTransformer2DModel.from_pretrained(checkpoint, torch_dtype=BF16, quantization_config=Int8Config())
+    (bar,) = bars
+    assert bar.total == sum(record.bytes_before for record in model.lowbit_manifest.quantized)
+    assert (bar.n, bar.unit) == (bar.total, "B")
+
+
+def test_no_progress_bar_where_there_is_no_terminal(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ZImageTransformer2DModel.from_pretrained(checkpoint, torch_dtype=BF16, quantization_config=Int8Config())
+    assert "Quantizing" not in capfd.readouterr().err

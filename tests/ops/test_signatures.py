@@ -8,13 +8,15 @@ from types import ModuleType
 
 import pytest
 
-from lowbit.ops import attention, fp8, int8
+from lowbit.ops import attention, fp8, int8, int8_weight_only, w4a16
 from lowbit.ops.dispatch import Implementation
 
 LINEAR = ("supports", "pack_weight", "unpack_weight", "linear")
-FUNCTIONS = {int8: LINEAR, fp8: LINEAR, attention: ("supports", "attention")}
+FUNCTIONS = {int8: LINEAR, fp8: LINEAR, int8_weight_only: LINEAR, w4a16: LINEAR, attention: ("supports", "attention")}
 BACKENDS = [
-    pytest.param(family, implementation, function, id=f"{implementation.module}-{function}")
+    pytest.param(
+        family, implementation, function, id=f"{family.__name__.rsplit('.', 1)[-1]}-{implementation.name}-{function}"
+    )
     for family, functions in FUNCTIONS.items()
     for implementation in family.IMPLEMENTATIONS
     for function in functions

@@ -1,14 +1,97 @@
-// The product of uint8 activations (int8 + 128) and packed int8 weights with AVX512-VNNI, scaled while it is in the cache.
+// The product of uint8 activations (int8 + 128) and int8 weights with AVX512-VNNI, scaled while it is in the cache.
 //
-// Weights come in panels of 16 output channels: groups of 64 bytes, [channel][4 consecutive inputs], as one VNNI
-// instruction reads them. Four panels of up to kDepth inputs stay in the second-level cache while rows pass by, six at a
-// time: 24 accumulators, 4 weights and an activation fill the registers. The first of the rows is all ones and gives the
-// sum of each channel's weights; 128 times it is what the 128 in the activations has added to every other row.
+// Weights are read as they are in a checkpoint, [channel][input], so that a mapped file is multiplied with as it is. For
+// more than kFewRows rows, 64 channels of up to kDepth inputs are rearranged into panels of 16 channels that stay in the
+// second-level cache: groups of 64 bytes, [channel][4 consecutive inputs], as one VNNI instruction reads them. Rows pass
+// by six at a time: 24 accumulators, 4 weights and an activation fill the registers. The first of the rows is all ones
+// and gives the sum of each channel's weights; 128 times it is what the 128 in the activations has added to every other
+// row. A few rows are multiplied along the inputs instead, at the speed at which memory gives the weights.
 
 constexpr int64_t kDepth = 4096;
 constexpr int kTileRows = 6;
 constexpr int kTilePanels = 4;
 constexpr int kTileColumns = kTilePanels * kPanelChannels;
+constexpr int64_t kStep = 64;    // inputs that a register holds of one channel
+constexpr int kDotChannels = 4;  // at a time; with kFewRows rows and the row of ones 20 accumulators
+
+// Inputs that are there of those from `input` on.
+LOWBIT_INLINE __mmask64 present(int64_t input, int64_t depth) {
+    return depth - input >= kStep ? ~__mmask64{0} : (__mmask64{1} << (depth - input)) - 1;
+}
+
+// 16 channels, `stride` bytes apart, of up to 64 inputs -> 16 groups [16 channels][4 inputs], zero where there are none:
+// a transposition of 16 x 16 32-bit words.
+LOWBIT_INLINE void pack_step(const int8_t* from, int64_t stride, __mmask64 mask, int8_t* to) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi8(mask, from + i * stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // a[i + j]: word 4 * lane + j of channels i ... i + 3
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        const __m512i low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44), high = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xee);
+        const __m512i low2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
+        const __m512i high2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
+        _mm512_storeu_si512(to + 64 * j, _mm512_shuffle_i32x4(low, low2, 0x88));
+        _mm512_storeu_si512(to + 64 * (4 + j), _mm512_shuffle_i32x4(low, low2, 0xdd));
+        _mm512_storeu_si512(to + 64 * (8 + j), _mm512_shuffle_i32x4(high, high2, 0x88));
+        _mm512_storeu_si512(to + 64 * (12 + j), _mm512_shuffle_i32x4(high, high2, 0xdd));
+    }
+}
+
+// Panels of `columns` channels of `depth` inputs; `to` holds a multiple of 64 inputs of each.
+void pack_panels(const int8_t* from, int64_t stride, int64_t columns, int64_t depth, int8_t* to) {
+    for (int64_t column = 0; column < columns; column += kPanelChannels)
+        for (int64_t input = 0; input < depth; input += kStep, to += kPanelChannels * kStep)
+            pack_step(from + column * stride + input, stride, present(input, depth), to);
+}
+
+// sums [1 + Rows][64] of four channels with Rows rows; the first row of sums is the weights' own.
+template <int Rows>
+void multiply_along(const uint8_t* x, const int8_t* weight, int64_t depth, int32_t* sums) {
+    __m512i totals[1 + Rows][kDotChannels];
+#pragma GCC unroll 8
+    for (int row = 0; row <= Rows; ++row)
+#pragma GCC unroll 8
+        for (int channel = 0; channel < kDotChannels; ++channel) totals[row][channel] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < depth; i += kStep) {
+        const __mmask64 mask = present(i, depth);
+        __m512i weights[kDotChannels];
+#pragma GCC unroll 8
+        for (int channel = 0; channel < kDotChannels; ++channel)
+            weights[channel] = _mm512_maskz_loadu_epi8(mask, weight + channel * depth + i);
+#pragma GCC unroll 8
+        for (int row = 0; row <= Rows; ++row) {
+            const __m512i activations =
+                row == 0 ? _mm512_set1_epi8(1) : _mm512_maskz_loadu_epi8(mask, x + (row - 1) * depth + i);
+#pragma GCC unroll 8
+            for (int channel = 0; channel < kDotChannels; ++channel)
+                totals[row][channel] = _mm512_dpbusd_epi32(totals[row][channel], activations, weights[channel]);
+        }
+    }
+    for (int row = 0; row <= Rows; ++row)
+        for (int channel = 0; channel < kDotChannels; ++channel)
+            sums[row * kTileColumns + channel] = _mm512_reduce_add_epi32(totals[row][channel]);
+}
+
+using MultiplyAlong = void (*)(const uint8_t*, const int8_t*, int64_t, int32_t*);
+constexpr MultiplyAlong kAlong[kFewRows] = {multiply_along<1>, multiply_along<2>, multiply_along<3>, multiply_along<4>};
+
+// The sums [1 + rows][64] of one group of panels with all rows, of which there are few.
+void sum_few_rows(const ProductJob& job, int64_t column, int64_t columns, int32_t* sums) {
+    for (int64_t channel = 0; channel < columns; channel += kDotChannels)
+        kAlong[job.rows - 1](job.x, job.weight + (column + channel) * job.depth, job.depth, sums + channel);
+}
 
 struct Tile {
     const uint8_t* x[kTileRows];  // rows, at the first input of this depth
@@ -79,32 +162,46 @@ LOWBIT_INLINE void write_rows(const ProductJob& job, const int32_t* sums, int64_
     }
 }
 
+// The panels a thread packed last: the tasks it takes one after the other mostly multiply the same ones.
+struct Packed {
+    alignas(64) int8_t panels[kTileColumns * kDepth];
+    int64_t call, column, depth;  // whose they are; calls count from 1
+};
+thread_local Packed packed;
+
+// The sums [1 + rows][64] of rows from `top` on with one group of panels.
+void sum_rows(const ProductJob& job, int64_t top, int64_t rows, int64_t column, int64_t columns,
+              const uint8_t* ones, int32_t* sums) {
+    for (int64_t depth = 0; depth < job.depth; depth += kDepth) {
+        const int64_t inputs = smaller(kDepth, job.depth - depth);
+        if (packed.call != job.call || packed.column != column || packed.depth != depth) {
+            pack_panels(job.weight + column * job.depth + depth, job.depth, columns, inputs, packed.panels);
+            packed.call = job.call, packed.column = column, packed.depth = depth;
+        }
+        for (int64_t row = 0; row <= rows; row += kTileRows) {
+            Tile tile{{}, packed.panels, kPanelChannels * kStep * blocks(inputs, kStep), inputs,
+                      sums + row * kTileColumns, depth != 0};
+            const int64_t count = smaller(kTileRows, 1 + rows - row);
+            for (int64_t i = 0; i < count; ++i)
+                tile.x[i] = row + i == 0 ? ones : job.x + (top + row + i - 1) * job.depth + depth;
+            kTiles[count - 1][columns / kPanelChannels - 1](tile);
+        }
+    }
+}
+
 // Tasks [first, last): task t is block t % row_blocks of rows of the group t / row_blocks of four panels.
 template <typename Output>
 void multiply(const ProductJob& job, int64_t first, int64_t last) {
     alignas(64) int32_t sums[(1 + kLargestRowBlock) * kTileColumns];
     uint8_t ones[kDepth];
     std::memset(ones, 1, sizeof ones);
-    const int64_t panel_stride = kPanelChannels * job.depth;
     for (int64_t task = first; task < last; ++task) {
         const int64_t column = task / job.row_blocks * kTileColumns;
         const int64_t columns = smaller(kTileColumns, job.columns - column);
         const int64_t top = task % job.row_blocks * job.row_block;
         const int64_t rows = smaller(job.row_block, job.rows - top);
-        for (int64_t depth = 0; depth < job.depth; depth += kDepth) {
-            for (int64_t row = 0; row <= rows; row += kTileRows) {
-                Tile tile{{},
-                          job.weight + column * job.depth + depth * kPanelChannels,
-                          panel_stride,
-                          smaller(kDepth, job.depth - depth),
-                          sums + row * kTileColumns,
-                          depth != 0};
-                const int64_t count = smaller(kTileRows, 1 + rows - row);
-                for (int64_t i = 0; i < count; ++i)
-                    tile.x[i] = row + i == 0 ? ones : job.x + (top + row + i - 1) * job.depth + depth;
-                kTiles[count - 1][columns / kPanelChannels - 1](tile);
-            }
-        }
+        if (job.rows <= kFewRows) sum_few_rows(job, column, columns, sums);
+        else sum_rows(job, top, rows, column, columns, ones, sums);
         if (job.bias) write_rows<Output, true>(job, sums, top, rows, column, columns);
         else write_rows<Output, false>(job, sums, top, rows, column, columns);
     }

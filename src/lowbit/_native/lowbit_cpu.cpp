@@ -7,11 +7,13 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
 #define LOWBIT_X86 1
 #include <immintrin.h>
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#define LOWBIT_NEON 1
+#include <arm_neon.h>
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -66,19 +68,38 @@ struct ScaleJob {
 constexpr int64_t kPanelChannels = 16;
 constexpr int64_t kLargestRowBlock = 251;  // with the row of ones in whole tiles; the sums take 63 KiB of stack
 
-struct PackJob {
-    const int8_t* input;
-    int8_t* output;  // may be the input
-    int64_t depth;
-};
+constexpr int64_t kFewRows = 4;  // are multiplied along the inputs; of more, packing costs less than it saves
 
 struct ProductJob {
     const uint8_t* x;      // [rows, depth], int8 + 128
     const float* x_scale;  // [rows]
-    const int8_t* weight;  // packed
+    const int8_t* weight;  // [columns, depth]
     const float *weight_scale, *bias;  // [columns]
     int64_t rows, columns, depth, row_block, row_blocks;
     void* output;  // [rows, columns]
+    int64_t call;  // a number of its own
+};
+
+constexpr int64_t kMostRows = 64;
+
+struct WeightJob {
+    const float* x;  // [rows, depth], rows x_stride apart and filled with zeros up to a multiple of 16
+    int64_t rows, x_stride, depth;
+    const void* weight;  // [columns, depth] codes
+    int64_t columns;
+    const void* scale;  // one per block of the weight
+    bool scale_is_bfloat16;
+    const uint8_t* zero_point;  // likewise, of int4; or null: 8
+    int64_t block_rows, block_columns;
+    const float* bias;  // [columns], or null
+    void* output;       // [rows, columns]
+    int element_type;
+};
+
+struct WeightKernels {
+    void (*multiply[3])(const WeightJob&, int64_t, int64_t);  // int8, e4m3, int4
+    void (*decode_int4)(const WeightJob&, int64_t, int64_t);
+    int64_t task_channels;
 };
 
 constexpr int kAttentionKinds = 3;  // float32, int8, e4m3
@@ -127,21 +148,25 @@ LOWBIT_INLINE int64_t blocks(int64_t count, int64_t size) { return (count + size
 
 namespace generic {
 #include "kernels.h"
+#include "weight_only.h"
 }
 
 #ifdef LOWBIT_X86
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
+#define LOWBIT_AVX2 1
 namespace avx2 {
 #include "kernels.h"
+#include "weight_only.h"
 }
+#undef LOWBIT_AVX2
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), \
                              apply_to = function)
 #else
 #pragma GCC pop_options
@@ -151,12 +176,13 @@ namespace avx2 {
 #define LOWBIT_AVX512 1
 namespace avx512 {
 #include "kernels.h"
+#include "weight_only.h"
 }
 #undef LOWBIT_AVX512
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512"))), apply_to = function)
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -198,7 +224,7 @@ int best_isa() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
         return kAvx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;  // and F16C, older than both
 #endif
     return kGeneric;
 }
@@ -211,8 +237,17 @@ const Kernels* kernels_of(int isa) {
     return &generic::kernels;
 }
 
+const WeightKernels* weight_kernels_of(int isa) {
+#ifdef LOWBIT_X86
+    if (isa == kAvx512) return &avx512::weight_kernels;
+    if (isa == kAvx2) return &avx2::weight_kernels;
+#endif
+    return &generic::weight_kernels;
+}
+
 int selected_isa = best_isa();
 const Kernels* selected = kernels_of(selected_isa);
+const WeightKernels* selected_weight = weight_kernels_of(selected_isa);
 
 // GNU OpenMP's entry point: runs function(data) on that many threads of the caller's pool.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
@@ -254,29 +289,7 @@ void run(void (*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t c
     parallel(take_pieces<Job>, &shared, static_cast<unsigned>(useful), 0);
 }
 
-// Panels [first, last): int8 [16, depth] -> [depth / 4][16][4].
-void pack_panels(const PackJob& job, int64_t first, int64_t last) {
-    std::vector<int8_t> copy(kPanelChannels * job.depth);
-    for (int64_t panel = first; panel < last; ++panel) {
-        std::memcpy(copy.data(), job.input + panel * copy.size(), copy.size());
-        int8_t* to = job.output + panel * copy.size();
-        for (int64_t i = 0; i < job.depth; i += 4)
-            for (int64_t channel = 0; channel < kPanelChannels; ++channel, to += 4)
-                std::memcpy(to, copy.data() + channel * job.depth + i, 4);
-    }
-}
-
-// The inverse; not in place.
-void unpack_panels(const PackJob& job, int64_t first, int64_t last) {
-    const int64_t size = kPanelChannels * job.depth;
-    for (int64_t panel = first; panel < last; ++panel) {
-        const int8_t* from = job.input + panel * size;
-        int8_t* to = job.output + panel * size;
-        for (int64_t i = 0; i < job.depth; i += 4)
-            for (int64_t channel = 0; channel < kPanelChannels; ++channel, from += 4)
-                std::memcpy(to + channel * job.depth + i, from, 4);
-    }
-}
+std::atomic<int64_t> products{0};  // multiplied so far
 
 }  // namespace
 
@@ -288,6 +301,7 @@ LOWBIT_EXPORT int lowbit_select_isa(int isa) {
     const int best = best_isa();
     selected_isa = isa < 0 || isa > best ? best : isa;
     selected = kernels_of(selected_isa);
+    selected_weight = weight_kernels_of(selected_isa);
     return selected_isa;
 }
 
@@ -326,23 +340,9 @@ LOWBIT_EXPORT int lowbit_has_int8_product() {
 #endif
 }
 
-// int8 [columns, depth] -> the same bytes in panels for lowbit_int8_product, possibly in place. columns % 16 == 0,
-// depth % 4 == 0.
-LOWBIT_EXPORT void lowbit_int8_pack(const int8_t* input, int64_t columns, int64_t depth, int8_t* output, int threads) {
-    const PackJob job{input, output, depth};
-    run(pack_panels, job, columns / kPanelChannels, columns * depth, threads);
-}
-
-// The inverse, not in place.
-LOWBIT_EXPORT void lowbit_int8_unpack(const int8_t* input, int64_t columns, int64_t depth, int8_t* output,
-                                      int threads) {
-    const PackJob job{input, output, depth};
-    run(unpack_panels, job, columns / kPanelChannels, columns * depth, threads);
-}
-
-// x uint8 [rows, depth] (int8 + 128) times a packed weight -> output [rows, columns]: the exact integers, rounded to
+// x uint8 [rows, depth] (int8 + 128) times weight int8 [columns, depth] -> output [rows, columns]: the exact integers, rounded to
 // float32, times x_scale [rows] and weight_scale [columns], plus bias [columns] (or null), rounded to the output's type.
-// depth <= 2**17, so that no sum leaves int32.
+// columns % 16 == 0, depth % 4 == 0, depth <= 2**17, so that no sum leaves int32.
 LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t depth, const float* x_scale,
                                        const int8_t* weight, int64_t columns, const float* weight_scale,
                                        const float* bias, void* output, int element_type, int threads) {
@@ -352,9 +352,10 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
     // Blocks of rows small enough to give every thread several tasks, in whole tiles together with the row of ones.
     const int64_t wanted = blocks(4 * threads, groups);
     const int64_t tiles = blocks(blocks(rows, wanted) + 1, avx512_vnni::kTileRows);
-    const int64_t block = smaller(tiles * avx512_vnni::kTileRows - 1, kLargestRowBlock);
+    const int64_t most = rows <= kFewRows ? rows : tiles * avx512_vnni::kTileRows - 1;
+    const int64_t block = smaller(most, kLargestRowBlock);
     const int64_t row_blocks = blocks(rows, block);
-    const ProductJob job{x, x_scale, weight, weight_scale, bias, rows, columns, depth, block, row_blocks, output};
+    const ProductJob job{x, x_scale, weight, weight_scale, bias, rows, columns, depth, block, row_blocks, output, ++products};
     constexpr int64_t kProductsPerElement = 64;  // multiply-adds in the time of one element of the other kernels
     const int64_t work = rows * columns * depth / kProductsPerElement;
     run(avx512_vnni::multiplications[element_type], job, groups * row_blocks, work, threads);
@@ -384,4 +385,27 @@ LOWBIT_EXPORT void lowbit_attention(const void* query, const void* key, const vo
         run(kernels.attend[element_type], job, count * row_blocks, count * job.queries * job.keys * job.width / 16, threads);
     }
 #endif
+}
+
+// x [rows, depth] float32 (see WeightJob) times weight [columns, depth] of code_type (0 int8, 1 e4m3, 2 int4: two inputs in
+// a byte, the even one in the lower half) -> output [rows, columns], rounded once. rows <= 64. Scales, and of int4 zero
+// points, are one per block of block_rows x block_columns; of int4 block_rows is 1, block_columns a multiple of 32 that
+// divides depth, and of each 32 activations the even ones come first, then the odd ones.
+LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_stride, int64_t depth, const void* weight,
+                                      int code_type, int64_t columns, const void* scale, int scale_is_bfloat16,
+                                      const uint8_t* zero_point, int64_t block_rows, int64_t block_columns,
+                                      const float* bias, void* output, int element_type, int threads) {
+    const WeightJob job{x,          rows,       x_stride,      depth, weight, columns,     scale, scale_is_bfloat16 != 0,
+                        zero_point, block_rows, block_columns, bias,  output, element_type};
+    const int64_t tasks = blocks(columns, selected_weight->task_channels);
+    run(selected_weight->multiply[code_type], job, tasks, columns * depth / 4 * (4 + rows) / 4, threads);
+}
+
+// int4 [columns, depth] -> float32 [columns, depth], of each 32 inputs the even ones first, then the odd ones.
+LOWBIT_EXPORT void lowbit_int4_decode(const void* weight, int64_t columns, int64_t depth, const void* scale,
+                                      int scale_is_bfloat16, const uint8_t* zero_point, int64_t group_size,
+                                      float* output, int threads) {
+    const WeightJob job{nullptr,    0, 0,          depth,   weight, columns, scale, scale_is_bfloat16 != 0,
+                        zero_point, 1, group_size, nullptr, output, 0};
+    run(selected_weight->decode_int4, job, columns, columns * depth, threads);
 }

@@ -15,6 +15,7 @@ from torch import nn
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.integrations import dispatch, loading
 from lowbit.integrations.checks import check_tensors, read_headers, refuse_pickles
+from lowbit.ops.cpu.memory import MappedTensors
 from lowbit.quantization import plan as quantization_plan
 from lowbit.quantization.base import QuantizationConfig
 
@@ -55,6 +56,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self.files: list[str] = []
         self.preparation: loading.Preparation | None = None
         self.progress: Any = None
+        self.shard: MappedTensors | None = None
 
     # What diffusers asks, in the order in which it asks.
 
@@ -92,12 +94,18 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             device=loading.first_device(device_map),
             kept={"float32 module": keep_in_fp32_modules or ()},
         )
+        headers = read_headers(self.files)
         if self.files:
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-            check_tensors(model, self.preparation, read_headers(self.files), self.loaded_keys, ignored)
+            check_tensors(model, self.preparation, headers, self.loaded_keys, ignored)
         if not config.is_serialized:
             self.progress = diffusers_logging.tqdm(
-                total=len(self.preparation.layers), desc=f"Quantizing to {config.get_name()}", unit="layer", leave=False
+                total=sum(loading.weight_bytes(layer, headers) for layer in self.preparation.layers.values()),
+                desc=f"Quantizing to {config.get_name()}",
+                unit="B",
+                unit_scale=True,
+                leave=False,
+                disable=None,  # where there is no terminal
             )
 
     @property
@@ -142,8 +150,11 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             layer.load_tensor(name, state_dict[param_name].to(target_device))
             return
         layer.load_unquantized(param_value.to(target_device))
+        if self.shard is None or self.shard.tensors is not state_dict:
+            self.shard = MappedTensors(state_dict, self.files)
+        self.shard.release(param_name)
         if self.progress is not None:
-            self.progress.update()
+            self.progress.update(state_dict[param_name].nbytes)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Check that all arrived, pack for the kernels, and leave the manifest and what saving needs."""
@@ -153,7 +164,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         loading.check_loaded(model)
         loading.finish(model, self.preparation)
         model.register_to_config(quantization_config=loading.serialized_config(model))  # type: ignore[operator]
-        self.preparation = self.progress = None
+        self.preparation = self.progress = self.shard = None
 
     # What diffusers asks of a loaded model.
 

@@ -126,6 +126,19 @@ def resolve_serialized(config: QuantizationConfig, tensor_names: Iterable[str]) 
     return config.as_serialized(config.ignored_layers or [])
 
 
+def weight_bytes(layer: QuantizedLinear, headers: Mapping[str, Any]) -> int:
+    """Return the bytes of a layer's unquantized weight: as its checkpoint's header says, else in the compute dtype.
+
+    Args:
+        layer: to be quantized.
+        headers: tensor's name -> ``checks.TensorHeader``; names may differ from the layer's.
+    """
+    header = headers.get(f"{layer.prefix}.weight")
+    if header is not None:
+        return int(header.empty().nbytes)
+    return layer.out_features * layer.in_features * layer.compute_dtype.itemsize
+
+
 def check_device_map(device_map: object) -> None:
     """Refuse placements that move tensors behind a layer's back.
 

@@ -8,6 +8,7 @@ import torch
 from lowbit.ops import fp8, fp8_weight_only
 from lowbit.ops.cpu import blocked, features
 from lowbit.ops.cpu import fp8 as weight_only
+from lowbit.ops.cpu import weight_only as products
 from lowbit.ops.dispatch import Problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,7 +39,7 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Multiply in the activations' precision, as on CPUs with instructions for it, or in float32."""
     chosen: str = request.param
     monkeypatch.setattr(
-        weight_only, "fast_matmul_dtype", (lambda dtype: dtype) if chosen == "own" else (lambda dtype: torch.float32)
+        products, "fast_matmul_dtype", (lambda dtype: dtype) if chosen == "own" else (lambda dtype: torch.float32)
     )
     return chosen
 

@@ -21,10 +21,9 @@ def quantized_layer(features: int, columns: int) -> tuple[torch.Tensor, torch.Te
 
 
 @NEEDS_KERNEL
-@pytest.mark.parametrize("shape", [(16, 4), (112, 332), (64, 64), (528, 1032)])
-def test_packing_is_undone_exactly(shape: tuple[int, int]) -> None:
-    weight = torch.randint(-128, 128, shape, dtype=torch.int8)
-    assert torch.equal(int8_native.unpack_weight(int8_native.pack_weight(weight)), weight)
+def test_a_dense_weight_is_read_where_it_is() -> None:
+    weight = torch.randint(-128, 128, (16, 64), dtype=torch.int8)
+    assert int8_native.pack_weight(weight).data_ptr() == weight.data_ptr()
     doubled = torch.stack([weight, weight], dim=2)[..., 0]  # not dense
     assert torch.equal(int8_native.unpack_weight(int8_native.pack_weight(doubled)), weight)
 
@@ -45,10 +44,11 @@ def test_equals_the_reference_with_any_rest_of_rows_and_panels(
 
 
 @NEEDS_KERNEL
-@pytest.mark.parametrize("columns", [4, 4096, 4100, 9000])
-def test_equals_the_reference_at_any_depth(columns: int) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("columns", [4, 60, 64, 4096, 4100, 9000])
+def test_equals_the_reference_at_any_depth(columns: int, rows: int) -> None:
     weight, scale = quantized_layer(80, columns)
-    x = awkward(9, columns, torch.bfloat16)
+    x = awkward(rows, columns, torch.bfloat16)
     result = int8_native.linear(x, int8_native.pack_weight(weight), scale, None)
     assert same(result, int8.linear(x, weight, scale, None))
 
@@ -145,3 +145,12 @@ def test_refuses_what_it_cannot_do(path: str) -> None:
         assert "overflow" in refusal(torch.float32, 64, 1 << 18)
     else:
         assert "AVX512-VNNI" in refusal(torch.float32, 64, 64)
+
+
+@NEEDS_KERNEL
+def test_two_weights_at_one_address_are_not_taken_for_each_other() -> None:
+    x = torch.randn(40, 64)
+    weight, scale = quantized_layer(64, 64)
+    for _ in range(3):
+        weight.copy_(torch.randint(-127, 128, weight.shape, dtype=torch.int8))
+        assert same(int8_native.linear(x, weight, scale, None), int8.linear(x, weight, scale, None))

@@ -1,7 +1,6 @@
 """FP8 weights on CPUs, with activations left as they are: no CPU multiplies e4m3.
 
-The weight is decoded a block of output channels at a time and multiplied in the precision that this CPU is fastest in:
-in the activations' own where it has instructions for it, else in float32.
+See ``lowbit.ops.cpu.weight_only`` for how.
 """
 
 from __future__ import annotations
@@ -12,17 +11,10 @@ import torch
 
 from lowbit.ops import fp8
 from lowbit.ops.cpu import native
-from lowbit.ops.cpu.blocked import multiply, multiply_float32
-from lowbit.ops.cpu.features import fast_matmul_dtype
-from lowbit.ops.dispatch import Problem
+from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows, supports
 from lowbit.ops.library import define_operator
 
-
-def supports(problem: Problem) -> str | None:
-    """Return why ``problem`` can't be run, ``None`` when it can."""
-    if problem.dtype not in native.ELEMENT_TYPES:
-        return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
-    return None
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 
 def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
@@ -50,8 +42,7 @@ def decode_rows(
     rows, columns = output.shape
     codes = packed[first : first + rows]
     if native.available():
-        height, width = block_size or ((packed.shape[0] if scale.numel() == 1 else 1), columns)
-        native.dequantize(codes, scale, output, height, width, first)
+        native.dequantize(codes, scale, output, *_block(packed, scale, block_size), first)
         return
     if block_size is not None:
         top = first // block_size[0]
@@ -61,6 +52,13 @@ def decode_rows(
     elif scale.numel() > 1:
         scale = scale[first : first + rows]
     output.copy_(codes.float().mul_(scale))
+
+
+def _block(packed: torch.Tensor, scale: torch.Tensor, block_size: Sequence[int] | None) -> tuple[int, int]:
+    """Return the rows and columns of the weight that share a scale."""
+    if block_size is not None:
+        return block_size[0], block_size[1]
+    return packed.shape[0] if scale.numel() == 1 else 1, packed.shape[1]
 
 
 @torch.no_grad()
@@ -73,17 +71,13 @@ def multiply_weight_only(
 ) -> torch.Tensor:
     """Return ``x @ (packed * weight_scale).T + bias`` [M, N] in the dtype of ``x`` [M, K]."""
     weight_scale = weight_scale.contiguous()
+    if has_few_rows(x):
+        return multiply_few_rows(x, packed, weight_scale, bias, _block(packed, weight_scale, weight_block_size))
 
     def decode(first: int, weight: torch.Tensor) -> None:
         decode_rows(packed, weight_scale, weight_block_size, first, weight)
 
-    features = packed.shape[0]
-    if fast_matmul_dtype(x.dtype) == x.dtype != torch.float32:
-        return multiply(x, features, decode, None if bias is None else bias.to(x.dtype))
-    output = torch.empty((x.shape[0], features), dtype=x.dtype)
-    bias = None if bias is None else bias.float().contiguous()
-    multiply_float32(x.float(), features, decode, output, None, None, bias)
-    return output
+    return multiply_decoded(x, packed.shape[0], decode, bias)
 
 
 def _fake_weight_only(

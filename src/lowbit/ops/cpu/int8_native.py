@@ -1,7 +1,7 @@
 """Int8 W8A8 on CPUs with AVX512-VNNI by the native helper: rows are quantized, then multiplied and scaled in one pass.
 
-Packing a weight moves its bytes in place, where oneDNN takes longer than reading the checkpoint does. When compiling,
-quantization is plain torch, to fuse with what precedes it, and the rest is one operator.
+The weight is read in the checkpoint's own layout, so that a mapped file is multiplied with as it is and loading moves
+no byte. When compiling, quantization is plain torch, to fuse with what precedes it, and the rest is one operator.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def supports(problem: Problem) -> str | None:
 
 
 def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Bring ``weight`` int8 [N, K] to panels of 16 channels, see ``native.pack_int8``."""
-    return native.pack_int8(weight, overwrite)
+    """Return ``weight`` int8 [N, K], dense."""
+    return weight.contiguous()
 
 
 def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return the int8 [N, K] that ``packed`` was made of."""
-    return native.unpack_int8(packed)
+    """Return ``packed``: see ``pack_weight``."""
+    return packed
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The optional native helper: quantizing, dequantizing and scaling rows in one pass over memory, and int8 products.
+"""The optional native helper: quantizing, dequantizing and scaling rows in one pass, int8 and weight-only products.
 
 Built by ``setup.py`` where there is a C++ compiler (``python setup.py build_ext --inplace`` in a source tree) and
 called through ctypes, so it depends on no version of torch. It works on torch's own OpenMP threads. ``LOWBIT_NATIVE=0``
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -26,8 +27,6 @@ _SIGNATURES = {
     "lowbit_quantize": (_pointer, _int, *[_size] * 5, _pointer, _int, _pointer, _int),
     "lowbit_dequantize": (_pointer, _int, *[_size] * 5, _pointer, _pointer, _int, _int),
     "lowbit_scale_product": (_pointer, *[_size] * 2, *[_pointer] * 4, _size, _int, _int),
-    "lowbit_int8_pack": (_pointer, _size, _size, _pointer, _int),
-    "lowbit_int8_unpack": (_pointer, _size, _size, _pointer, _int),
     "lowbit_int8_product": (
         _pointer,
         _size,
@@ -42,6 +41,11 @@ _SIGNATURES = {
         _int,
     ),
     "lowbit_attention": (*[_pointer] * 5, _int, _pointer, _pointer, ctypes.c_float, *[_int] * 3),
+    "lowbit_weight_only": (
+        *(_pointer, _size, _size, _size, _pointer, _int, _size, _pointer, _int, _pointer, _size, _size),
+        *(_pointer, _pointer, _int, _int),
+    ),
+    "lowbit_int4_decode": (_pointer, _size, _size, _pointer, _int, _pointer, _size, _pointer, _int),
     "lowbit_set_parallel": (_pointer,),
 }
 
@@ -51,12 +55,11 @@ def _load() -> ctypes.CDLL | str:
     """Return the library, or the reason there is none."""
     if os.environ.get("LOWBIT_NATIVE", "1") == "0":
         return "turned off by LOWBIT_NATIVE=0"
-    suffixes = (".so", ".dylib", ".pyd", ".dll")
-    found = sorted(path for path in DIRECTORY.glob("lowbit_cpu*") if path.suffix in suffixes)
-    if not found:
-        return f"not built (no library in {DIRECTORY})"
+    file = DIRECTORY / f"lowbit_cpu{'.dll' if sys.platform == 'win32' else '.so'}"
+    if not file.is_file():
+        return f"not built (no {file})"
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(file))
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
@@ -186,7 +189,7 @@ def scale_product(
 
 
 PANEL = 16
-"""Output channels that ``pack_int8`` puts side by side."""
+"""Output channels that ``int8_product`` computes side by side."""
 
 
 def multiplies_int8() -> bool:
@@ -194,30 +197,10 @@ def multiplies_int8() -> bool:
     return available() and bool(_library().lowbit_has_int8_product())
 
 
-def pack_int8(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Bring ``weight`` int8 [N, K] (N a multiple of 16, K of 4) to the layout that ``int8_product`` reads.
-
-    Returns:
-        int8 [N, K] whose bytes are [N / 16, K / 4, 16, 4]; in the memory of ``weight`` with ``overwrite``.
-    """
-    weight = weight.contiguous()
-    packed = weight if overwrite else torch.empty_like(weight)
-    _library().lowbit_int8_pack(weight.data_ptr(), *weight.shape, packed.data_ptr(), torch.get_num_threads())
-    return packed
-
-
-def unpack_int8(packed: torch.Tensor) -> torch.Tensor:
-    """Return the int8 [N, K] that ``packed`` was made of."""
-    packed = packed.contiguous()
-    weight = torch.empty_like(packed)
-    _library().lowbit_int8_unpack(packed.data_ptr(), *packed.shape, weight.data_ptr(), torch.get_num_threads())
-    return weight
-
-
 def int8_product(
     x: torch.Tensor,
     x_scale: torch.Tensor,
-    packed: torch.Tensor,
+    weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     output: torch.Tensor,
@@ -227,20 +210,20 @@ def int8_product(
     Args:
         x: dense uint8 [M, K]; K at most 2**17, so that no sum leaves int32.
         x_scale: dense float32, one element per row.
-        packed: from ``pack_int8``.
+        weight: dense int8 [N, K]; N a multiple of 16, K of 4.
         weight_scale: dense float32, one element per output channel.
         bias: dense float32, one element per output channel, or ``None``.
         output: written: dense [M, N] float32, bfloat16 or float16.
     """
     rows, depth = x.shape
-    features = packed.shape[0]
-    assert packed.shape[1] == depth
+    features = weight.shape[0]
+    assert weight.shape[1] == depth
     assert output.shape == (rows, features)
     assert x.is_contiguous()
-    assert packed.is_contiguous()
+    assert weight.is_contiguous()
     assert output.is_contiguous()
     _library().lowbit_int8_product(
-        x.data_ptr(), rows, depth, _address(x_scale), packed.data_ptr(), features, _address(weight_scale),
+        x.data_ptr(), rows, depth, _address(x_scale), weight.data_ptr(), features, _address(weight_scale),
         _address(bias), output.data_ptr(), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
@@ -281,6 +264,67 @@ def attention(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), None if keep is None else keep.data_ptr(),
         output.data_ptr(), ELEMENT_TYPES[query.dtype], (_size * len(sizes))(*sizes), (_size * len(strides))(*strides),
         scale, is_causal, ATTENTION_KINDS[kind], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+MOST_ROWS = 64
+"""Rows that ``weight_only_product`` takes."""
+
+ROW_PADDING = 16
+WEIGHT_TYPES = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.uint8: 2}
+
+
+def weight_only_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    block_size: tuple[int, int],
+    zero_point: torch.Tensor | None = None,
+) -> None:
+    """Write ``x @ ((weight - zero_point) * scale).T + bias`` to ``output``, summed in float32 and rounded once.
+
+    Args:
+        x: [M, K] float32, M at most ``MOST_ROWS``; each row followed by zeros up to a multiple of ``ROW_PADDING``. For
+            int4 in the order of ``w4a16.split_pairs``.
+        weight: dense int8 or e4m3 [N, K], or uint8 [N, K / 2]: two int4 in a byte, the even input in the lower half.
+        scale: dense float32, of int4 also bfloat16, one element per block of the weight.
+        bias: dense float32, one element per output channel, or ``None``.
+        output: written: dense [M, N] float32, bfloat16 or float16.
+        block_size: rows and columns of a block; of int4 one row and a multiple of 32 columns that divides K.
+        zero_point: of int4: dense uint8, like ``scale``; ``None``: 8.
+    """
+    rows, depth = x.shape
+    assert rows <= MOST_ROWS
+    assert x.dtype == torch.float32
+    assert x.stride(1) == 1
+    assert x.stride(0) % ROW_PADDING == 0 or rows <= 1
+    assert weight.is_contiguous()
+    assert scale.is_contiguous()
+    assert zero_point is None or zero_point.is_contiguous()
+    assert output.is_contiguous()
+    _library().lowbit_weight_only(
+        x.data_ptr(), rows, x.stride(0), depth, weight.data_ptr(), WEIGHT_TYPES[weight.dtype], output.shape[1],
+        scale.data_ptr(), scale.dtype == torch.bfloat16, None if zero_point is None else zero_point.data_ptr(),
+        *block_size, _address(bias), output.data_ptr(), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def decode_int4(
+    packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, group_size: int, output: torch.Tensor
+) -> None:
+    """Write the weight [N, K] that int4 codes stand for to ``output`` float32, its inputs split as activations are.
+
+    Args as of ``weight_only_product``.
+    """
+    rows, depth = output.shape
+    assert packed.is_contiguous()
+    assert scale.is_contiguous()
+    assert output.is_contiguous()
+    _library().lowbit_int4_decode(
+        packed.data_ptr(), rows, depth, scale.data_ptr(), scale.dtype == torch.bfloat16,
+        None if zero_point is None else zero_point.data_ptr(), group_size, output.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
 

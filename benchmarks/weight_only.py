@@ -1,0 +1,158 @@
+"""Time layers whose weights alone are quantized, against BF16, FP32 and the rate at which memory gives them.
+
+    python -m benchmarks.weight_only --quick
+    python -m benchmarks.weight_only --output benchmarks/results/weight_only.json
+    python -m benchmarks.weight_only --shapes 3840x3840 --rows 1 8 64 --budget 2
+
+Shapes are in_features x out_features. Every layer is made of as many different weights as do not fit a cache, so that
+each call reads its weight from memory. The bandwidth is that of reading a large array, measured before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.timing import alternate, summary, write
+from lowbit.ops import fp8, int8, w4a16
+from lowbit.ops.cpu import fp8 as cpu_fp8
+from lowbit.ops.cpu import int8_weight_only as cpu_int8
+from lowbit.ops.cpu import w4a16 as cpu_w4a16
+
+SHAPES = ("3840x3840", "3840x10240", "10240x3840", "256x23040")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1088)
+QUICK_SHAPES, QUICK_ROWS = ("3840x3840",), (1, 8, 64)
+BYTES_BEYOND_CACHES = 200 << 20
+MOST_COPIES = 24
+BLOCK = (128, 128)
+GROUP_SIZE = 128
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight in one format: what computes with it, and the bytes that are read for that."""
+
+    linear: Linear
+    weight_bytes: int
+
+
+def make_layers(weight: torch.Tensor) -> dict[str, Layer]:
+    """Return the layer of ``weight`` [N, K] float32 in every format."""
+    half = weight.bfloat16()
+    codes, scale = int8.quantize_int8_per_token(weight)
+    values, channel_scale = fp8.quantize_fp8_per_token(weight)
+    block_values, block_scale = fp8.quantize_fp8_per_block(weight, BLOCK)
+    packed, group_scale, _ = w4a16.quantize_int4_per_group(weight, GROUP_SIZE, True, torch.bfloat16)
+    plain = torch.nn.functional.linear
+    found: dict[str, tuple[Linear, tuple[torch.Tensor, ...]]] = {
+        "bf16": (lambda x: plain(x, half), (half,)),
+        "fp32": (lambda x: plain(x, weight), (weight,)),
+        "int8": (lambda x: cpu_int8.linear(x, codes, scale, None), (codes, scale)),
+        "fp8": (lambda x: cpu_fp8.linear(x, values, channel_scale, None), (values, channel_scale)),
+        "fp8-block": (
+            lambda x: cpu_fp8.linear(x, block_values, block_scale, None, None, BLOCK),
+            (block_values, block_scale),
+        ),
+        "int4": (lambda x: cpu_w4a16.linear(x, packed, group_scale, None), (packed, group_scale)),
+    }
+    return {name: Layer(linear, sum(tensor.nbytes for tensor in tensors)) for name, (linear, tensors) in found.items()}
+
+
+def read_bandwidth(seconds: float = 1.0) -> float:
+    """Return the bytes a second at which all threads read memory: the best of summing a large array again and again."""
+    array = torch.ones(64 << 20)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        before = time.perf_counter()
+        array.sum()
+        best = max(best, array.nbytes / (time.perf_counter() - before))
+    return best
+
+
+def through_all(layers: list[Layer], x: torch.Tensor) -> Callable[[], None]:
+    """Return a function that applies one layer after the other to ``x``."""
+
+    def run() -> None:
+        for layer in layers:
+            layer.linear(x)
+
+    return run
+
+
+def measure(shape: str, rows: list[int], repetitions: int, budget: float) -> Iterator[dict[str, Any]]:
+    """Time one shape for every number of rows."""
+    columns, features = (int(edge) for edge in shape.split("x"))
+    copies = min(-(-BYTES_BEYOND_CACHES // (columns * features)), MOST_COPIES)
+    made = [make_layers(torch.randn(features, columns) * columns**-0.5) for _ in range(copies)]
+    for count in rows:
+        x = torch.randn(count, columns)
+        few = made if count <= 64 else made[:2]  # with many rows memory is not what is waited for
+        cases = {
+            name: through_all([layers[name] for layers in few], x if name == "fp32" else x.bfloat16())
+            for name in made[0]
+        }
+        bandwidth = read_bandwidth()
+        seconds = alternate(cases, repetitions=repetitions, budget=budget)
+        bandwidth = max(bandwidth, read_bandwidth())
+        per_call = {name: [value / len(few) for value in values] for name, values in seconds.items()}
+        yield result(shape, count, bandwidth, per_call, made[0])
+
+
+def result(
+    shape: str, rows: int, bandwidth: float, seconds: dict[str, list[float]], layers: dict[str, Layer]
+) -> dict[str, Any]:
+    """Print and return the times, rates and ratios of one comparison."""
+    times = {name: summary(values) for name, values in seconds.items()}
+    found: dict[str, Any] = {"shape": shape, "m": rows, "bandwidth_gb_per_second": round(bandwidth / 1e9, 1)}
+    print(f"{shape} M={rows}, memory {bandwidth / 1e9:.1f} GB/s", flush=True)
+    for name, timed in times.items():
+        rate = layers[name].weight_bytes / timed["median_ms"] * 1e3
+        line = {
+            **timed,
+            "us_per_token": round(1e3 * timed["median_ms"] / rows, 1),
+            "gb_per_second": round(rate / 1e9, 2),
+            "share_of_bandwidth": round(rate / bandwidth, 3),
+            "speedup_over_bf16": round(times["bf16"]["median_ms"] / timed["median_ms"], 2),
+            "speedup_over_fp32": round(times["fp32"]["median_ms"] / timed["median_ms"], 2),
+        }
+        found[name] = line
+        print(
+            f"  {name:10}{timed['median_ms']:9.3f} ms {line['gb_per_second']:7.2f} GB/s"
+            f" {line['share_of_bandwidth']:6.0%}  over bf16 {line['speedup_over_bf16']:6.2f}"
+            f"  over fp32 {line['speedup_over_fp32']:6.2f}",
+            flush=True,
+        )
+    return found
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=None, help=f"KxN; default: {' '.join(SHAPES)}")
+    parser.add_argument("--rows", nargs="+", type=int, default=None, help=f"default: {ROWS}")
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--budget", type=float, default=6.0, help="seconds per comparison (default 6)")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SHAPES[0]}, rows {QUICK_ROWS}, 1.5 s each")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    budget = min(options.budget, 1.5) if options.quick else options.budget
+    results: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for shape in options.shapes or list(QUICK_SHAPES if options.quick else SHAPES):
+            rows = options.rows or list(QUICK_ROWS if options.quick else ROWS)
+            results += measure(shape, rows, options.repetitions, budget)
+    if options.output is not None:
+        write(options.output, {"results": results})
+
+
+if __name__ == "__main__":
+    main()

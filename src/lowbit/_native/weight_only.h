@@ -1,0 +1,269 @@
+// Products of float32 activations and weights of 8 or 4 bits, included once per instruction set after kernels.h.
+//
+// A task is kTaskChannels output channels. Up to kChunk inputs of each are decoded to float32 into the first-level cache
+// and multiplied there by all rows, four at a time: memory is read at the size of the codes, and every sum is float32.
+// What a code stands for is (code - zero) * scale rounded to float32, as in the references.
+
+#if defined(LOWBIT_AVX512)
+constexpr int kLanes = 16;
+using Lanes = __m512;
+LOWBIT_INLINE Lanes zero_lanes() { return _mm512_setzero_ps(); }
+LOWBIT_INLINE Lanes load_lanes(const float* from) { return _mm512_loadu_ps(from); }
+LOWBIT_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return _mm512_fmadd_ps(a, b, sum); }
+LOWBIT_INLINE void store_lanes(float* to, Lanes value) { _mm512_storeu_ps(to, value); }
+#elif defined(LOWBIT_AVX2)
+constexpr int kLanes = 8;
+using Lanes = __m256;
+LOWBIT_INLINE Lanes zero_lanes() { return _mm256_setzero_ps(); }
+LOWBIT_INLINE Lanes load_lanes(const float* from) { return _mm256_loadu_ps(from); }
+LOWBIT_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return _mm256_fmadd_ps(a, b, sum); }
+LOWBIT_INLINE void store_lanes(float* to, Lanes value) { _mm256_storeu_ps(to, value); }
+#elif defined(LOWBIT_NEON)
+constexpr int kLanes = 4;
+using Lanes = float32x4_t;
+LOWBIT_INLINE Lanes zero_lanes() { return vdupq_n_f32(0.0f); }
+LOWBIT_INLINE Lanes load_lanes(const float* from) { return vld1q_f32(from); }
+LOWBIT_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return vfmaq_f32(sum, a, b); }
+LOWBIT_INLINE void store_lanes(float* to, Lanes value) { vst1q_f32(to, value); }
+#else
+constexpr int kLanes = 4;
+struct Lanes { float lane[kLanes]; };
+LOWBIT_INLINE Lanes zero_lanes() { return Lanes{}; }
+LOWBIT_INLINE Lanes load_lanes(const float* from) {
+    Lanes value;
+    for (int i = 0; i < kLanes; ++i) value.lane[i] = from[i];
+    return value;
+}
+LOWBIT_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes sum) {
+    for (int i = 0; i < kLanes; ++i) sum.lane[i] += a.lane[i] * b.lane[i];
+    return sum;
+}
+LOWBIT_INLINE void store_lanes(float* to, Lanes value) {
+    for (int i = 0; i < kLanes; ++i) to[i] = value.lane[i];
+}
+#endif
+
+constexpr int kTileChannels = 4;  // with kTileRows rows: 16 sums, 4 weights and an activation in registers
+constexpr int kTileRows = 4;
+constexpr int kTaskChannels = 2 * kTileChannels;
+constexpr int64_t kChunk = 512;
+
+LOWBIT_INLINE float total(Lanes value) {
+    float lanes[kLanes];
+    store_lanes(lanes, value);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+LOWBIT_INLINE float scale_at(const WeightJob& job, int64_t index) {
+    return job.scale_is_bfloat16 ? widen(static_cast<const BFloat16*>(job.scale)[index])
+                                 : static_cast<const float*>(job.scale)[index];
+}
+
+LOWBIT_INLINE void decode_codes(const Int8* input, int64_t count, float scale, float* output) {
+    decode(input, count, scale, output);
+}
+
+// e4m3 is the upper byte of a float16 whose exponent is 8 larger: a shift, a conversion that knows subnormal numbers, and
+// 256 times the scale. Returns how many were decoded: none if there is a NaN, which float16 would not have there.
+LOWBIT_INLINE int64_t decode_as_half(const uint8_t* input, int64_t count, float factor, float* output) {
+    int64_t i = 0;
+#if defined(LOWBIT_AVX512)
+    const __m256i magnitude = _mm256_set1_epi8(0x7f);
+    __m256i largest_code = _mm256_setzero_si256();
+    for (; i + 32 <= count; i += 32) {
+        const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(input + i));
+        largest_code = _mm256_max_epu8(largest_code, _mm256_and_si256(codes, magnitude));
+        const __m512i half = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7),
+                                              _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
+        const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+        const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+        _mm512_storeu_ps(output + i, _mm512_mul_ps(low, _mm512_set1_ps(factor)));
+        _mm512_storeu_ps(output + i + 16, _mm512_mul_ps(high, _mm512_set1_ps(factor)));
+    }
+    if (_mm256_movemask_epi8(_mm256_cmpeq_epi8(largest_code, magnitude))) return 0;
+#elif defined(LOWBIT_AVX2)
+    const __m128i magnitude = _mm_set1_epi8(0x7f);
+    __m128i largest_code = _mm_setzero_si128();
+    for (; i + 16 <= count; i += 16) {
+        const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(input + i));
+        largest_code = _mm_max_epu8(largest_code, _mm_and_si128(codes, magnitude));
+        const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7),
+                                              _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+        const __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+        const __m256 high = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+        _mm256_storeu_ps(output + i, _mm256_mul_ps(low, _mm256_set1_ps(factor)));
+        _mm256_storeu_ps(output + i + 8, _mm256_mul_ps(high, _mm256_set1_ps(factor)));
+    }
+    if (_mm_movemask_epi8(_mm_cmpeq_epi8(largest_code, magnitude))) return 0;
+#elif defined(LOWBIT_NEON)
+    uint8x16_t largest_code = vdupq_n_u8(0);
+    for (; i + 16 <= count; i += 16) {
+        const uint8x16_t codes = vld1q_u8(input + i);
+        largest_code = vmaxq_u8(largest_code, vandq_u8(codes, vdupq_n_u8(0x7f)));
+        const int16x8_t wide[2] = {vmovl_s8(vreinterpret_s8_u8(vget_low_u8(codes))),
+                                   vmovl_s8(vreinterpret_s8_u8(vget_high_u8(codes)))};
+        for (int j = 0; j < 2; ++j) {
+            const uint16x8_t half = vandq_u16(vreinterpretq_u16_s16(vshlq_n_s16(wide[j], 7)), vdupq_n_u16(0xbf80));
+            const float32x4_t low = vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(half)));
+            const float32x4_t high = vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(half)));
+            vst1q_f32(output + i + 8 * j, vmulq_n_f32(low, factor));
+            vst1q_f32(output + i + 8 * j + 4, vmulq_n_f32(high, factor));
+        }
+    }
+    if (vmaxvq_u8(largest_code) == 0x7f) return 0;
+#endif
+    return i;
+}
+
+LOWBIT_INLINE void decode_codes(const E4M3* input, int64_t count, float scale, float* output) {
+    const float factor = scale * 256.0f;
+    const bool finite = (as_bits(factor) & 0x7f800000u) != 0x7f800000u;
+    const int64_t done = finite ? decode_as_half(&input->bits, count, factor, output) : 0;
+    decode(input + done, count - done, scale, output + done);
+}
+
+// Codes of inputs [first, first + count) of one channel, whose scales change every block_columns.
+template <typename Code>
+LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output,
+                                Code) {
+    const Code* codes = static_cast<const Code*>(job.weight) + channel * job.depth + first;
+    int64_t block = first / job.block_columns, left = (block + 1) * job.block_columns - first;
+    int64_t scale = channel / job.block_rows * blocks(job.depth, job.block_columns) + block;
+    for (int64_t done = 0; done < count; ++scale, left = job.block_columns) {
+        const int64_t part = smaller(left, count - done);
+        decode_codes(codes + done, part, scale_at(job, scale), output + done);
+        done += part;
+    }
+}
+
+struct Int4 {};  // two in a byte, the even input in the lower half
+
+template <typename Code>
+constexpr int kBits = 8;
+template <>
+constexpr int kBits<Int4> = 4;
+
+// Of each 32 inputs the even ones, then the odd ones.
+LOWBIT_INLINE void decode_group(const uint8_t* codes, int64_t count, float zero, float scale, float* output) {
+#if defined(LOWBIT_AVX512)
+    const __m512 code = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512 table = _mm512_mul_ps(_mm512_sub_ps(code, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+#endif
+    for (int64_t i = 0; i < count; i += 32, codes += 16, output += 32) {
+#if defined(LOWBIT_AVX512)
+        const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+        _mm512_storeu_ps(output, _mm512_permutexvar_ps(pairs, table));
+        _mm512_storeu_ps(output + 16, _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), table));
+#else
+        for (int j = 0; j < 16; ++j) {
+            output[j] = (static_cast<float>(codes[j] & 15) - zero) * scale;
+            output[16 + j] = (static_cast<float>(codes[j] >> 4) - zero) * scale;
+        }
+#endif
+    }
+}
+
+// As above; in the order of the split activations.
+LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output,
+                                Int4) {
+    const uint8_t* codes = static_cast<const uint8_t*>(job.weight) + (channel * job.depth + first) / 2;
+    int64_t block = first / job.block_columns, left = (block + 1) * job.block_columns - first;
+    int64_t group = channel * (job.depth / job.block_columns) + block;
+    for (int64_t done = 0; done < count; ++group, left = job.block_columns) {
+        const int64_t part = smaller(left, count - done);
+        const float zero = job.zero_point ? job.zero_point[group] : 8.0f;
+        decode_group(codes + done / 2, part, zero, scale_at(job, group), output + done);
+        done += part;
+    }
+}
+
+// Ask memory for the codes of a channel that will be wanted after all other channels of the task.
+LOWBIT_INLINE void prefetch_codes(const WeightJob& job, int64_t channel, int64_t first, int64_t count, int bits) {
+#if defined(__GNUC__) || defined(__clang__)
+    const int64_t next = first + kChunk < job.depth ? channel * job.depth + first + kChunk : (channel + kTaskChannels) * job.depth;
+    const char* codes = static_cast<const char*>(job.weight) + next * bits / 8;
+    for (int64_t i = 0; i < count * bits / 8; i += 64) __builtin_prefetch(codes + i);
+#endif
+}
+
+// Rows [row, row + Rows) by four channels, onto sums [rows][kTaskChannels].
+template <int Rows>
+LOWBIT_INLINE void add_products(const float* x, int64_t stride, const float* weight, int64_t count, Lanes* sums) {
+    Lanes tile[Rows][kTileChannels];
+    for (int row = 0; row < Rows; ++row)
+        for (int channel = 0; channel < kTileChannels; ++channel) tile[row][channel] = sums[row * kTaskChannels + channel];
+    for (int64_t i = 0; i < count; i += kLanes) {
+        Lanes weights[kTileChannels];
+        for (int channel = 0; channel < kTileChannels; ++channel) weights[channel] = load_lanes(weight + channel * kChunk + i);
+        for (int row = 0; row < Rows; ++row) {
+            const Lanes activations = load_lanes(x + row * stride + i);
+            for (int channel = 0; channel < kTileChannels; ++channel)
+                tile[row][channel] = multiply_add(activations, weights[channel], tile[row][channel]);
+        }
+    }
+    for (int row = 0; row < Rows; ++row)
+        for (int channel = 0; channel < kTileChannels; ++channel) sums[row * kTaskChannels + channel] = tile[row][channel];
+}
+
+LOWBIT_INLINE void add_rows(const WeightJob& job, int64_t first, int64_t count, const float* weight, Lanes* sums) {
+    for (int64_t row = 0; row < job.rows; row += kTileRows) {
+        const float* x = job.x + row * job.x_stride + first;
+        for (int channel = 0; channel < kTaskChannels; channel += kTileChannels) {
+            const float* codes = weight + channel * kChunk;
+            Lanes* to = sums + row * kTaskChannels + channel;
+            switch (job.rows - row) {
+                case 1: add_products<1>(x, job.x_stride, codes, count, to); break;
+                case 2: add_products<2>(x, job.x_stride, codes, count, to); break;
+                case 3: add_products<3>(x, job.x_stride, codes, count, to); break;
+                default: add_products<4>(x, job.x_stride, codes, count, to);
+            }
+        }
+    }
+}
+
+LOWBIT_INLINE void write_result(const WeightJob& job, int64_t row, int64_t column, float value) {
+    const int64_t at = row * job.columns + column;
+    if (job.bias) value += job.bias[column];
+    if (job.element_type == 0) narrow(value, static_cast<float*>(job.output)[at]);
+    else if (job.element_type == 1) narrow(value, static_cast<BFloat16*>(job.output)[at]);
+    else narrow(value, static_cast<Half*>(job.output)[at]);
+}
+
+// Groups [first, last) of kTaskChannels output channels.
+template <typename Code>
+void multiply_weight(const WeightJob& job, int64_t first, int64_t last) {
+    alignas(64) float decoded[kTaskChannels * kChunk];
+    Lanes sums[kMostRows * kTaskChannels];
+    for (int64_t task = first; task < last; ++task) {
+        const int64_t column = task * kTaskChannels, columns = smaller(kTaskChannels, job.columns - column);
+        for (int64_t i = 0; i < job.rows * kTaskChannels; ++i) sums[i] = zero_lanes();
+        for (int64_t input = 0; input < job.depth; input += kChunk) {
+            const int64_t count = smaller(kChunk, job.depth - input), padded = blocks(count, kLanes) * kLanes;
+            for (int64_t channel = 0; channel < kTaskChannels; ++channel) {
+                float* to = decoded + channel * kChunk;
+                const int64_t present = channel < columns ? count : 0;
+                prefetch_codes(job, column + channel, input, count, kBits<Code>);
+                if (present) decode_chunk(job, column + channel, input, count, to, Code{});
+                for (int64_t i = present; i < padded; ++i) to[i] = 0.0f;
+            }
+            add_rows(job, input, padded, decoded, sums);
+        }
+        for (int64_t row = 0; row < job.rows; ++row)
+            for (int64_t channel = 0; channel < columns; ++channel)
+                write_result(job, row, column + channel, total(sums[row * kTaskChannels + channel]));
+    }
+}
+
+// Channels [first, last) of an int4 weight, decoded to output [columns, depth] float32 in the order of decode_chunk.
+void decode_int4(const WeightJob& job, int64_t first, int64_t last) {
+    for (int64_t channel = first; channel < last; ++channel)
+        decode_chunk(job, channel, 0, job.depth, static_cast<float*>(job.output) + channel * job.depth, Int4{});
+}
+
+const WeightKernels weight_kernels = {
+    {multiply_weight<Int8>, multiply_weight<E4M3>, multiply_weight<Int4>},
+    decode_int4,
+    kTaskChannels,
+};

@@ -1,0 +1,69 @@
+"""What the products of activations and 8- or 4-bit weights have in common on CPUs.
+
+Up to ``native.MOST_ROWS`` rows the native helper decodes codes in registers and multiplies in float32, at the speed at
+which memory gives the codes. More rows, and no helper: blocks of output channels are decoded into the cache and
+multiplied by torch in the precision that this CPU is fastest in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from lowbit.ops.cpu import native
+from lowbit.ops.cpu.blocked import Decode, multiply, multiply_float32
+from lowbit.ops.cpu.features import fast_matmul_dtype
+from lowbit.ops.dispatch import Problem
+
+# Beyond which a CPU that multiplies 16-bit numbers in one instruction is better off decoding to those.
+MOST_ROWS_BESIDE_FAST_MATMUL = 8
+
+
+def supports(problem: Problem) -> str | None:
+    """Return why ``problem`` can't be run, ``None`` when it can."""
+    if problem.dtype not in native.ELEMENT_TYPES:
+        return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
+    return None
+
+
+def has_few_rows(x: torch.Tensor) -> bool:
+    """Tell whether ``multiply_few_rows`` is there and the best for x [M, K]."""
+    is_fast = fast_matmul_dtype(x.dtype) == x.dtype != torch.float32
+    return native.available() and x.shape[0] <= (MOST_ROWS_BESIDE_FAST_MATMUL if is_fast else native.MOST_ROWS)
+
+
+def multiply_few_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    block_size: tuple[int, int],
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``native.weight_only_product`` [M, N] in the dtype of ``x`` [M, K]."""
+    features = weight.shape[0]
+    output = torch.empty((x.shape[0], features), dtype=x.dtype)
+    columns = x.shape[1]
+    values = x.float()
+    if columns % native.ROW_PADDING or values.stride() != (columns, 1):
+        values = pad(values, (0, -columns % native.ROW_PADDING)).contiguous()[:, :columns]
+    bias = None if bias is None else bias.float().contiguous()
+    native.weight_only_product(values, weight, scale, bias, output, block_size, zero_point)
+    return output
+
+
+def multiply_decoded(x: torch.Tensor, features: int, decode: Decode, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K], the weight [N, K] from ``decode``.
+
+    Args:
+        x: activations.
+        features: N.
+        decode: writes rows of the weight in the dtype of ``x`` or in float32.
+        bias: [N] or ``None``.
+    """
+    if fast_matmul_dtype(x.dtype) == x.dtype != torch.float32:
+        return multiply(x, features, decode, None if bias is None else bias.to(x.dtype))
+    output = torch.empty((x.shape[0], features), dtype=x.dtype)
+    bias = None if bias is None else bias.float().contiguous()
+    multiply_float32(x.float(), features, decode, output, None, None, bias)
+    return output

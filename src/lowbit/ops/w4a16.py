@@ -1,0 +1,167 @@
+"""4-bit weights in groups, with activations left as they are (W4A16).
+
+The reference here defines the numbers and the layout. A code c from 0 to 15 stands for ``(c - zero_point) * scale``,
+computed in float32, where scale and zero point are those of its group of consecutive inputs of an output channel:
+
+================  =============================  ==============================================================
+tensor            shape                          content
+================  =============================  ==============================================================
+``packed``        uint8 [N, K / 2]               input 2 * i in the lower, 2 * i + 1 in the upper half of byte i
+``weight_scale``  float32 or bfloat16 [N, K / G]  G: group size, a multiple of 32
+``zero_point``    uint8 [N, K / G] or ``None``   ``None`` (symmetric) means 8
+================  =============================  ==============================================================
+
+The bytes of ``packed`` are those of compressed-tensors' ``pack-quantized`` int32 [N, K / 8] on a little-endian machine
+(``compressors/pack_quantized/base.py`` there), so a view converts one to the other.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
+from lowbit.ops.library import define_operator, register_kernel_lazily
+
+LARGEST_CODE = 15
+SYMMETRIC_ZERO_POINT = 8
+SMALLEST_SCALE = 1e-30
+GROUP_MULTIPLE = 32
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("cpu", "lowbit.ops.cpu.w4a16", frozenset({"cpu"})),
+    Implementation("dequantize", "lowbit.ops.w4a16", ANY_DEVICE),
+)
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """Return codes uint8 [N, K] (0 to 15, K even) as bytes uint8 [N, K / 2], see the table above."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """Return the codes uint8 [N, K] of ``packed`` uint8 [N, K / 2]."""
+    return torch.stack([packed & LARGEST_CODE, packed >> 4], dim=-1).flatten(-2)
+
+
+def quantize_int4_per_group(
+    weight: torch.Tensor, group_size: int, symmetric: bool = True, scale_dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Quantize a weight, rounding each value to the nearest code.
+
+    The scale is absmax / 7.5 for symmetric groups and (max - min) / 15 otherwise, where min <= 0 <= max so that zero
+    stays zero: compressed-tensors' ``calculate_qparams``.
+
+    Args:
+        weight: [N, K], any floating dtype, finite.
+        group_size: a multiple of 32 that divides K.
+        symmetric: no zero points.
+        scale_dtype: float32 or bfloat16.
+
+    Returns:
+        ``packed``, ``weight_scale`` and ``zero_point``, see the table above.
+
+    Raises:
+        ValueError: ``group_size`` does not fit.
+    """
+    _check_group_size(weight.shape[1], group_size)
+    groups = weight.float().unflatten(1, (-1, group_size))
+    low, high = groups.amin(dim=-1, keepdim=True).clamp(max=0), groups.amax(dim=-1, keepdim=True).clamp(min=0)
+    extent = 2 * torch.maximum(-low, high) if symmetric else high - low
+    scale = (extent / LARGEST_CODE).clamp(min=SMALLEST_SCALE).to(scale_dtype)
+    # In float32 again: codes are to fit the scale as it is stored.
+    step = scale.float()
+    zero = torch.full_like(step, SYMMETRIC_ZERO_POINT) if symmetric else (-low / step).round().clamp(0, LARGEST_CODE)
+    codes = ((groups / step).round() + zero).clamp(0, LARGEST_CODE).to(torch.uint8).flatten(1)
+    return pack_int4(codes), scale.squeeze(-1), None if symmetric else zero.squeeze(-1).to(torch.uint8)
+
+
+def _check_group_size(columns: int, group_size: int) -> None:
+    if group_size <= 0 or group_size % GROUP_MULTIPLE or columns % group_size:
+        raise ValueError(
+            f"group_size {group_size} does not fit: it must be a multiple of {GROUP_MULTIPLE} that divides the"
+            f" {columns} input features"
+        )
+
+
+def dequantize_int4(
+    packed: torch.Tensor, weight_scale: torch.Tensor, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the float32 weight [N, K] that the tensors stand for."""
+    codes = unpack_int4(packed).float().unflatten(1, (weight_scale.shape[1], -1))
+    zero = SYMMETRIC_ZERO_POINT if zero_point is None else zero_point.float().unsqueeze(-1)
+    weight: torch.Tensor = ((codes - zero) * weight_scale.float().unsqueeze(-1)).flatten(1)
+    return weight
+
+
+def split_pairs(x: torch.Tensor) -> torch.Tensor:
+    """Return x [M, K] with the even ones of each 32 columns before the odd ones: the order that bytes decode to."""
+    split: torch.Tensor = x.unflatten(1, (-1, GROUP_MULTIPLE // 2, 2)).transpose(2, 3).flatten(1)
+    return split
+
+
+def w4a16_mm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply activations by a 4-bit weight.
+
+    Args:
+        x: [M, K] floating.
+        packed: uint8 [N, K / 2].
+        weight_scale: float32 or bfloat16 [N, K / G].
+        bias: [N] or ``None``.
+        zero_point: uint8 [N, K / G] or ``None``.
+
+    Returns:
+        [M, N] in ``x.dtype``.
+    """
+    weight = dequantize_int4(packed, weight_scale, zero_point).to(x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+product_operator = define_operator(
+    "w4a16_mm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, Tensor? zero_point=None) -> Tensor",
+    w4a16_mm,
+    _fake,
+)
+register_kernel_lazily("w4a16_mm", "CPU", "lowbit.ops.cpu.w4a16")
+
+
+def supports(problem: Problem) -> str | None:
+    """Return ``None``: plain torch runs everywhere."""
+    return None
+
+
+def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+    """Return ``weight`` (``packed`` of the table above): the canonical layout is read."""
+    return weight
+
+
+def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
+    """Return ``packed``: see ``pack_weight``."""
+    return packed
+
+
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply a linear layer with 4-bit weights to x [..., K]; returns [..., N] in ``x.dtype``."""
+    result = w4a16_mm(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, zero_point)
+    return result.reshape(*x.shape[:-1], packed.shape[0])
