@@ -373,8 +373,11 @@ LOWBIT_EXPORT void lowbit_attention(const void* query, const void* key, const vo
                      sizes[3], sizes[4], sizes[5], scale, causal != 0, 0, nullptr, 0};
     const AttentionKernels& kernels = avx512_vnni::attentions[kind];
     job.head_bytes = kernels.head_bytes(job);
-    // A head a thread at a time: its keys and values are used up while they are in the cache.
-    const int64_t units = job.batch * job.key_heads, group = smaller(units, threads < 1 ? 1 : threads);
+    // Several heads at a time, so that threads seldom wait for each other; few enough that what is prepared of their keys
+    // and values is found in the cache.
+    constexpr int64_t kBytesAtOnce = int64_t{16} << 20;
+    const int64_t units = job.batch * job.key_heads, fitting = kBytesAtOnce / job.head_bytes;
+    const int64_t group = smaller(units, fitting > threads ? fitting : threads < 1 ? 1 : threads);
     static thread_local std::vector<char> memory;  // kept: fresh pages cost as much as the work on short sequences
     memory.resize(static_cast<size_t>(group * job.head_bytes + 64));
     const auto address = reinterpret_cast<uintptr_t>(memory.data());
