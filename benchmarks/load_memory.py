@@ -208,11 +208,12 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         warm_memory(sum(file.stat().st_size for file in folder.glob("*.safetensors")) // 2)
     preparing = time.perf_counter() - preparing
     watch = MemoryWatch()
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     model = ZImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16, quantization_config=config)
-    seconds = time.perf_counter() - begin
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     watch.stop()
-    result = {"method": method, "load_seconds": seconds, **memory_report(watch), **model_report(model, watch, seconds)}
+    times = {"load_seconds": seconds, "load_cpu_seconds": cpu}
+    result = {"method": method, **times, **memory_report(watch), **model_report(model, watch, seconds)}
     if options.save:
         model.save_pretrained(options.save)
     if options.step:

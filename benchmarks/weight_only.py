@@ -6,13 +6,14 @@
 
 Shapes are in_features x out_features. Every layer is made of as many different weights as do not fit a cache, so that
 each call reads its weight from memory. The bandwidth is that of reading a large array, measured before and after.
+``--one-core`` computes on one thread and reads its CPU clock, for machines that are busy with other work.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ BLOCK = (128, 128)
 GROUP_SIZE = 128
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,26 @@ def make_layers(weight: torch.Tensor) -> dict[str, Layer]:
     return {name: Layer(linear, sum(tensor.nbytes for tensor in tensors)) for name, (linear, tensors) in found.items()}
 
 
-def read_bandwidth(seconds: float = 1.0) -> float:
-    """Return the bytes a second at which all threads read memory: the best of summing a large array again and again."""
+def read_bandwidth(clock: Clock, seconds: float = 1.0) -> float:
+    """Return the bytes a second at which torch's threads read memory: the best of summing a large array repeatedly."""
     array = torch.ones(64 << 20)
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        before = time.perf_counter()
+    best, end = 0.0, clock() + seconds
+    while clock() < end:
+        before = clock()
         array.sum()
-        best = max(best, array.nbytes / (time.perf_counter() - before))
+        best = max(best, array.nbytes / (clock() - before))
     return best
+
+
+def alternate_by(clock: Clock, cases: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
+    """Time each case ``repetitions`` times by ``clock``, in turn, after one call of each: as ``timing.alternate``."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for repetition in range(repetitions + 1):
+        for name in cases if repetition % 2 == 0 else reversed(cases):
+            before = clock()
+            cases[name]()
+            seconds[name].append(clock() - before)
+    return {name: values[1:] for name, values in seconds.items()}
 
 
 def through_all(layers: list[Layer], x: torch.Tensor) -> Callable[[], None]:
@@ -87,8 +100,11 @@ def through_all(layers: list[Layer], x: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def measure(shape: str, rows: list[int], repetitions: int, budget: float) -> Iterator[dict[str, Any]]:
+def measure(
+    shape: str, rows: list[int], repetitions: int, budget: float, one_core: bool = False
+) -> Iterator[dict[str, Any]]:
     """Time one shape for every number of rows."""
+    clock = time.thread_time if one_core else time.perf_counter
     columns, features = (int(edge) for edge in shape.split("x"))
     copies = min(-(-BYTES_BEYOND_CACHES // (columns * features)), MOST_COPIES)
     made = [make_layers(torch.randn(features, columns) * columns**-0.5) for _ in range(copies)]
@@ -99,9 +115,12 @@ def measure(shape: str, rows: list[int], repetitions: int, budget: float) -> Ite
             name: through_all([layers[name] for layers in few], x if name == "fp32" else x.bfloat16())
             for name in made[0]
         }
-        bandwidth = read_bandwidth()
-        seconds = alternate(cases, repetitions=repetitions, budget=budget)
-        bandwidth = max(bandwidth, read_bandwidth())
+        bandwidth = read_bandwidth(clock)
+        if one_core:
+            seconds = alternate_by(clock, cases, repetitions)
+        else:
+            seconds = alternate(cases, repetitions=repetitions, budget=budget)
+        bandwidth = max(bandwidth, read_bandwidth(clock))
         per_call = {name: [value / len(few) for value in values] for name, values in seconds.items()}
         yield result(shape, count, bandwidth, per_call, made[0])
 
@@ -141,17 +160,20 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--budget", type=float, default=6.0, help="seconds per comparison (default 6)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SHAPES[0]}, rows {QUICK_ROWS}, 1.5 s each")
+    parser.add_argument("--one-core", action="store_true", help="one thread, by its CPU clock; no budget")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.one_core:
+        torch.set_num_threads(1)
     budget = min(options.budget, 1.5) if options.quick else options.budget
     results: list[dict[str, Any]] = []
     with torch.no_grad():
         for shape in options.shapes or list(QUICK_SHAPES if options.quick else SHAPES):
             rows = options.rows or list(QUICK_ROWS if options.quick else ROWS)
-            results += measure(shape, rows, options.repetitions, budget)
+            results += measure(shape, rows, options.repetitions, budget, options.one_core)
     if options.output is not None:
-        write(options.output, {"results": results})
+        write(options.output, {"one_core": options.one_core, "results": results})
 
 
 if __name__ == "__main__":

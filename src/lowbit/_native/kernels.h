@@ -120,6 +120,10 @@ void quantize(const QuantizeJob& job, int64_t first, int64_t last) {
     const auto* input = static_cast<const Input*>(job.input);
     auto* output = static_cast<Code*>(job.output);
     const int64_t grid_columns = blocks(job.columns, job.block_columns);
+    if (job.is_large) {
+        const int64_t begin = first * job.block_rows, end = smaller(last * job.block_rows, job.rows);
+        populate(output + begin * job.columns, (end - begin) * job.columns);
+    }
     for (int64_t grid_row = first; grid_row < last; ++grid_row) {
         const int64_t row_begin = grid_row * job.block_rows;
         const int64_t row_end = smaller(row_begin + job.block_rows, job.rows);
