@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu_timing import Context, captured, describe, seconds_of, synchronize
-from benchmarks.published_models import IMAGE_TOKENS, MODELS, PublishedModel
+from benchmarks.published_models import MODELS, PublishedModel
 from lowbit.quantization import QuantizedLinear, quantize_model
 from lowbit.quantization.manifest import Manifest
 
@@ -59,7 +59,7 @@ def make_step(model: PublishedModel, transformer: Any, device: torch.device) -> 
     if model.name == "z-image":
         latents, text = values(16, 1, SIDE, SIDE), values(model.text_tokens, 2560)
         return lambda: transformer([latents], time_step, [text], return_dict=False)[0][0]
-    picture, text = values(1, IMAGE_TOKENS, 64), values(1, model.text_tokens, 3584)
+    picture, text = values(1, (SIDE // 2) ** 2, 64), values(1, model.text_tokens, 3584)
     shapes = [[(1, SIDE // 2, SIDE // 2)]]
     return lambda: transformer(picture, text, None, time_step, shapes, return_dict=False)[0]
 

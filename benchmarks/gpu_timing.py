@@ -56,6 +56,7 @@ def synchronize(device: torch.device) -> None:
 def captured(calls: Sequence[Call], device: torch.device) -> Call:
     """Return a function that replays ``calls`` as one CUDA graph, after a warm-up; on the CPU one that calls them."""
     if device.type != "cuda":
+        calls[0]()
         return lambda: [call() for call in calls]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -7,17 +7,17 @@ from lowbit.ops import int8_weight_only as reference
 from lowbit.ops.cpu import int8_weight_only as cpu
 from lowbit.ops.int8 import IMPLEMENTATIONS, quantize_int8_per_token
 
-# Rounding of the result to the dtype, twice where torch's kernel rounds an unscaled sum first; sums in another order.
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+# Half a unit in the last place of the result.
+ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
-SHAPES = [(1, 64, 96), (1, 200, 51), (3, 33, 7), (32, 64, 16), (40, 200, 51), (0, 16, 8)]
+SHAPES = [(1, 64, 64), (5, 192, 128), (1, 64, 96), (1, 200, 51), (3, 33, 7), (32, 64, 16), (40, 200, 51), (0, 16, 8)]
 
 
 def layer(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return quantize_int8_per_token(torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)))
 
 
-@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 @pytest.mark.parametrize(("m", "k", "n"), SHAPES)
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
 def test_product_against_float64(dtype: torch.dtype, m: int, k: int, n: int, has_bias: bool) -> None:
@@ -26,11 +26,12 @@ def test_product_against_float64(dtype: torch.dtype, m: int, k: int, n: int, has
     bias = torch.randn(n, generator=torch.Generator().manual_seed(9)).to(dtype) if has_bias else None
     exact = x.double() @ (weight.double() * scale.double()).t() + (0 if bias is None else bias.double())
     magnitude = x.double().abs() @ (weight.double() * scale.double()).abs().t() + 1
-    for function in (reference.int8_weight_only_mm, cpu.int8_weight_only_mm):
+    # The CPU's kernels round a sum or the decoded weight to the activations' dtype too.
+    for function, extra in ((reference.int8_weight_only_mm, 0.0), (cpu.int8_weight_only_mm, ROUNDING[dtype])):
         result = function(x, weight, scale, bias)
         assert result.dtype == dtype
         error = (result.double() - exact).abs()
-        assert (error <= BOUNDS[dtype] * exact.abs() + 1e-5 * magnitude).all()
+        assert (error <= ROUNDING[dtype] * exact.abs() + (1e-6 + extra) * magnitude).all()
 
 
 @pytest.mark.parametrize("m", [1, 40])

@@ -17,6 +17,8 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 512, 40), (1, 300, 33), (19, 100, 7)])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_product_against_float64(device: torch.device, dtype: torch.dtype, m: int, k: int, n: int, kind: str) -> None:
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16's bits")
     generator = torch.Generator().manual_seed(k)
     source = torch.randn(n, k, generator=generator)
     weight, scale = int8.quantize_int8_per_token(source) if kind == "int8" else fp8.quantize_fp8_per_token(source)

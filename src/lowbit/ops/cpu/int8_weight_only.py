@@ -15,6 +15,8 @@ from lowbit.ops.cpu.features import fast_matmul_dtype
 # Up to here torch's kernel was faster than bfloat16's own product (K 3072, N 18432, Ice Lake, 2 cores: 5.0 ms against
 # 9.5 with 1 row, 91 against 172 with 32).
 MOST_ROWS = 32
+# Shapes that torch's kernel takes: it reads whole vectors and does not check.
+MULTIPLE = 64
 
 
 @torch.no_grad()
@@ -22,7 +24,8 @@ def int8_weight_only_mm(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Multiply floating activations by int8 weights; arguments and result as in ``lowbit.ops.int8_weight_only``."""
-    if x.dtype == torch.bfloat16 and x.shape[0] <= MOST_ROWS:
+    aligned = weight.shape[0] % MULTIPLE == 0 and weight.shape[1] % MULTIPLE == 0
+    if x.dtype == torch.bfloat16 and 0 < x.shape[0] <= MOST_ROWS and aligned:
         ones = torch.ones(weight.shape[0], dtype=x.dtype)
         result = torch._weight_int8pack_mm(x.contiguous(), weight.contiguous(), ones).float() * weight_scale.t()
         return (result if bias is None else result + bias.float()).to(x.dtype)
