@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.timing import alternate, summary, write
-from lowbit.ops import fp8, int8, w4a16
+from lowbit.ops import fp8, int8, int8_weight_only, w4a16
 from lowbit.ops.cpu import fp8 as cpu_fp8
-from lowbit.ops.cpu import int8_weight_only as cpu_int8
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 
 SHAPES = ("3840x3840", "3840x10240", "10240x3840", "256x23040")
@@ -57,7 +56,7 @@ def make_layers(weight: torch.Tensor) -> dict[str, Layer]:
     found: dict[str, tuple[Linear, tuple[torch.Tensor, ...]]] = {
         "bf16": (lambda x: plain(x, half), (half,)),
         "fp32": (lambda x: plain(x, weight), (weight,)),
-        "int8": (lambda x: cpu_int8.linear(x, codes, scale, None), (codes, scale)),
+        "int8": (lambda x: int8_weight_only.linear(x, codes, scale, None), (codes, scale)),
         "fp8": (lambda x: cpu_fp8.linear(x, values, channel_scale, None), (values, channel_scale)),
         "fp8-block": (
             lambda x: cpu_fp8.linear(x, block_values, block_scale, None, None, BLOCK),

@@ -28,6 +28,8 @@ class Family:
     # One layer that takes the method, one that is kept.
     quantized: str
     kept: str
+    # How many whose weights alone are quantized.
+    weight_only: int = 0
 
     def run(self, model: Any) -> torch.Tensor:
         torch.manual_seed(7)
@@ -134,10 +136,8 @@ def wan_inputs(dtype: torch.dtype) -> dict[str, Any]:
 
 FAMILIES = {
     "z-image": Family(z_image, z_image_inputs, "layers.0.attention.to_q", "layers.0.adaLN_modulation.0"),
-    "flux": Family(flux, flux_inputs, "transformer_blocks.0.attn.to_q", "transformer_blocks.0.norm1.linear"),
-    "qwen-image": Family(
-        qwen_image, qwen_image_inputs, "transformer_blocks.0.img_mlp.net.2", "transformer_blocks.0.img_mod.1"
-    ),
+    "flux": Family(flux, flux_inputs, "transformer_blocks.0.attn.to_q", "norm_out.linear", 3),
+    "qwen-image": Family(qwen_image, qwen_image_inputs, "transformer_blocks.0.img_mlp.net.2", "norm_out.linear", 4),
     "wan": Family(wan, wan_inputs, "blocks.0.ffn.net.2", "condition_embedder.time_proj"),
 }
 

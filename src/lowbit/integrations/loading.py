@@ -217,7 +217,9 @@ def serialized_config(model: nn.Module) -> QuantizationConfig:
     config: Any = model.lowbit_config
     manifest: Any = model.lowbit_manifest
     assert isinstance(config, QuantizationConfig)
-    return config.as_serialized([record.name for record in manifest.kept])
+    methods = {name: layer.method for name, layer in quantized_layers(model).items()}
+    weight_only = [name for name, method in methods.items() if method.weight_only]
+    return replace(config.as_serialized([record.name for record in manifest.kept]), weight_only_layers=weight_only)
 
 
 def check_saveable(state_dict: Mapping[str, torch.Tensor]) -> None:

@@ -193,7 +193,9 @@ def _for_base_model(config: QuantizationConfig, model: Any) -> QuantizationConfi
     prefix = f"{model.base_model_prefix}."
     if not config.is_serialized or prefix == "." or hasattr(model, model.base_model_prefix):
         return config
-    return replace(config, ignored_layers=[name.removeprefix(prefix) for name in config.ignored_layers or ()])
+    layers = (config.ignored_layers or (), config.weight_only_layers or ())
+    ignored, weight_only = ([name.removeprefix(prefix) for name in names] for names in layers)
+    return replace(config, ignored_layers=ignored, weight_only_layers=weight_only)
 
 
 def _kept_by_model(model: Any) -> dict[str, list[str]]:

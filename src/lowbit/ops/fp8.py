@@ -37,6 +37,7 @@ _WEIGHT_ONLY = "no FP8 matrix product here: weights are stored in FP8, products 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", "lowbit.ops.triton.fp8", frozenset({"cuda", "xpu"})),
     Implementation("weight_only", "lowbit.ops.cpu.fp8", frozenset({"cpu"}), slow=_WEIGHT_ONLY),
+    Implementation("weight_only", "lowbit.ops.triton.fp8_weight_only", frozenset({"cuda", "xpu"}), slow=_WEIGHT_ONLY),
     Implementation("weight_only", "lowbit.ops.fp8_weight_only", ANY_DEVICE, slow=_WEIGHT_ONLY),
     Implementation("reference", "lowbit.ops.fp8", ANY_DEVICE, automatic=False),
 )

@@ -32,6 +32,9 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(
         "reference", "lowbit.ops.int8", ANY_DEVICE, slow="the reference computes in float64 and is slow everywhere"
     ),
+    # Another definition of the numbers: activations are not rounded. For layers that see few rows.
+    Implementation("weight_only", "lowbit.ops.triton.int8_weight_only", frozenset({"cuda", "xpu"}), automatic=False),
+    Implementation("weight_only", "lowbit.ops.int8_weight_only", ANY_DEVICE, automatic=False),
 )
 
 

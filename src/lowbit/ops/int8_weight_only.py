@@ -1,46 +1,45 @@
-"""Int8 weights, one scale per output channel, with activations left as they are (W8A16).
+"""Int8 weights with activations left as they are (W8A16), for layers that see few rows.
 
-The reference here defines the numbers: ``x @ (weight * weight_scale).T + bias``, the weight in the dtype of ``x``,
-summed as torch sums. For layers that see few rows, such as modulation: half the bytes of 16-bit weights are read.
+The reference here defines the numbers: the product of the activations and the integers, accumulated in float32, times
+the output channel's scale, plus the bias, rounded once to the activations' dtype. A modulation layer sees one row per
+image: it reads its weight and does little else, so that half the bytes are half the time, and nothing of the
+activations is rounded.
 """
 
 from __future__ import annotations
 
 import torch
 
-from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
+from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import define_operator, register_kernel_lazily
-
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("cpu", "lowbit.ops.cpu.int8_weight_only", frozenset({"cpu"})),
-    Implementation("dequantize", "lowbit.ops.int8_weight_only", ANY_DEVICE),
-)
 
 
 def int8_weight_only_mm(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Multiply activations by an int8 weight.
+    """Multiply floating activations by int8 weights.
 
     Args:
-        x: [M, K] floating.
-        packed: int8 [N, K].
+        x: [M, K], float32, bfloat16 or float16.
+        weight: int8 [N, K].
         weight_scale: float32 [N, 1].
         bias: [N] or ``None``.
 
     Returns:
-        [M, N] in ``x.dtype``.
+        ``x @ weight.T * weight_scale.T + bias``, [M, N] in ``x.dtype``; computed in float32.
     """
-    weight = (packed.float() * weight_scale).to(x.dtype)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    result = x.float() @ weight.float().t() * weight_scale.t()
+    if bias is not None:
+        result = result + bias.float()
+    return result.to(x.dtype)
 
 
-def _fake(x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty((x.shape[0], packed.shape[0]))
+def _fake(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 product_operator = define_operator(
-    "int8_weight_only_mm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias) -> Tensor",
+    "int8_weight_only_mm(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
     int8_weight_only_mm,
     _fake,
 )
@@ -65,6 +64,9 @@ def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
 def linear(
     x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Apply a linear layer with int8 weights to x [..., K]; returns [..., N] in ``x.dtype``."""
-    result = int8_weight_only_mm(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
+    """Apply a linear layer with int8 weights to unquantized activations.
+
+    Arguments and result as in ``lowbit.ops.int8.linear``.
+    """
+    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
     return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -36,11 +36,15 @@ class QuantizationConfig(ABC):
 
     Attributes:
         ignored_layers: patterns of layers to keep as they are, see ``lowbit.models.patterns``.
+        weight_only_layers: patterns of layers whose weights alone are quantized, for layers that see few rows, such as
+            modulation; ``None``: those of the model's family (``lowbit.models``), of a quantized checkpoint none.
+            ``ignored_layers`` goes first.
         kernel: implementation to compute with: ``"auto"`` or a name that ``lowbit info`` lists. A choice of this run,
             not part of a checkpoint.
     """
 
     ignored_layers: list[str] | None = None
+    weight_only_layers: list[str] | None = None
     kernel: str = AUTO
 
     # What other names of an option mean, when reading.
@@ -49,13 +53,16 @@ class QuantizationConfig(ABC):
     runtime_options: ClassVar[frozenset[str]] = frozenset({"kernel"})
 
     def __post_init__(self) -> None:
-        layers = self.ignored_layers if self.ignored_layers is not None else []
-        if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
-            raise ConfigError(f"ignored_layers must be a list of layer names or patterns, not {layers!r}")
+        for option in ("ignored_layers", "weight_only_layers"):
+            layers = getattr(self, option) or []
+            if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
+                raise ConfigError(f"{option} must be a list of layer names or patterns, not {layers!r}")
         if not isinstance(self.kernel, str):
             raise ConfigError(f"kernel must be a name, not {self.kernel!r}")
         # A normalization at construction, so that everyone after sees a list of their own.
-        object.__setattr__(self, "ignored_layers", list(layers))
+        object.__setattr__(self, "ignored_layers", list(self.ignored_layers or []))
+        if self.weight_only_layers is not None:
+            object.__setattr__(self, "weight_only_layers", list(self.weight_only_layers))
 
     @classmethod
     @abstractmethod
@@ -70,6 +77,10 @@ class QuantizationConfig(ABC):
     @abstractmethod
     def linear_method(self) -> LinearMethod:
         """Return what this configuration does to a linear layer."""
+
+    @abstractmethod
+    def weight_only_method(self) -> LinearMethod:
+        """Return what this configuration does to a layer of ``weight_only_layers``: it leaves activations alone."""
 
     @abstractmethod
     def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
@@ -139,6 +150,8 @@ class QuantizationConfig(ABC):
         """Return what to do with ``layer``, whose full name is ``prefix``; ``None`` to leave it as it is."""
         if not isinstance(layer, torch.nn.Linear) or self.is_ignored(prefix):
             return None
+        if matches_any(self.weight_only_layers or (), prefix):
+            return self.weight_only_method()
         return self.linear_method()
 
 
@@ -147,11 +160,13 @@ class LinearMethod(ABC):
 
     Attributes:
         name: of the method.
+        weight_only: it leaves activations alone.
         family: of operators, a module in ``lowbit.ops``.
         table: the family's implementations.
     """
 
     name: ClassVar[str]
+    weight_only: ClassVar[bool] = False
     family: ClassVar[str]
     table: ClassVar[Sequence[Implementation]]
 

@@ -94,6 +94,11 @@ class Fp8Config(QuantizationConfig):
         method = Fp8LinearMethod(self.activation_scheme, block, self.kernel)
         return with_transforms(method, self.smoothing, self.rotation)
 
+    def weight_only_method(self) -> LinearMethod:
+        """Return W8A16 on the same tensors, without ``input_scale``; neither smoothed nor rotated."""
+        block = None if self.weight_block_size is None else (self.weight_block_size[0], self.weight_block_size[1])
+        return Fp8WeightOnlyMethod(block)
+
     def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
         """Return the configuration to write beside the quantized tensors."""
         return replace(self, is_checkpoint_fp8_serialized=True, ignored_layers=list(ignored_layers))
@@ -170,3 +175,13 @@ class Fp8LinearMethod(LinearMethod):
         scale = layer.get_parameter(self.scale_name)
         result: torch.Tensor = layer.kernel.linear(x, layer.weight, scale, bias, input_scale, self.block_size)
         return result
+
+
+class Fp8WeightOnlyMethod(Fp8LinearMethod):
+    """FP8 weights of a linear layer, with activations left as they are (W8A16)."""
+
+    name = "fp8_weight_only"
+    weight_only = True
+
+    def __init__(self, block_size: tuple[int, int] | None) -> None:
+        super().__init__("dynamic", block_size, "weight_only")

@@ -77,6 +77,10 @@ class Int8Config(QuantizationConfig):
         """Return the method with this configuration's kernel and transforms."""
         return with_transforms(Int8LinearMethod(self.kernel, self.activation_bits), self.smoothing, self.rotation)
 
+    def weight_only_method(self) -> LinearMethod:
+        """Return W8A16 on the same tensors; neither smoothed nor rotated, as no activation is rounded."""
+        return Int8WeightOnlyMethod()
+
     def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
         """Return the configuration to write beside the quantized tensors."""
         return replace(self, is_checkpoint_int8_serialized=True, ignored_layers=list(ignored_layers))
@@ -125,6 +129,16 @@ class Int8LinearMethod(LinearMethod):
         assert layer.kernel is not None
         result: torch.Tensor = layer.kernel.linear(x, layer.weight, layer.weight_scale, bias)
         return result
+
+
+class Int8WeightOnlyMethod(Int8LinearMethod):
+    """Int8 weights of a linear layer, with activations left as they are (W8A16)."""
+
+    name = "int8_weight_only"
+    weight_only = True
+
+    def __init__(self) -> None:
+        super().__init__("weight_only")
 
 
 def round_to_bits(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import ConfigError
-from lowbit.models import kept_layers
+from lowbit.models import kept_layers, weight_only_layers
 from lowbit.models.patterns import matches, matches_any
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.factory import build_quant_config
@@ -40,15 +40,19 @@ AFTER_QUANTIZING: list[Callable[[nn.Module], None]] = []
 def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
     """Decide for every linear layer of ``model`` (which may be on the meta device).
 
-    A model quantized now keeps what its family keeps (``lowbit.models``) and what ``ignored_layers`` names; of a
-    checkpoint that is already quantized, ``ignored_layers`` alone says what was kept.
+    A model quantized now keeps what its family keeps (``lowbit.models``) and what ``ignored_layers`` names, and takes
+    the weights alone of what ``weight_only_layers`` names, or the family does; of a checkpoint that is already
+    quantized, the two options alone say what was done.
 
     Raises:
-        ConfigError: a pattern of ``ignored_layers`` names no module (a user's mistake; a checkpoint's may name layers
-            of a larger model, such as ``lm_head``), or nothing is left to quantize.
+        ConfigError: a pattern of ``ignored_layers`` or ``weight_only_layers`` names no module (a user's mistake; a
+            checkpoint's may name layers of a larger model, such as ``lm_head``), or nothing is left to quantize.
     """
     if not config.is_serialized:
-        check_patterns(config.ignored_layers or (), (name for name, _ in model.named_modules() if name))
+        for option in ("ignored_layers", "weight_only_layers"):
+            check_patterns(getattr(config, option) or (), (name for name, _ in model.named_modules() if name), option)
+        if config.weight_only_layers is None:
+            config = replace(config, weight_only_layers=list(weight_only_layers(type(model).__name__)))
     family = {} if config.is_serialized else kept_layers(type(model).__name__)
     linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
     if config.is_serialized:
@@ -62,33 +66,39 @@ def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
 
 
 def _with_full_names(config: QuantizationConfig, names: Collection[str]) -> QuantizationConfig:
-    """Let full names in ``ignored_layers`` stand for themselves alone.
+    """Let full names in ``ignored_layers`` and ``weight_only_layers`` stand for themselves alone.
 
-    A checkpoint names its kept layers in full: ``proj_out`` of FLUX.1 is not ``single_transformer_blocks.0.proj_out``.
+    A checkpoint names its layers in full: ``proj_out`` of FLUX.1 is not ``single_transformer_blocks.0.proj_out``.
     """
-    patterns = [f"re:{re.escape(name)}$" if name in names else name for name in config.ignored_layers or ()]
-    return replace(config, ignored_layers=patterns)
+
+    def exact(patterns: Iterable[str] | None) -> list[str]:
+        return [f"re:{re.escape(name)}$" if name in names else name for name in patterns or ()]
+
+    return replace(
+        config, ignored_layers=exact(config.ignored_layers), weight_only_layers=exact(config.weight_only_layers)
+    )
 
 
 def _decide(name: str, layer: nn.Linear, config: QuantizationConfig, family: Mapping[str, Iterable[str]]) -> Decision:
-    for reason, patterns in family.items():
-        if matches_any(patterns, name):
-            return Decision(None, reason)
     method = config.get_quant_method(layer, name)
+    if method is None or not method.weight_only:
+        for reason, patterns in family.items():
+            if matches_any(patterns, name):
+                return Decision(None, reason)
     if method is None:
         return Decision(None, "ignored_layers")
     refusal = method.refusal(layer)
     return Decision(None, refusal) if refusal else Decision(method)
 
 
-def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
+def check_patterns(patterns: Iterable[str], names: Iterable[str], option: str = "ignored_layers") -> None:
     """Raise ``ConfigError`` for patterns that match none of ``names``, showing what there is to name."""
     names = list(names)
     unmatched = [pattern for pattern in patterns if not any(matches(pattern, name) for name in names)]
     if unmatched:
         parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
         raise ConfigError(
-            f"ignored_layers {unmatched} match no layer of this model. Its layers are made of: {', '.join(parts)}"
+            f"{option} {unmatched} match no layer of this model. Its layers are made of: {', '.join(parts)}"
         )
 
 
@@ -164,7 +174,8 @@ def quantize_model(
     plan = plan_layers(model, config)
     chosen = {name: decision.method for name, decision in plan.items() if decision.method is not None}
     alpha = getattr(config, "smoothing", None)
-    scales = smooth(model, list(chosen), input_absmax, alpha) if alpha is not None and input_absmax is not None else {}
+    rounded = [name for name, method in chosen.items() if not method.weight_only]
+    scales = smooth(model, rounded, input_absmax, alpha) if alpha is not None and input_absmax is not None else {}
     for done, (name, method) in enumerate(chosen.items(), start=1):
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)

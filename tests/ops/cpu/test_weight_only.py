@@ -9,7 +9,6 @@ import torch
 
 from lowbit.ops import fp8, int8, int8_weight_only, w4a16
 from lowbit.ops.cpu import fp8 as cpu_fp8
-from lowbit.ops.cpu import int8_weight_only as cpu_int8
 from lowbit.ops.cpu import native, weight_only
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.dispatch import Problem
@@ -45,7 +44,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[int]:
 def eight_bit_layers(weight: torch.Tensor) -> Iterator[tuple[Layer, torch.Tensor]]:
     """Layers of a weight [N, K] in all 8-bit formats, each with the weight that it stands for."""
     codes, scale = int8.quantize_int8_per_token(weight)
-    yield lambda x, bias: cpu_int8.linear(x, codes, scale, bias), codes * scale
+    yield lambda x, bias: int8_weight_only.linear(x, codes, scale, bias), codes * scale
     for block in (None, (16, 100), (128, 128)):
         values, scales = (
             fp8.quantize_fp8_per_token(weight) if block is None else fp8.quantize_fp8_per_block(weight, block)
@@ -160,7 +159,7 @@ def test_compiles(path: str) -> None:
     x = torch.randn(3, 64)
 
     def both(x: torch.Tensor) -> torch.Tensor:
-        return cpu_int8.linear(x, codes, scale, None) + cpu_w4a16.linear(x, packed, scales, None, zero)
+        return int8_weight_only.linear(x, codes, scale, None) + cpu_w4a16.linear(x, packed, scales, None, zero)
 
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(both, fullgraph=True)(x), both(x))
@@ -174,5 +173,5 @@ def test_operators_are_well_formed() -> None:
 
 
 def test_refuses_what_it_cannot_do() -> None:
-    for module in (cpu_int8, cpu_w4a16, cpu_fp8):
+    for module in (cpu_w4a16, cpu_fp8):
         assert "float64" in (module.supports(Problem(torch.device("cpu"), torch.float64, 8, 64)) or "")

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lowbit.ops.triton import ahead_of_time, attention, fp8, int8, launch, quantize_rows
+from lowbit.ops.triton import ahead_of_time, attention, fp8, int8, int8_weight_only, launch, persistent, quantize_rows
 from lowbit.ops.triton.ahead_of_time import CHIPS, Chip, Compiled, Launch, compile_kernel, compile_launch, specialize
 
 pytestmark = pytest.mark.skipif(
@@ -67,6 +67,22 @@ PRODUCTS = {
     "fp8": Case(fp8, "scaled_mm_kernel", fp8_product),
     "fp8 block-wise": Case(fp8, "scaled_mm_kernel", fp8_block_product),
 }
+
+
+def int8_weight_only_product(m: int) -> None:
+    x, _, weight, scale, bias = operands(m, torch.int8)
+    int8_weight_only.weight_only_mm(x.to(torch.bfloat16), weight, scale, bias)
+
+
+def fp8_weight_only_product(m: int) -> None:
+    x, _, weight, scale, bias = operands(m, torch.uint8)
+    int8_weight_only.weight_only_mm(x.to(torch.bfloat16), weight, scale, bias)
+
+
+WEIGHT_ONLY_PRODUCTS = {
+    "int8": Case(int8_weight_only, "weight_only_mm_kernel", int8_weight_only_product),
+    "fp8": Case(int8_weight_only, "weight_only_mm_kernel", fp8_weight_only_product),
+}
 QUANTIZATIONS = {
     "int8": Case(quantize_rows, "quantize_rows_kernel", lambda: int8.quantize_int8_per_token(meta(4096, K))),
     "int8 of long rows": Case(
@@ -112,6 +128,8 @@ ATTENTION_INSTRUCTIONS = {
     ("fp8", "gfx942"): r"v_mfma_f32_\d+x\d+x\d+_f16",
     ("int8", "gfx942"): r"v_mfma_i32_\d+x\d+x\d+_i8",
 }
+# How operands get to shared memory where it is not by cp.async.
+OPERAND_LOADS = {"sm_90": r"cp\.async\.bulk\.tensor\.2d\.shared", "gfx942": "_load_dwordx4"}
 
 
 class Recorder:
@@ -127,17 +145,24 @@ class Recorder:
 
 def compiled(case: Case, chip: Chip, *arguments: Any) -> Compiled:
     """Compile what ``case`` launches on ``chip``; fail if it would not fit there."""
-    recorder = Recorder(getattr(case.module, case.kernel))
-    with (
-        mock.patch.object(case.module, case.kernel, recorder),
-        mock.patch.object(launch, "_accelerator", return_value=chip.target),
-    ):
-        case.call(*arguments)
-    (recorded,) = recorder.launches
+    (recorded,) = recorded_launches(case, chip, *arguments)
     result = compile_launch(recorded, chip)
     assert result.shared_memory <= chip.shared_memory
     assert not result.spilled
     return result
+
+
+def recorded_launches(case: Case, chip: Chip, *arguments: int) -> list[Launch]:
+    """Return what ``case`` launches on ``chip``: its own kernel or the persistent one."""
+    recorder = Recorder(getattr(case.module, case.kernel))
+    persistent_recorder = Recorder(persistent.persistent_mm_kernel)
+    with (
+        mock.patch.object(case.module, case.kernel, recorder),
+        mock.patch.object(persistent, "persistent_mm_kernel", persistent_recorder),
+        mock.patch.object(launch, "_accelerator", return_value=chip.target),
+    ):
+        case.call(*arguments)
+    return recorder.launches + persistent_recorder.launches
 
 
 def family_of(name: str) -> str:
@@ -152,8 +177,8 @@ def chips_of(cases: dict[str, Case]) -> list[tuple[str, str]]:
 def test_products_use_tensor_cores(name: str, chip: str) -> None:
     assembly = compiled(PRODUCTS[name], CHIPS[chip], 4096).assembly
     assert re.search(INSTRUCTIONS[family_of(name), chip], assembly)
-    # Operands come 16 bytes at a time.
-    assert re.search(r"cp\.async\.cg\.shared\.global|_load_dwordx4", assembly)
+    # Operands come 16 bytes at a time, or a tile at a time.
+    assert re.search(OPERAND_LOADS.get(chip, r"cp\.async\.cg\.shared\.global"), assembly)
     if family_of(name) == "int8":  # A contracted epilogue would not be the reference's, bit for bit.
         assert "fma.rn.f32" not in assembly
 
@@ -185,6 +210,13 @@ def test_attention_uses_tensor_cores_for_both_products(kind: str, chip: str) -> 
 def test_quantizing_keys_compiles(kind: str, chip: str) -> None:
     with mock.patch.object(attention, "attention_kernel", Recorder(attention.attention_kernel)):
         compiled(Case(attention, "quantize_keys_kernel", run_attention), CHIPS[chip], kind, 128)
+
+
+@pytest.mark.parametrize("name", list(WEIGHT_ONLY_PRODUCTS))
+@pytest.mark.parametrize("chip", list(CHIPS))
+def test_weight_only_products_use_tensor_cores_in_16_bits(name: str, chip: str) -> None:
+    assembly = compiled(WEIGHT_ONLY_PRODUCTS[name], CHIPS[chip], 1).assembly
+    assert re.search(r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.bf16|v_mfma_f32_16x16x16_bf16", assembly)
 
 
 @pytest.mark.parametrize(("name", "chip"), chips_of(QUANTIZATIONS))

@@ -90,7 +90,7 @@ def _fake_weight_only(
     return x.new_empty((x.shape[0], packed.shape[0]))
 
 
-weight_only_operator = define_operator(
+product_operator = define_operator(
     "fp8_weight_only_mm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int[]? weight_block_size=None)"
     " -> Tensor",
     multiply_weight_only,
@@ -114,7 +114,7 @@ def linear(
     result: torch.Tensor
     if torch.compiler.is_compiling():
         block = None if weight_block_size is None else list(weight_block_size)
-        result = weight_only_operator(rows, packed, weight_scale, bias, block)
+        result = product_operator(rows, packed, weight_scale, bias, block)
     else:
         result = multiply_weight_only(rows, packed, weight_scale, bias, weight_block_size)
     return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbit.ops.triton.launch import Target
 
@@ -55,12 +56,13 @@ class Chip:
         return GPUTarget(self.target.backend, self.target.arch, self.warp_size)
 
 
+# With the processors of an A100, an L40S, an H100, a B200 and an MI300X.
 CHIPS = {
-    "sm_80": Chip(Target("cuda", 80), 32, 163 * 1024),
-    "sm_89": Chip(Target("cuda", 89), 32, 99 * 1024),
-    "sm_90": Chip(Target("cuda", 90), 32, 227 * 1024),
-    "sm_100": Chip(Target("cuda", 100), 32, 227 * 1024),
-    "gfx942": Chip(Target("hip", "gfx942"), 64, 64 * 1024),
+    "sm_80": Chip(Target("cuda", 80, 108), 32, 163 * 1024),
+    "sm_89": Chip(Target("cuda", 89, 142), 32, 99 * 1024),
+    "sm_90": Chip(Target("cuda", 90, 132), 32, 227 * 1024),
+    "sm_100": Chip(Target("cuda", 100, 148), 32, 227 * 1024),
+    "gfx942": Chip(Target("hip", "gfx942", 304), 64, 64 * 1024),
 }
 
 
@@ -109,7 +111,8 @@ def specialize(kernel: Any, arguments: Sequence[Any], keywords: Mapping[str, Any
 
     Args:
         kernel: a ``triton.jit`` function.
-        arguments: positional ones: tensors (on any device, meta too, taken to be aligned), numbers, ``None``.
+        arguments: positional ones: tensors (on any device, meta too, taken to be aligned) and descriptors of tensors,
+            numbers, ``None``.
         keywords: compile-time arguments and launch options.
     """
     names: list[str] = kernel.arg_names
@@ -119,6 +122,8 @@ def specialize(kernel: Any, arguments: Sequence[Any], keywords: Mapping[str, Any
     for name, value in zip(names, arguments, strict=False):
         if value is None or (isinstance(value, int) and value == 1):
             constexprs[name] = value  # Triton compiles None and the integer 1 in.
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPE_NAMES[value.dtype]
             aligned.add(name)

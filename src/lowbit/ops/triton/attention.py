@@ -21,7 +21,7 @@ import triton.language as tl
 from lowbit.errors import UnsupportedError
 from lowbit.ops import attention as reference
 from lowbit.ops.attention import KINDS, LOG2_E, AttentionProblem
-from lowbit.ops.triton.launch import Target, Tile, device_refusal, on_device_of, target_of
+from lowbit.ops.triton.launch import Target, device_refusal, on_device_of, target_of
 from lowbit.ops.triton.quantize_rows import as_written, encoding_of
 from lowbit.ops.triton.rounding import (
     E4M3_MAX,
@@ -34,6 +34,7 @@ from lowbit.ops.triton.rounding import (
     magnitude_bits,
     scale_of,
 )
+from lowbit.ops.triton.tiles import Tile
 
 CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST_HEAD_DIM = 128  # wider ones don't fit the registers

@@ -14,8 +14,6 @@ float16, which is exact, and multiply those: weights still take half the memory,
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -24,19 +22,11 @@ from lowbit.errors import UnsupportedError
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.fp8 import E4M3, quantize_activation, scaled_mm_operator
 from lowbit.ops.library import register_kernel
-from lowbit.ops.triton.launch import (
-    Target,
-    Tile,
-    choose_tile,
-    device_refusal,
-    expect_shape,
-    on_device_of,
-    row_major,
-    target_of,
-    tiles_for,
-)
+from lowbit.ops.triton.launch import device_refusal, expect_shape, on_device_of, row_major, target_of
+from lowbit.ops.triton.persistent import can_describe, persistent_mm
 from lowbit.ops.triton.quantize_rows import as_written, encoding_of, quantize_rows
-from lowbit.ops.triton.rounding import E4M3_MAX, E4M3_NATIVE, decode_e4m3, encode, magnitude_bits, scale_of
+from lowbit.ops.triton.rounding import E4M3_MAX, decode_e4m3, encode, magnitude_bits, scale_of
+from lowbit.ops.triton.tiles import FP8, FP8_BLOCKS, Tile, choose_tile, pointer_tile, with_depth
 from lowbit.ops.triton.tiling import clamped, program_tile, store_tile
 
 # Columns of a weight block that a step of the kernel can be: powers of two that tensor cores take and shared memory
@@ -136,7 +126,7 @@ def scaled_mm_kernel(
     vary. BLOCK_ROWS: 0 for scales that hold for all of k; else the rows of a weight block, whose columns are BLOCK_K.
     EVEN_K: BLOCK_K divides k.
     """
-    tile_m, tile_n = program_tile(m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = program_tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
     first_row = tile_m.to(tl.int64) * BLOCK_M
     first_column = tile_n.to(tl.int64) * BLOCK_N
     rows = clamped(first_row, m, BLOCK_M)
@@ -234,12 +224,6 @@ def quantize_fp8_per_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tenso
     return quantized
 
 
-def tile_for(target: Target, m: int, block: list[int] | None) -> Tile:
-    """Return the tile for a product with ``m`` rows on ``target``; with block-wise scales a step is a weight block."""
-    tile = choose_tile(tiles_for(target), m)
-    return tile if block is None else replace(tile, block_k=block[1])
-
-
 def block_refusal(columns: int) -> str | None:
     """Return why weight blocks of that many columns can't be multiplied, or ``None``."""
     if columns in BLOCK_COLUMNS:
@@ -265,6 +249,20 @@ def fp8_scaled_mm(
     weight_block_size: list[int] | None = None,
 ) -> torch.Tensor:
     """Multiply two e4m3 matrices and scale the result; arguments and result as in ``lowbit.ops.fp8``."""
+    return multiply(x, x_scale, weight, weight_scale, bias, out_dtype, weight_block_size)
+
+
+def multiply(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    weight_block_size: list[int] | None = None,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """Compute ``fp8_scaled_mm`` with a tile, by default the table's; with blocks a step is as deep as a block."""
     m, k = x.shape
     n = weight.shape[0]
     block_rows, blocks = 0, 1
@@ -276,35 +274,61 @@ def fp8_scaled_mm(
     expect_shape("weight", weight, n, k)
     if bias is not None:
         expect_shape("bias", bias, n)
+        bias = bias.contiguous()
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if out.numel() == 0:
         return out
     encoding = encoding_of(E4M3, x.device)
-    x, weight = row_major(x), row_major(weight)
-    tile = tile_for(target_of(x.device), m, weight_block_size)
+    x, weight = as_written(row_major(x), encoding), as_written(row_major(weight), encoding)
+    strides = (
+        *_strides("x_scale", x_scale, m, blocks),
+        *_strides("weight_scale", weight_scale, -(-n // block_rows) if block_rows else n, blocks),
+    )
+    target = target_of(x.device)
+    tile = tile or choose_tile(FP8_BLOCKS if block_rows else FP8, target, m, n)
+    if weight_block_size is not None:
+        tile = with_depth(tile, weight_block_size[1])
     with on_device_of(x):
-        scaled_mm_kernel[(tile.programs(m, n),)](
-            as_written(x, encoding),
-            x_scale,
-            as_written(weight, encoding),
-            weight_scale,
-            None if bias is None else bias.contiguous(),
-            out,
-            m,
-            n,
-            k,
-            x.stride(0),
-            weight.stride(0),
-            *_strides("x_scale", x_scale, m, blocks),
-            *_strides("weight_scale", weight_scale, -(-n // block_rows) if block_rows else n, blocks),
-            BLOCK_ROWS=block_rows,
-            NATIVE=encoding == E4M3_NATIVE.value,
-            EVEN_K=k % tile.block_k == 0,
-            **tile.constants(),
-            **tile.options(),
-            enable_fp_fusion=True,
-        )
+        if tile.persistent and can_describe(x) and can_describe(weight):
+            persistent_mm(x, x_scale, weight, weight_scale, bias, out, tile, target, strides, block_rows)
+        else:
+            _launch(x, x_scale, weight, weight_scale, bias, out, pointer_tile(tile), strides, block_rows)
     return out
+
+
+def _launch(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    tile: Tile,
+    strides: tuple[int, int, int, int],
+    block_rows: int,
+) -> None:
+    m, n = out.shape
+    k = x.shape[1]
+    scaled_mm_kernel[(tile.programs(m, n),)](
+        x,
+        x_scale,
+        weight,
+        weight_scale,
+        bias,
+        out,
+        m,
+        n,
+        k,
+        x.stride(0),
+        weight.stride(0),
+        *strides,
+        BLOCK_ROWS=block_rows,
+        NATIVE=x.dtype == E4M3,
+        EVEN_K=k % tile.block_k == 0,
+        **tile.constants(),
+        **tile.options(),
+        enable_fp_fusion=True,
+    )
 
 
 for _key in ("CUDA", "XPU"):

@@ -18,33 +18,14 @@ from lowbit.errors import UnsupportedError
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.int8 import quantize_activation, scaled_mm_operator
 from lowbit.ops.library import register_kernel
-from lowbit.ops.triton.launch import (
-    Target,
-    Tile,
-    choose_tile,
-    device_refusal,
-    expect_shape,
-    on_device_of,
-    row_major,
-    target_of,
-    tiles_for,
-)
+from lowbit.ops.triton.launch import device_refusal, expect_shape, on_device_of, row_major, target_of
+from lowbit.ops.triton.persistent import can_describe, persistent_mm
 from lowbit.ops.triton.quantize_rows import quantize_rows
+from lowbit.ops.triton.tiles import INT8, Tile, choose_tile, pointer_tile
 from lowbit.ops.triton.tiling import clamped, program_tile, store_tile
 
 # Beyond this a sum of products of int8 values (-128 included) can leave int32.
 LARGEST_K = (2**31 - 1) // (128 * 128)
-
-# Hopper's int8 products accumulate in place, so that a tile of twice the columns still fits the registers: 202 of 255
-# as compiled. Not measured.
-HOPPER_TILE = Tile(128, 256, 128, num_warps=8, num_stages=3)
-
-
-def tile_for(target: Target, m: int) -> Tile:
-    """Return the tile for a product with ``m`` rows on ``target``."""
-    if target.backend == "cuda" and int(target.arch) // 10 == 9 and m > HOPPER_TILE.block_m:
-        return HOPPER_TILE
-    return choose_tile(tiles_for(target), m)
 
 
 @triton.jit
@@ -71,7 +52,7 @@ def scaled_mm_kernel(
     x: int8 [m, k]; weight: int8 [n, k]; x_scale: float32 [m]; weight_scale: float32 [n]; bias: [n] or None;
     out: [m, n]. Rows of x and weight are their strides apart, out is contiguous. EVEN_K: BLOCK_K divides k.
     """
-    tile_m, tile_n = program_tile(m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = program_tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
     first_row = tile_m.to(tl.int64) * BLOCK_M
     first_column = tile_n.to(tl.int64) * BLOCK_N
     rows = clamped(first_row, m, BLOCK_M)
@@ -111,6 +92,19 @@ def int8_scaled_mm(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Multiply two int8 matrices and scale the result; arguments and result as in ``lowbit.ops.int8``."""
+    return multiply(x, x_scale, weight, weight_scale, bias, out_dtype)
+
+
+def multiply(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """Compute ``int8_scaled_mm`` with a tile, by default the table's."""
     m, k = x.shape
     n = weight.shape[0]
     if k > LARGEST_K:
@@ -120,30 +114,49 @@ def int8_scaled_mm(
     expect_shape("weight_scale", weight_scale, n, 1)
     if bias is not None:
         expect_shape("bias", bias, n)
+        bias = bias.contiguous()
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if out.numel() == 0:
         return out
-    x, weight = row_major(x), row_major(weight)
-    tile = tile_for(target_of(x.device), m)
+    x, weight, x_scale, weight_scale = row_major(x), row_major(weight), x_scale.contiguous(), weight_scale.contiguous()
+    target = target_of(x.device)
+    tile = tile or choose_tile(INT8, target, m, n)
     with on_device_of(x):
-        scaled_mm_kernel[(tile.programs(m, n),)](
-            x,
-            x_scale.contiguous(),
-            weight,
-            weight_scale.contiguous(),
-            None if bias is None else bias.contiguous(),
-            out,
-            m,
-            n,
-            k,
-            x.stride(0),
-            weight.stride(0),
-            EVEN_K=k % tile.block_k == 0,
-            **tile.constants(),
-            **tile.options(),
-            enable_fp_fusion=False,
-        )
+        if tile.persistent and can_describe(x) and can_describe(weight):
+            persistent_mm(x, x_scale, weight, weight_scale, bias, out, tile, target)
+        else:
+            _launch(x, x_scale, weight, weight_scale, bias, out, pointer_tile(tile))
     return out
+
+
+def _launch(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    tile: Tile,
+) -> None:
+    m, n = out.shape
+    k = x.shape[1]
+    scaled_mm_kernel[(tile.programs(m, n),)](
+        x,
+        x_scale,
+        weight,
+        weight_scale,
+        bias,
+        out,
+        m,
+        n,
+        k,
+        x.stride(0),
+        weight.stride(0),
+        EVEN_K=k % tile.block_k == 0,
+        **tile.constants(),
+        **tile.options(),
+        enable_fp_fusion=False,
+    )
 
 
 for _key in ("CUDA", "XPU"):

@@ -1,4 +1,4 @@
-"""What the Triton backends share on the host: which chip, which tile, and tensors as kernels want them."""
+"""What the Triton backends share on the host: which chip, and tensors as kernels want them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ class Target:
     Attributes:
         backend: ``"cuda"``, ``"hip"``, ``"xpu"``, or ``"interpreter"`` (Triton's, on the CPU).
         arch: the compute capability times ten (``cuda``), or the chip's name.
+        processors: multiprocessors, compute units or cores that run programs side by side.
     """
 
     backend: str
     arch: int | str
+    processors: int = 1
 
     def __str__(self) -> str:
         return f"SM {int(self.arch) // 10}.{int(self.arch) % 10}" if self.backend == "cuda" else f"{self.arch}"
@@ -56,10 +58,10 @@ def target_of(device: torch.device) -> Target:
 def _accelerator(device: torch.device) -> Target:
     if device.type == "xpu":
         return Target("xpu", torch.xpu.get_device_name(device))
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
-    major, minor = torch.cuda.get_device_capability(device)
-    return Target("cuda", 10 * major + minor)
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
 def device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -71,82 +73,6 @@ def device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "xpu" and not torch.xpu.is_available():
         return "no XPU device is present"
     return None
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a matrix product is cut up.
-
-    Attributes:
-        block_m, block_n: rows and columns of the result that a program computes.
-        block_k: depth of one step.
-        num_warps, num_stages: Triton's launch options.
-        group_m: row tiles that share their column tiles in the L2 cache before the next columns are begun.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group_m: int = 8
-
-    def programs(self, m: int, n: int) -> int:
-        """Return how many tiles cover an [m, n] result."""
-        return -(-m // self.block_m) * -(-n // self.block_n)
-
-    def constants(self) -> dict[str, int]:
-        """Return the kernels' compile-time arguments."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "GROUP_M": self.group_m,
-        }
-
-    def options(self) -> dict[str, int]:
-        """Return Triton's options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-# For operands of one byte, by the largest M they serve; ``None``: any M. Chosen by the chips' limits, not measured: a
-# tile's operands times its stages fit the shared memory (99 KiB on SM 8.6 and 8.9, 227 on SM 9.0, 64 on CDNA), its
-# accumulator takes at most 128 registers a thread. Small M reads weights and little else: narrow tiles give more
-# programs, more stages keep more loads in flight.
-SMALL_TILES = (
-    (16, Tile(16, 64, 128, num_warps=4, num_stages=5)),
-    (64, Tile(64, 64, 128, num_warps=4, num_stages=4)),
-    (None, Tile(128, 128, 64, num_warps=8, num_stages=4)),
-)
-WIDE_TILES = (
-    (16, Tile(16, 64, 128, num_warps=4, num_stages=5)),
-    (64, Tile(64, 128, 128, num_warps=4, num_stages=4)),
-    (None, Tile(128, 128, 128, num_warps=8, num_stages=4)),
-)
-# ROCm prefetches into registers: two stages take one buffer of LDS.
-HIP_TILES = (
-    (16, Tile(16, 64, 128, num_warps=4, num_stages=2)),
-    (64, Tile(64, 64, 128, num_warps=4, num_stages=2)),
-    (None, Tile(128, 128, 64, num_warps=4, num_stages=2)),
-)
-# The interpreter pays by the operation, not by the element.
-INTERPRETER_TILES = ((None, Tile(32, 32, 64, num_warps=1, num_stages=1, group_m=2)),)
-
-TileTable = tuple[tuple[int | None, Tile], ...]
-
-
-def tiles_for(target: Target) -> TileTable:
-    """Return the tiles for one-byte operands on ``target``, by the largest M they serve."""
-    if target.backend == "interpreter":
-        return INTERPRETER_TILES
-    if target.backend == "hip":
-        return HIP_TILES
-    return WIDE_TILES if target.has_wide_tiles else SMALL_TILES
-
-
-def choose_tile(tiles: TileTable, m: int) -> Tile:
-    """Return the tile for a product with ``m`` rows."""
-    return next(tile for largest, tile in tiles if largest is None or m <= largest)
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:

@@ -12,14 +12,13 @@ import triton.language as tl
 
 @triton.jit
 def program_tile(
-    m: tl.tensor, n: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
+    program: tl.tensor, m: tl.tensor, n: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
 ) -> tl.tensor:
-    """Return this program's row tile and column tile of an [m, n] result.
+    """Return the row tile and the column tile that are number ``program`` of an [m, n] result.
 
     Programs that run together walk down ``GROUP_M`` row tiles before they take the next column tile, so that both
     operands' tiles are found in the L2 cache.
     """
-    program = tl.program_id(0)
     group_size = GROUP_M * tl.cdiv(n, BLOCK_N)
     first = program // group_size * GROUP_M
     height = tl.minimum(tl.cdiv(m, BLOCK_M) - first, GROUP_M)

@@ -1,0 +1,92 @@
+"""Compute what the weights of published models take, in BF16, Int8 and Int8 with the text encoder quantized too.
+
+    python -m benchmarks.memory_plan --output benchmarks/results/memory_plan.json
+
+Every component is built on the meta device from its published configuration and goes through the same plan that
+loading does. Nothing is measured and nothing is downloaded; activations come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.published_models import MODELS, Component, PublishedModel
+from lowbit.integrations import loading
+from lowbit.quantization.int8 import Int8Config
+from lowbit.quantization.manifest import Manifest
+from lowbit.quantization.plan import make_manifest
+
+# What is quantized, besides the transformers.
+PLANS = {"bf16": None, "int8": (), "int8 + text encoder": ("text_encoder", "text_encoder_2")}
+
+
+def quantized_manifest(component: Component) -> Manifest:
+    """Return what loading ``component`` in Int8 would leave."""
+    model = component.build()
+    kept = {}
+    if component.library == "transformers":
+        from lowbit.integrations.transformers import _kept_by_model
+
+        kept = _kept_by_model(model)
+    preparation = loading.prepare(model, Int8Config(), torch.bfloat16, kept=kept)
+    return make_manifest(model, preparation.plan)
+
+
+def bf16_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def plan_model(model: PublishedModel) -> dict[str, Any]:
+    """Return bytes per component and plan."""
+    before = {name: bf16_bytes(component.build()) for name, component in model.components.items()}
+    chosen = [name for name in model.components if name.startswith(("transformer", "text_encoder"))]
+    manifests = {name: quantized_manifest(model.components[name]) for name in chosen}
+    plans = {}
+    for plan, extra in PLANS.items():
+        parts = dict(before)
+        for name in manifests if extra is not None else ():
+            if name.startswith("transformer") or name in (extra or ()):
+                parts[name] = manifests[name].bytes_after
+        plans[plan] = {"total": sum(parts.values()), **parts}
+    summaries = {name: manifest.summary() for name, manifest in manifests.items()}
+    return {"title": model.title, "bytes": plans, "manifests": summaries}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the totals in GB (1e9 bytes) and GiB, as Markdown."""
+    lines = [f"| model | {' | '.join(PLANS)} |", "|---" * (1 + len(PLANS)) + "|"]
+    for row in results.values():
+        totals = [row["bytes"][plan]["total"] for plan in PLANS]
+        cells = [f"{total / 1e9:.1f} GB ({total / 2**30:.1f} GiB)" for total in totals]
+        lines.append(f"| {row['title']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options = parse(arguments)
+    results = {name: plan_model(MODELS[name]) for name in options.models}
+    print(table(results))
+    if options.output is not None:
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
