@@ -35,14 +35,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp32": {"dtype": "float32"},
     "int8": {"quantization": "int8"},
-    "int8_modulation": {"quantization_config": {"method": "int8", "weight_only_layers": ["adaLN_modulation"]}},
-    "modulation_only": {
-        "quantization_config": {
-            "method": "int8",
-            "weight_only_layers": ["adaLN_modulation"],
-            "ignored_layers": ["attention", "feed_forward"],
-        }
-    },
     "fp8_reference": {"quantization_config": {"method": "fp8", "kernel": "reference"}},
     "fp8_block_reference": {
         "quantization_config": {"method": "fp8", "kernel": "reference", "weight_block_size": [128, 128]}

@@ -19,7 +19,7 @@ from lowbit.ops.triton.tiling import clamped, store_tile
 
 # Beyond this many rows a weight is better decoded once and multiplied by torch. Not measured.
 MOST_ROWS = 64
-BLOCK_M, BLOCK_N, BLOCK_K = 16, 32, 256
+BLOCK_M, BLOCK_N, BLOCK_K = 16, 64, 128
 
 
 @triton.jit
