@@ -1,9 +1,10 @@
 """Four published models, as their configurations describe them: what the GPU benchmark and the memory plan compute on.
 
 Configurations are those of the repositories' ``config.json``: Qwen/Qwen-Image, Tongyi-MAI/Z-Image-Turbo,
-black-forest-labs/FLUX.1-dev and Wan-AI/Wan2.2-T2V-A14B-Diffusers. diffusers 0.42 has them as its classes' defaults,
-but for what is given here; the text encoders are those of Qwen2.5-VL-7B-Instruct, Qwen3-4B, T5 v1.1 XXL with CLIP
-ViT-L/14, and UMT5-XXL. Nothing is downloaded: every model is built on the meta device.
+black-forest-labs/FLUX.1-dev and Wan-AI/Wan2.2-T2V-A14B-Diffusers. The transformers' are in
+``lowbit.models.published``; of the rest diffusers 0.42 has them as its classes' defaults, but for what is given here.
+The text encoders are those of Qwen2.5-VL-7B-Instruct, Qwen3-4B, T5 v1.1 XXL with CLIP ViT-L/14, and UMT5-XXL. Nothing
+is downloaded: every model is built on the meta device.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from lowbit.models.patterns import matches_any
+from lowbit.models.published import published_transformer
 from lowbit.quantization.plan import plan_layers
 
 IMAGE_TOKENS = 4096
@@ -163,7 +165,14 @@ FLUX_VAE = Component(
         "use_post_quant_conv": False,
     },
 )
-WAN_TRANSFORMER = Component("diffusers", "WanTransformer3DModel")
+
+
+def transformer(name: str) -> Component:
+    """Return the diffusion transformer that ``lowbit bench`` calls ``name``."""
+    found = published_transformer(name)
+    assert found is not None
+    return Component("diffusers", found.class_name, found.config)
+
 
 MODELS = {
     model.name: model
@@ -173,7 +182,7 @@ MODELS = {
             "Qwen-Image",
             20.4,
             {
-                "transformer": Component("diffusers", "QwenImageTransformer2DModel"),
+                "transformer": transformer("qwen-image"),
                 "text_encoder": QWEN25_VL_7B,
                 "vae": Component("diffusers", "AutoencoderKLQwenImage"),
             },
@@ -189,7 +198,7 @@ MODELS = {
             "Z-Image",
             6.15,
             {
-                "transformer": Component("diffusers", "ZImageTransformer2DModel"),
+                "transformer": transformer("z-image"),
                 "text_encoder": QWEN3_4B,
                 "vae": FLUX_VAE,
             },
@@ -205,7 +214,7 @@ MODELS = {
             "FLUX.1-dev",
             11.9,
             {
-                "transformer": Component("diffusers", "FluxTransformer2DModel", {"guidance_embeds": True}),
+                "transformer": transformer("flux"),
                 "text_encoder": CLIP_L,
                 "text_encoder_2": T5_XXL,
                 "vae": FLUX_VAE,
@@ -222,8 +231,8 @@ MODELS = {
             "Wan2.2 T2V-A14B",
             14.3,
             {
-                "transformer": WAN_TRANSFORMER,
-                "transformer_2": WAN_TRANSFORMER,
+                "transformer": transformer("wan"),
+                "transformer_2": transformer("wan"),
                 "text_encoder": UMT5_XXL,
                 "vae": Component("diffusers", "AutoencoderKLWan"),
             },
