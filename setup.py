@@ -33,7 +33,7 @@ class BuildHelper(build_ext):
 HELPER = Extension(
     "lowbit._native.lowbit_cpu",
     sources=["src/lowbit/_native/lowbit_cpu.cpp"],
-    depends=["src/lowbit/_native/kernels.h", "src/lowbit/_native/int8_product.h"],
+    depends=["src/lowbit/_native/kernels.h", "src/lowbit/_native/gguf.h", "src/lowbit/_native/int8_product.h"],
     language="c++",
     optional=True,
 )

@@ -81,6 +81,27 @@ struct ProductJob {
     void* output;  // [rows, columns]
 };
 
+struct GgufJob {
+    const uint8_t* input;  // [rows, bytes per row]
+    int64_t columns;
+    void* output;  // [rows, columns]
+};
+
+struct GgufProductJob {
+    const float* x;  // [rows, columns]
+    int64_t rows, columns, features;
+    const uint8_t* input;  // [features, bytes per row]
+    const float* bias;     // [features] or null
+    void* output;          // [rows, features]
+};
+
+// Of one block type; the indices are element types (float32, bfloat16, float16).
+struct GgufKernels {
+    int number, elements, bytes;
+    void (*decode[3])(const GgufJob&, int64_t, int64_t);
+    void (*multiply[3])(const GgufProductJob&, int64_t, int64_t);  // null where the instruction set has none
+};
+
 // Indices: element type (float32, bfloat16, float16), code type (int8, uint8, e4m3; decoding int8, e4m3).
 struct Kernels {
     void (*quantize[3][3])(const QuantizeJob&, int64_t, int64_t);
@@ -105,6 +126,7 @@ LOWBIT_INLINE int64_t blocks(int64_t count, int64_t size) { return (count + size
 
 namespace generic {
 #include "kernels.h"
+#include "gguf.h"
 }
 
 #ifdef LOWBIT_X86
@@ -116,6 +138,7 @@ namespace generic {
 #endif
 namespace avx2 {
 #include "kernels.h"
+#include "gguf.h"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -129,6 +152,7 @@ namespace avx2 {
 #define LOWBIT_AVX512 1
 namespace avx512 {
 #include "kernels.h"
+#include "gguf.h"
 }
 #undef LOWBIT_AVX512
 #if defined(__clang__)
@@ -169,6 +193,21 @@ const Kernels* kernels_of(int isa) {
     if (isa == kAvx2) return &avx2::kernels;
 #endif
     return &generic::kernels;
+}
+
+const GgufKernels* gguf_kernels_of(int isa, int number) {
+    const GgufKernels* found = generic::gguf_kernels;
+#ifdef LOWBIT_X86
+    if (isa == kAvx512) found = avx512::gguf_kernels;
+    if (isa == kAvx2) found = avx2::gguf_kernels;
+#endif
+    for (int i = 0; i < generic::kGgufTypes; ++i)
+        if (found[i].number == number) return found + i;
+    return nullptr;
+}
+
+bool is_row(const GgufKernels& kernels, int64_t columns, int64_t row_bytes) {
+    return columns % kernels.elements == 0 && columns / kernels.elements * kernels.bytes == row_bytes;
 }
 
 int selected_isa = best_isa();
@@ -319,4 +358,30 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
     const int64_t work = rows * columns * depth / kProductsPerElement;
     run(avx512_vnni::multiplications[element_type], job, groups * row_blocks, work, threads);
 #endif
+}
+
+// Blocks of a GGUF type [rows, bytes per row] -> output [rows, columns]. Returns 0, or 1 for a type it does not know or
+// rows that are not whole blocks.
+LOWBIT_EXPORT int lowbit_gguf_decode(const uint8_t* input, int type, int64_t rows, int64_t columns,
+                                     int64_t row_bytes, void* output, int element_type, int threads) {
+    const GgufKernels* kernels = gguf_kernels_of(selected_isa, type);
+    if (kernels == nullptr || !is_row(*kernels, columns, row_bytes)) return 1;
+    const GgufJob job{input, columns, output};
+    run(kernels->decode[element_type], job, rows, rows * columns, threads);
+    return 0;
+}
+
+// Whether lowbit_gguf_product runs with the selected instruction set.
+LOWBIT_EXPORT int lowbit_has_gguf_product() { return gguf_kernels_of(selected_isa, 0)->multiply[0] != nullptr; }
+
+// x float32 [rows, columns] times the transpose of blocks [features, bytes per row], plus bias [features] (or null) ->
+// output [rows, features], summed in float32. columns is a multiple of 32. Returns as lowbit_gguf_decode.
+LOWBIT_EXPORT int lowbit_gguf_product(const float* x, int64_t rows, int64_t columns, const uint8_t* input, int type,
+                                      int64_t features, int64_t row_bytes, const float* bias, void* output, int element_type,
+                                      int threads) {
+    const GgufKernels* kernels = gguf_kernels_of(selected_isa, type);
+    if (kernels == nullptr || !is_row(*kernels, columns, row_bytes) || columns % 32 || !kernels->multiply[0]) return 1;
+    const GgufProductJob job{x, rows, columns, features, input, bias, output};
+    run(kernels->multiply[element_type], job, blocks(features, 4), features * columns, threads);
+    return 0;
 }

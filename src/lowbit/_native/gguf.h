@@ -1,0 +1,338 @@
+// Decoding the blocks of GGUF files, and products with few rows; included once per instruction set by lowbit_cpu.cpp
+// after kernels.h, inside the same namespace.
+//
+// Layouts and the order of operations are those of ggml's dequantize_row_*, so that the float32 values are equal bit for
+// bit. A decoder takes one block and writes its elements.
+
+LOWBIT_INLINE float half_at(const uint8_t* bytes) {
+    Half value;
+    std::memcpy(&value.bits, bytes, sizeof value.bits);
+    return widen(value);
+}
+
+struct PlainF32 {
+    static constexpr int elements = 1, bytes = 4;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) { std::memcpy(out, block, 4); }
+};
+
+struct PlainF16 {
+    static constexpr int elements = 1, bytes = 2;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) { *out = half_at(block); }
+};
+
+struct PlainBF16 {
+    static constexpr int elements = 1, bytes = 2;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        BFloat16 value;
+        std::memcpy(&value.bits, block, 2);
+        *out = widen(value);
+    }
+};
+
+struct BlockQ8_0 {
+    static constexpr int elements = 32, bytes = 34;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        const float d = half_at(block);
+        const auto* q = reinterpret_cast<const int8_t*>(block + 2);
+        for (int i = 0; i < 32; ++i) out[i] = static_cast<float>(q[i]) * d;
+    }
+};
+
+struct BlockQ4_0 {
+    static constexpr int elements = 32, bytes = 18;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        const float d = half_at(block);
+        const uint8_t* q = block + 2;
+        for (int i = 0; i < 16; ++i) out[i] = d * static_cast<float>(static_cast<int>(q[i] & 15) - 8);
+        for (int i = 0; i < 16; ++i) out[i + 16] = d * static_cast<float>(static_cast<int>(q[i] >> 4) - 8);
+    }
+};
+
+struct BlockQ4_1 {
+    static constexpr int elements = 32, bytes = 20;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        const float d = half_at(block), m = half_at(block + 2);
+        const uint8_t* q = block + 4;
+        for (int i = 0; i < 16; ++i) out[i] = d * static_cast<float>(q[i] & 15) + m;
+        for (int i = 0; i < 16; ++i) out[i + 16] = d * static_cast<float>(q[i] >> 4) + m;
+    }
+};
+
+// Bit i of four bytes, as 16.
+LOWBIT_INLINE int fifth_bit(uint32_t bits, int i) { return static_cast<int>((bits >> i) & 1u) << 4; }
+
+struct BlockQ5_0 {
+    static constexpr int elements = 32, bytes = 22;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        const float d = half_at(block);
+        uint32_t high;
+        std::memcpy(&high, block + 2, 4);
+        const uint8_t* q = block + 6;
+        for (int i = 0; i < 16; ++i) out[i] = d * static_cast<float>(((q[i] & 15) | fifth_bit(high, i)) - 16);
+        for (int i = 0; i < 16; ++i) out[i + 16] = d * static_cast<float>(((q[i] >> 4) | fifth_bit(high, i + 16)) - 16);
+    }
+};
+
+struct BlockQ5_1 {
+    static constexpr int elements = 32, bytes = 24;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        const float d = half_at(block), m = half_at(block + 2);
+        uint32_t high;
+        std::memcpy(&high, block + 4, 4);
+        const uint8_t* q = block + 8;
+        for (int i = 0; i < 16; ++i) out[i] = d * static_cast<float>((q[i] & 15) | fifth_bit(high, i)) + m;
+        for (int i = 0; i < 16; ++i) out[i + 16] = d * static_cast<float>((q[i] >> 4) | fifth_bit(high, i + 16)) + m;
+    }
+};
+
+struct BlockQ2_K {
+    static constexpr int elements = 256, bytes = 84;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        const float d = half_at(block + 80), dmin = half_at(block + 82);
+        for (int group = 0; group < 16; ++group) {
+            const float scale = d * static_cast<float>(block[group] & 15);
+            const float minimum = dmin * static_cast<float>(block[group] >> 4);
+            const uint8_t* q = block + 16 + group / 8 * 32 + group % 2 * 16;
+            const int shift = group % 8 / 2 * 2;
+            for (int i = 0; i < 16; ++i)
+                out[16 * group + i] = scale * static_cast<float>((q[i] >> shift) & 3) - minimum;
+        }
+    }
+};
+
+struct BlockQ3_K {
+    static constexpr int elements = 256, bytes = 110;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        const float d = half_at(block + 108);
+        const uint8_t* scales = block + 96;
+        for (int group = 0; group < 16; ++group) {
+            const int low = (scales[group % 8] >> (group / 8 * 4)) & 15;
+            const int high = (scales[8 + group % 4] >> (group / 4 * 2)) & 3;
+            const float scale = d * static_cast<float>((low | (high << 4)) - 32);
+            const uint8_t* q = block + 32 + group / 8 * 32 + group % 2 * 16;
+            const uint8_t* mask = block + group % 2 * 16;
+            const int shift = group % 8 / 2 * 2, bit = group / 2;
+            for (int i = 0; i < 16; ++i)
+                out[16 * group + i] = scale * static_cast<float>(((q[i] >> shift) & 3) - (((mask[i] >> bit) & 1) ? 0 : 4));
+        }
+    }
+};
+
+// The six-bit scale and minimum of a group of Q4_K and Q5_K.
+LOWBIT_INLINE void scale_and_minimum(const uint8_t* packed, int group, int& scale, int& minimum) {
+    if (group < 4) {
+        scale = packed[group] & 63;
+        minimum = packed[group + 4] & 63;
+    } else {
+        scale = (packed[group + 4] & 15) | ((packed[group - 4] >> 6) << 4);
+        minimum = (packed[group + 4] >> 4) | ((packed[group] >> 6) << 4);
+    }
+}
+
+struct BlockQ4_K {
+    static constexpr int elements = 256, bytes = 144;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        const float d = half_at(block), dmin = half_at(block + 2);
+        for (int pair = 0; pair < 4; ++pair) {
+            int s0, m0, s1, m1;
+            scale_and_minimum(block + 4, 2 * pair, s0, m0);
+            scale_and_minimum(block + 4, 2 * pair + 1, s1, m1);
+            const float scale0 = d * static_cast<float>(s0), minimum0 = dmin * static_cast<float>(m0);
+            const float scale1 = d * static_cast<float>(s1), minimum1 = dmin * static_cast<float>(m1);
+            const uint8_t* q = block + 16 + 32 * pair;
+            float* to = out + 64 * pair;
+            for (int i = 0; i < 32; ++i) to[i] = scale0 * static_cast<float>(q[i] & 15) - minimum0;
+            for (int i = 0; i < 32; ++i) to[i + 32] = scale1 * static_cast<float>(q[i] >> 4) - minimum1;
+        }
+    }
+};
+
+struct BlockQ5_K {
+    static constexpr int elements = 256, bytes = 176;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        const float d = half_at(block), dmin = half_at(block + 2);
+        const uint8_t* high = block + 16;
+        for (int pair = 0; pair < 4; ++pair) {
+            int s0, m0, s1, m1;
+            scale_and_minimum(block + 4, 2 * pair, s0, m0);
+            scale_and_minimum(block + 4, 2 * pair + 1, s1, m1);
+            const float scale0 = d * static_cast<float>(s0), minimum0 = dmin * static_cast<float>(m0);
+            const float scale1 = d * static_cast<float>(s1), minimum1 = dmin * static_cast<float>(m1);
+            const uint8_t* q = block + 48 + 32 * pair;
+            float* to = out + 64 * pair;
+            const int bit = 2 * pair;
+            for (int i = 0; i < 32; ++i)
+                to[i] = scale0 * static_cast<float>((q[i] & 15) | (((high[i] >> bit) & 1) << 4)) - minimum0;
+            for (int i = 0; i < 32; ++i)
+                to[i + 32] = scale1 * static_cast<float>((q[i] >> 4) | (((high[i] >> (bit + 1)) & 1) << 4)) - minimum1;
+        }
+    }
+};
+
+struct BlockQ6_K {
+    static constexpr int elements = 256, bytes = 210;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        const float d = half_at(block + 208);
+        const auto* scales = reinterpret_cast<const int8_t*>(block + 192);
+        for (int group = 0; group < 16; ++group) {
+            const int half = group / 8, quarter = group % 8 / 2;
+            const float scale = d * static_cast<float>(scales[group]);
+            const uint8_t* low = block + 64 * half + quarter % 2 * 32 + group % 2 * 16;
+            const uint8_t* high = block + 128 + 32 * half + group % 2 * 16;
+            const int low_shift = quarter / 2 * 4, high_shift = 2 * quarter;
+            float* to = out + 16 * group;
+            for (int i = 0; i < 16; ++i) {
+                const int code = ((low[i] >> low_shift) & 15) | (((high[i] >> high_shift) & 3) << 4);
+                to[i] = scale * static_cast<float>(code - 32);
+            }
+        }
+    }
+};
+
+constexpr float kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+struct BlockIQ4_NL {
+    static constexpr int elements = 32, bytes = 18;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        const float d = half_at(block);
+        const uint8_t* q = block + 2;
+        for (int i = 0; i < 16; ++i) out[i] = d * kIq4Values[q[i] & 15];
+        for (int i = 0; i < 16; ++i) out[i + 16] = d * kIq4Values[q[i] >> 4];
+    }
+};
+
+struct BlockIQ4_XS {
+    static constexpr int elements = 256, bytes = 136;
+    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
+        const float d = half_at(block);
+        for (int group = 0; group < 8; ++group) {
+            const int low = (block[4 + group / 2] >> (group % 2 * 4)) & 15;
+            const int high = (block[2 + group / 4] >> (group % 4 * 2)) & 3;
+            const float scale = d * static_cast<float>((low | (high << 4)) - 32);
+            const uint8_t* q = block + 8 + 16 * group;
+            float* to = out + 32 * group;
+            for (int i = 0; i < 16; ++i) to[i] = scale * kIq4Values[q[i] & 15];
+            for (int i = 0; i < 16; ++i) to[i + 16] = scale * kIq4Values[q[i] >> 4];
+        }
+    }
+};
+
+// Elements [0, count) of a row, count a multiple of the block.
+template <typename Block>
+LOWBIT_INLINE void decode_row(const uint8_t* input, int64_t count, float* output) {
+    for (int64_t i = 0; i < count; i += Block::elements, input += Block::bytes) Block::decode(input, output + i);
+}
+
+template <typename Block, typename Output>
+LOWBIT_INLINE void decode_row(const uint8_t* input, int64_t count, Output* output) {
+    constexpr int kPiece = 256;
+    float values[kPiece];
+    for (int64_t first = 0; first < count; first += kPiece) {
+        const int64_t size = smaller(kPiece, count - first);
+        decode_row<Block>(input + first / Block::elements * Block::bytes, size, values);
+        for (int64_t i = 0; i < size; ++i) narrow(values[i], output[first + i]);
+    }
+}
+
+// Rows [first, last).
+template <typename Block, typename Output>
+void decode_blocks(const GgufJob& job, int64_t first, int64_t last) {
+    const int64_t row_bytes = job.columns / Block::elements * Block::bytes;
+    for (int64_t row = first; row < last; ++row)
+        decode_row<Block>(job.input + row * row_bytes, job.columns, static_cast<Output*>(job.output) + row * job.columns);
+}
+
+#ifdef LOWBIT_AVX512
+constexpr int kGgufRows = 4;       // output channels of a task: decoded side by side
+constexpr int kGgufTile = 6;       // rows of x multiplied at once: 24 accumulators, 4 weights and a value of x
+constexpr int kGgufDepth = 2048;   // decoded at once: 32 KiB stay in the first-level cache
+
+template <int Rows>
+LOWBIT_INLINE void multiply_rows(const float (*weight)[kGgufDepth], const float* x, int64_t stride, int64_t depth,
+                                 float (*sums)[kGgufRows]) {
+    __m512 totals[Rows][kGgufRows];
+#pragma GCC unroll 8
+    for (int row = 0; row < Rows; ++row)
+#pragma GCC unroll 8
+        for (int channel = 0; channel < kGgufRows; ++channel) totals[row][channel] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < depth; i += 16) {
+        __m512 weights[kGgufRows];
+#pragma GCC unroll 8
+        for (int channel = 0; channel < kGgufRows; ++channel) weights[channel] = _mm512_loadu_ps(weight[channel] + i);
+#pragma GCC unroll 8
+        for (int row = 0; row < Rows; ++row) {
+            const __m512 value = _mm512_loadu_ps(x + row * stride + i);
+#pragma GCC unroll 8
+            for (int channel = 0; channel < kGgufRows; ++channel)
+                totals[row][channel] = _mm512_fmadd_ps(value, weights[channel], totals[row][channel]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < Rows; ++row)
+#pragma GCC unroll 8
+        for (int channel = 0; channel < kGgufRows; ++channel)
+            sums[row][channel] += _mm512_reduce_add_ps(totals[row][channel]);
+}
+
+using MultiplyRows = void (*)(const float (*)[kGgufDepth], const float*, int64_t, int64_t, float (*)[kGgufRows]);
+
+template <int Rows>
+void multiply_gguf_rows(const float (*weight)[kGgufDepth], const float* x, int64_t stride, int64_t depth,
+                        float (*sums)[kGgufRows]) {
+    multiply_rows<Rows>(weight, x, stride, depth, sums);
+}
+
+constexpr MultiplyRows kMultiplyRows[kGgufTile] = {multiply_gguf_rows<1>, multiply_gguf_rows<2>, multiply_gguf_rows<3>,
+                                                   multiply_gguf_rows<4>, multiply_gguf_rows<5>, multiply_gguf_rows<6>};
+
+// Tasks [first, last) of four output channels. columns % 32 == 0.
+template <typename Block, typename Output>
+void multiply_blocks(const GgufProductJob& job, int64_t first, int64_t last) {
+    alignas(64) float weight[kGgufRows][kGgufDepth];
+    std::vector<float> storage(job.rows * kGgufRows);
+    auto* sums = reinterpret_cast<float(*)[kGgufRows]>(storage.data());
+    const int64_t row_bytes = job.columns / Block::elements * Block::bytes;
+    for (int64_t task = first; task < last; ++task) {
+        const int64_t channel = task * kGgufRows;
+        const int64_t channels = smaller(kGgufRows, job.features - channel);
+        std::memset(storage.data(), 0, storage.size() * sizeof(float));
+        for (int64_t start = 0; start < job.columns; start += kGgufDepth) {
+            const int64_t depth = smaller(kGgufDepth, job.columns - start);
+            for (int64_t i = 0; i < channels; ++i)
+                decode_row<Block>(job.input + (channel + i) * row_bytes + start / Block::elements * Block::bytes, depth,
+                                  weight[i]);
+            for (int64_t row = 0; row < job.rows; row += kGgufTile) {
+                const int64_t count = smaller(kGgufTile, job.rows - row);
+                kMultiplyRows[count - 1](weight, job.x + row * job.columns + start, job.columns, depth, sums + row);
+            }
+        }
+        for (int64_t row = 0; row < job.rows; ++row)
+            for (int64_t i = 0; i < channels; ++i) {
+                const float value = job.bias ? sums[row][i] + job.bias[channel + i] : sums[row][i];
+                narrow(value, static_cast<Output*>(job.output)[row * job.features + channel + i]);
+            }
+    }
+}
+#endif
+
+#ifdef LOWBIT_AVX512
+#define LOWBIT_GGUF_PRODUCTS(Block) {multiply_blocks<Block, float>, multiply_blocks<Block, BFloat16>, multiply_blocks<Block, Half>}
+#else
+#define LOWBIT_GGUF_PRODUCTS(Block) {nullptr, nullptr, nullptr}
+#endif
+#define LOWBIT_GGUF_ENTRY(Number, Block)                                                               \
+    {Number, Block::elements, Block::bytes,                                                            \
+     {decode_blocks<Block, float>, decode_blocks<Block, BFloat16>, decode_blocks<Block, Half>},        \
+     LOWBIT_GGUF_PRODUCTS(Block)}
+
+// By ggml's number of the type.
+const GgufKernels gguf_kernels[] = {
+    LOWBIT_GGUF_ENTRY(0, PlainF32),   LOWBIT_GGUF_ENTRY(1, PlainF16),   LOWBIT_GGUF_ENTRY(30, PlainBF16),
+    LOWBIT_GGUF_ENTRY(8, BlockQ8_0),  LOWBIT_GGUF_ENTRY(2, BlockQ4_0),  LOWBIT_GGUF_ENTRY(3, BlockQ4_1),
+    LOWBIT_GGUF_ENTRY(6, BlockQ5_0),  LOWBIT_GGUF_ENTRY(7, BlockQ5_1),  LOWBIT_GGUF_ENTRY(10, BlockQ2_K),
+    LOWBIT_GGUF_ENTRY(11, BlockQ3_K), LOWBIT_GGUF_ENTRY(12, BlockQ4_K), LOWBIT_GGUF_ENTRY(13, BlockQ5_K),
+    LOWBIT_GGUF_ENTRY(14, BlockQ6_K), LOWBIT_GGUF_ENTRY(20, BlockIQ4_NL), LOWBIT_GGUF_ENTRY(23, BlockIQ4_XS),
+};
+constexpr int kGgufTypes = sizeof gguf_kernels / sizeof gguf_kernels[0];
+#undef LOWBIT_GGUF_ENTRY
+#undef LOWBIT_GGUF_PRODUCTS
