@@ -47,7 +47,7 @@ def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
         ConfigError: a pattern of ``ignored_layers`` names no module (a user's mistake; a checkpoint's may name layers
             of a larger model, such as ``lm_head``), or nothing is left to quantize.
     """
-    if not config.is_serialized:
+    if not config.is_serialized or config.weights_from is not None:
         check_patterns(config.ignored_layers or (), (name for name, _ in model.named_modules() if name))
     family = {} if config.is_serialized else kept_layers(type(model).__name__)
     linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
@@ -76,7 +76,7 @@ def _decide(name: str, layer: nn.Linear, config: QuantizationConfig, family: Map
             return Decision(None, reason)
     method = config.get_quant_method(layer, name)
     if method is None:
-        return Decision(None, "ignored_layers")
+        return Decision(None, config.reason_to_keep(name))
     refusal = method.refusal(layer)
     return Decision(None, refusal) if refusal else Decision(method)
 
