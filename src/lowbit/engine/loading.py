@@ -107,6 +107,22 @@ def resolve_model(model: str | None) -> str:
     return str(path)
 
 
+def local_component(source: str, component: str) -> Path:
+    """Return the folder of a component with its weights, downloaded from the Hub if ``source`` is there.
+
+    Raises:
+        ConfigError: it can't be had.
+    """
+    if not Path(source).is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            source = snapshot_download(source, allow_patterns=[f"{component}/*"])
+        except Exception as error:  # of the network or of the Hub: many kinds, all with a message
+            raise ConfigError(f"Can't get {component} of {source}: {str(error).splitlines()[0]}") from error
+    return Path(source) / component
+
+
 def read_components(source: str) -> ComponentIndex:
     """Return component -> (library, class) from the pipeline's ``model_index.json``, of a folder or from the Hub.
 

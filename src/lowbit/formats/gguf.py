@@ -10,6 +10,7 @@ tensors as (name, dimensions, type, offset), the fastest dimension first; then t
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import struct
@@ -239,12 +240,12 @@ class _Header:
             tensor = GgufTensor(name, kind, shape, start + offset)
             if tensor.offset + tensor.bytes > self.size:
                 raise self._fault(
-                    f"{kind.name} {list(shape)} needs {tensor.bytes:,} bytes from {tensor.offset:,} on, and the file has"
-                    f" {self.size:,}: is it cut short?"
+                    f"{kind.name} {list(shape)} needs {tensor.bytes:,} bytes from {tensor.offset:,} on, and the file"
+                    f" has {self.size:,}: is it cut short?"
                 )
             placed[name] = tensor
         ordered = sorted(placed.values(), key=lambda tensor: tensor.offset)
-        for before, after in zip(ordered, ordered[1:], strict=False):
+        for before, after in itertools.pairwise(ordered):
             self.subject = f"tensor {after.name!r}"
             if before.offset + before.bytes > after.offset:
                 raise self._fault(f"overlaps {before.name!r}")

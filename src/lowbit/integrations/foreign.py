@@ -8,6 +8,7 @@ model's own names, and which configuration they make; planning, checking, loadin
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,18 +28,17 @@ _READERS = {"gguf": "lowbit.integrations.gguf"}
 
 
 class ForeignTensor(Protocol):
-    """A tensor that a reader found.
-
-    Attributes:
-        shape: of its values.
-        encoding: how it is stored, for messages.
-    """
+    """A tensor that a reader found."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Of its values."""
+        ...
 
     @property
-    def encoding(self) -> str: ...
+    def encoding(self) -> str:
+        """How it is stored."""
+        ...
 
     def quantized(self) -> torch.Tensor:
         """Return it as the method's parameter of that name."""
@@ -152,8 +152,6 @@ def _check(
     weights: ForeignWeights,
     expected: Mapping[str, torch.Tensor],
 ) -> None:
-    import re
-
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     missing = sorted({*(expected.keys() - weights.tensors.keys())})
     unexpected = sorted(

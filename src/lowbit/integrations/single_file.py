@@ -74,14 +74,14 @@ def find_recipe(model: nn.Module, heights: Mapping[str, int]) -> tuple[Recipe, l
             return converted, missing
     if 2 * len(own.keys() & expected) >= len(own):
         return own, []
-    without = "" if convert is not None else f", and diffusers has no conversion of single files to {type(model).__name__}"
+    without = (
+        "" if convert is not None else f", and diffusers has no conversion of single files to {type(model).__name__}"
+    )
     shown = ", ".join(sorted(heights)[:3])
     raise UnsupportedError(f"the tensors are not those of {type(model).__name__} ({shown}, ...){without}")
 
 
-def _converted(
-    convert: Callable[..., Any], model: nn.Module, heights: Mapping[str, int]
-) -> tuple[Recipe, list[str]]:
+def _converted(convert: Callable[..., Any], model: nn.Module, heights: Mapping[str, int]) -> tuple[Recipe, list[str]]:
     if sum(heights.values()) > MOST_ROWS:
         raise CheckpointError(f"{sum(heights.values())} rows are more than a model of this kind has")
     try:
@@ -144,9 +144,7 @@ def _follow(
     return recipe, missing
 
 
-def _runs(
-    value: torch.Tensor, ends: torch.Tensor, rows: Mapping[str, int], order: list[str]
-) -> tuple[Rows, ...]:
+def _runs(value: torch.Tensor, ends: torch.Tensor, rows: Mapping[str, int], order: list[str]) -> tuple[Rows, ...]:
     """Cut row numbers into runs of consecutive rows of one tensor."""
     tensor = torch.searchsorted(ends, value, right=True)
     breaks = ((value.diff() != 1) | (tensor.diff() != 0)).nonzero().flatten().tolist()

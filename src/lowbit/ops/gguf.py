@@ -22,7 +22,9 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", "lowbit.ops.triton.gguf", frozenset({"cuda", "xpu"})),
     Implementation("native", "lowbit.ops.cpu.gguf_native", frozenset({"cpu"})),
     Implementation("blocked", "lowbit.ops.cpu.gguf", frozenset({"cpu"}), slow="decoded by plain torch at every call"),
-    Implementation("reference", "lowbit.ops.gguf", ANY_DEVICE, slow="decodes the whole weight at every call"),
+    Implementation(
+        "reference", "lowbit.ops.gguf", ANY_DEVICE, slow="decodes the whole weight by plain torch at every call"
+    ),
 )
 
 QUANTIZABLE_TYPES: tuple[str, ...] = tuple(ENCODERS)

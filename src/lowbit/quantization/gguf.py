@@ -102,8 +102,8 @@ class GgufConfig(QuantizationConfig):
             return self.layer_types.get(prefix)
         if self.gguf_type is None:
             raise ConfigError(
-                "gguf needs to know the weights: give gguf_model (a file, owner/repo/file.gguf or owner/repo:Q4_K_M), or"
-                " gguf_type to quantize the model's own"
+                "gguf needs to know the weights: give gguf_model (a file, owner/repo/file.gguf or owner/repo:Q4_K_M),"
+                " or gguf_type to quantize the model's own"
             )
         return fitting_type(self.gguf_type, columns)
 
@@ -128,9 +128,7 @@ class GgufConfig(QuantizationConfig):
 
     def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
         """Return the configuration to write beside the blocks."""
-        return replace(
-            self, gguf_model=None, is_checkpoint_gguf_serialized=True, ignored_layers=list(ignored_layers)
-        )
+        return replace(self, gguf_model=None, is_checkpoint_gguf_serialized=True, ignored_layers=list(ignored_layers))
 
 
 class GgufLinearMethod(LinearMethod):

@@ -1,7 +1,7 @@
 """GGUF weights on CPUs: decoded a block of output channels at a time and multiplied by torch.
 
-Products are made in the precision this CPU is fastest in: in the activations' own where it has instructions for it, else
-in float32.
+Products are made in the precision this CPU is fastest in: in the activations' own where it has instructions for it,
+else in float32.
 """
 
 from __future__ import annotations
