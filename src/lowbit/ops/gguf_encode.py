@@ -55,12 +55,12 @@ def _pack_bits(bits: Tensor) -> Tensor:
 
 
 def _largest(blocks: Tensor) -> Tensor:
-    """Return the element of the largest magnitude of each block [blocks, 1], the first of several."""
+    """Return the element of the largest magnitude of each block [blocks, 1], the first of several; NaN if one is."""
     magnitude = blocks.abs()
+    largest = magnitude.amax(dim=1, keepdim=True)
     positions = torch.arange(blocks.shape[1], device=blocks.device)
-    is_largest = magnitude == magnitude.amax(dim=1, keepdim=True)
-    first = torch.where(is_largest, positions, blocks.shape[1] - 1).amin(dim=1, keepdim=True)
-    return blocks.gather(1, first)
+    first = torch.where(magnitude == largest, positions, blocks.shape[1] - 1).amin(dim=1, keepdim=True)
+    return torch.where(largest.isnan(), largest, blocks.gather(1, first))
 
 
 def encode_q8_0(blocks: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ Q5_K = tl.constexpr(TYPES["Q5_K"])
 
 # By the bytes an SM has to move and decode for a tile; not measured.
 FUSED_ROWS = 256
-# Few decoded elements a thread: their addresses and scales take registers too. Chosen by the chips' limits, not measured.
+# Few decoded elements a thread, whose addresses and scales take registers too. Chosen by the chips' limits, not
+# measured.
 TILES: TileTable = (
     (16, Tile(16, 64, 64, num_warps=4, num_stages=3)),
     (64, Tile(64, 64, 32, num_warps=8, num_stages=3)),
