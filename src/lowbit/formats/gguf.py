@@ -107,7 +107,7 @@ class GgufFile:
         """
         count = (tensor.rows if last is None else last) - first
         raw = torch.empty((count, tensor.row_bytes), dtype=torch.uint8)
-        view = memoryview(raw.numpy()).cast("B") if raw.numel() else memoryview(b"")
+        view = memoryview(raw.view(-1).numpy())  # type: ignore[arg-type]
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(tensor.offset + first * tensor.row_bytes)

@@ -77,7 +77,7 @@ def write_gguf(
                 _pad(file)
                 raw = tensor.make()
                 assert raw.numel() == tensor.bytes, tensor.name
-                file.write(memoryview(raw.contiguous().view(-1).numpy()))
+                raw.contiguous().view(-1).numpy().tofile(file)
                 if progress is not None:
                     progress(done, len(tensors))
             _pad(file)

@@ -99,7 +99,7 @@ class GgufWeight:
     def _values(self, source: FileTensor, first: int, last: int) -> torch.Tensor:
         kind = source.tensor.type.name
         if source.is_reshaped:
-            values = dequantize_operator(self.file.read_rows(source.tensor), kind, torch.float32)
+            values: torch.Tensor = dequantize_operator(self.file.read_rows(source.tensor), kind, torch.float32)
             return values.reshape(source.shape)[first:last]
         values = dequantize_operator(self._rows(source, first, last), kind, torch.float32)
         return values.reshape(last - first, *source.shape[1:])

@@ -130,7 +130,8 @@ def _follow(
     )
     arguments: dict[str, Any] = {"checkpoint": numbers}
     if "config" in inspect.signature(convert).parameters:
-        arguments["config"] = dict(model.config)  # type: ignore[call-overload]
+        settings: Any = model.config
+        arguments["config"] = dict(settings)
     try:
         converted = convert(**arguments)
     except (KeyError, ValueError, TypeError, AttributeError) as error:

@@ -133,7 +133,8 @@ def decode_q6_k(blocks: Tensor) -> Tensor:
 
 
 def _iq4_values(codes: Tensor) -> Tensor:
-    return torch.tensor(IQ4_VALUES, dtype=torch.float32, device=codes.device)[codes.int()]
+    values = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=codes.device)
+    return values[codes.int()]
 
 
 def decode_iq4_nl(blocks: Tensor) -> Tensor:
