@@ -30,7 +30,8 @@ def _shifts(device: torch.device, *values: int) -> Tensor:
 def _fields(data: Tensor, bits: int) -> Tensor:
     """Split bytes [..., n] into fields of ``bits`` bits [..., 8 / bits, n], the lowest bits first."""
     shifts = _shifts(data.device, *range(0, 8, bits))
-    return (data.unsqueeze(-2) >> shifts.unsqueeze(-1)) & ((1 << bits) - 1)
+    fields: Tensor = (data.unsqueeze(-2) >> shifts.unsqueeze(-1)) & ((1 << bits) - 1)
+    return fields
 
 
 def _nibbles(data: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def decode_q6_k(blocks: Tensor) -> Tensor:
 
 def _iq4_values(codes: Tensor) -> Tensor:
     values = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=codes.device)
-    return values[codes.int()]
+    return values.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def decode_iq4_nl(blocks: Tensor) -> Tensor:

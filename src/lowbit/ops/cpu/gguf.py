@@ -10,11 +10,16 @@ import torch
 
 from lowbit.ops import gguf
 from lowbit.ops.cpu import native
-from lowbit.ops.cpu.blocked import multiply, multiply_float32
+from lowbit.ops.cpu.blocked import Decode, finish, multiply, multiply_float32
 from lowbit.ops.cpu.features import fast_matmul_dtype
+from lowbit.ops.cpu.workspace import scratch
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.gguf_types import block_type
 from lowbit.ops.library import define_operator
+
+# From so many rows on the decoded weight is read so often that keeping it in the cache gains nothing.
+MANY_ROWS = 128
+DECODED_BYTES = 64 << 20
 
 
 def supports(problem: Problem) -> str | None:
@@ -67,8 +72,25 @@ def multiply_blocked(
         return multiply(x, features, decode, None if bias is None else bias.to(x.dtype))
     output = torch.empty((x.shape[0], features), dtype=x.dtype)
     bias = None if bias is None else bias.float().contiguous()
-    multiply_float32(x.float(), features, decode, output, None, None, bias)
+    if x.shape[0] < MANY_ROWS:
+        multiply_float32(x.float(), features, decode, output, None, None, bias)
+    else:
+        _multiply_many_rows(x.float(), features, decode, output, bias)
     return output
+
+
+def _multiply_many_rows(
+    x: torch.Tensor, features: int, decode: Decode, output: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Write ``x @ weight.T + bias`` to ``output``: few large products, which other work on the cores disturbs less."""
+    step = max(DECODED_BYTES // (4 * x.shape[1]) // 64 * 64, 64)
+    for first in range(0, features, step):
+        last = min(first + step, features)
+        weight = scratch("weight", (last - first, x.shape[1]), torch.float32)
+        decode(first, weight)
+        product = scratch("product", (x.shape[0], last - first), torch.float32)
+        torch.mm(x, weight.t(), out=product)
+        finish(product, None, None, None if bias is None else bias[first:last], output[:, first:last])
 
 
 def _fake_mm(x: torch.Tensor, packed: torch.Tensor, weight_type: str, bias: torch.Tensor | None = None) -> torch.Tensor:
