@@ -7,7 +7,11 @@
 LOWBIT_INLINE float half_at(const uint8_t* bytes) {
     Half value;
     std::memcpy(&value.bits, bytes, sizeof value.bits);
+#ifdef LOWBIT_AVX512
+    return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi32_si128(value.bits))));
+#else
     return widen(value);
+#endif
 }
 
 #ifdef LOWBIT_AVX512
@@ -160,27 +164,29 @@ struct BlockQ3_K {
     }
 };
 
-// The six-bit scale and minimum of a group of Q4_K and Q5_K.
-LOWBIT_INLINE void scale_and_minimum(const uint8_t* packed, int group, int& scale, int& minimum) {
-    if (group < 4) {
-        scale = packed[group] & 63;
-        minimum = packed[group + 4] & 63;
-    } else {
-        scale = (packed[group + 4] & 15) | ((packed[group - 4] >> 6) << 4);
-        minimum = (packed[group + 4] >> 4) | ((packed[group] >> 6) << 4);
-    }
+// The six-bit scales and minimums of the eight groups of Q4_K and Q5_K, times d and dmin.
+LOWBIT_INLINE void scales_and_minimums(const uint8_t* block, float* scales, float* minimums) {
+    const float d = half_at(block), dmin = half_at(block + 2);
+    uint32_t words[3], unpacked[4];
+    std::memcpy(words, block + 4, sizeof words);
+    unpacked[0] = words[0] & 0x3f3f3f3fu;
+    unpacked[1] = (words[2] & 0x0f0f0f0fu) | (((words[0] >> 6) & 0x03030303u) << 4);
+    unpacked[2] = words[1] & 0x3f3f3f3fu;
+    unpacked[3] = ((words[2] >> 4) & 0x0f0f0f0fu) | (((words[1] >> 6) & 0x03030303u) << 4);
+    uint8_t six_bits[16];
+    std::memcpy(six_bits, unpacked, sizeof six_bits);
+    for (int i = 0; i < 8; ++i) scales[i] = d * static_cast<float>(six_bits[i]);
+    for (int i = 0; i < 8; ++i) minimums[i] = dmin * static_cast<float>(six_bits[8 + i]);
 }
 
 struct BlockQ4_K {
     static constexpr int elements = 256, bytes = 144;
     LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        const float d = half_at(block), dmin = half_at(block + 2);
+        float scales[8], minimums[8];
+        scales_and_minimums(block, scales, minimums);
         for (int pair = 0; pair < 4; ++pair) {
-            int s0, m0, s1, m1;
-            scale_and_minimum(block + 4, 2 * pair, s0, m0);
-            scale_and_minimum(block + 4, 2 * pair + 1, s1, m1);
-            const float scale0 = d * static_cast<float>(s0), minimum0 = dmin * static_cast<float>(m0);
-            const float scale1 = d * static_cast<float>(s1), minimum1 = dmin * static_cast<float>(m1);
+            const float scale0 = scales[2 * pair], minimum0 = minimums[2 * pair];
+            const float scale1 = scales[2 * pair + 1], minimum1 = minimums[2 * pair + 1];
             const uint8_t* q = block + 16 + 32 * pair;
             float* to = out + 64 * pair;
 #ifdef LOWBIT_AVX512
@@ -202,14 +208,12 @@ struct BlockQ4_K {
 struct BlockQ5_K {
     static constexpr int elements = 256, bytes = 176;
     LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        const float d = half_at(block), dmin = half_at(block + 2);
+        float scales[8], minimums[8];
+        scales_and_minimums(block, scales, minimums);
         const uint8_t* high = block + 16;
         for (int pair = 0; pair < 4; ++pair) {
-            int s0, m0, s1, m1;
-            scale_and_minimum(block + 4, 2 * pair, s0, m0);
-            scale_and_minimum(block + 4, 2 * pair + 1, s1, m1);
-            const float scale0 = d * static_cast<float>(s0), minimum0 = dmin * static_cast<float>(m0);
-            const float scale1 = d * static_cast<float>(s1), minimum1 = dmin * static_cast<float>(m1);
+            const float scale0 = scales[2 * pair], minimum0 = minimums[2 * pair];
+            const float scale1 = scales[2 * pair + 1], minimum1 = minimums[2 * pair + 1];
             const uint8_t* q = block + 48 + 32 * pair;
             float* to = out + 64 * pair;
             const int bit = 2 * pair;
@@ -239,10 +243,14 @@ struct BlockQ6_K {
     static constexpr int elements = 256, bytes = 210;
     LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
         const float d = half_at(block + 208);
-        const auto* scales = reinterpret_cast<const int8_t*>(block + 192);
+        float scales[16];
+        for (int i = 0; i < 16; ++i) scales[i] = d * static_cast<float>(static_cast<int8_t>(block[192 + i]));
+#ifdef LOWBIT_AVX512
+#pragma GCC unroll 16
+#endif
         for (int group = 0; group < 16; ++group) {
             const int half = group / 8, quarter = group % 8 / 2;
-            const float scale = d * static_cast<float>(scales[group]);
+            const float scale = scales[group];
             const uint8_t* low = block + 64 * half + quarter % 2 * 32 + group % 2 * 16;
             const uint8_t* high = block + 128 + 32 * half + group % 2 * 16;
             const int low_shift = quarter / 2 * 4, high_shift = 2 * quarter;

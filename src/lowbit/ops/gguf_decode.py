@@ -130,7 +130,8 @@ def decode_q6_k(blocks: Tensor) -> Tensor:
     high = _fields(blocks[:, 128:192].unflatten(1, (2, 32)), 2).flatten(1)
     codes = (low | (high << 4)).to(torch.int8) - 32
     scale = _float16(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()
-    return (scale.unsqueeze(-1) * codes.unflatten(1, (16, 16)).float()).flatten(1)
+    groups: Tensor = codes.unflatten(1, (16, 16)).float()
+    return (scale.unsqueeze(-1) * groups).flatten(1)
 
 
 def _iq4_values(codes: Tensor) -> Tensor:
