@@ -52,6 +52,10 @@ def test_generate_writes_the_picture_and_says_what_it_did(tmp_path: Path) -> Non
         (["-q", "int8", "--ignored-layers", "img_mlp"], "img_mlp"),
         (["-q", "int8", "--kernel", "fastest"], "Unknown int8 kernel: 'fastest'"),
         (["--ignored-layers", "to_q"], "needs --quantization"),
+        (["--gguf-type", "Q8_0"], "--gguf-type needs --quantization"),
+        (["-q", "gguf"], "give gguf_model"),
+        (["-q", "gguf", "--gguf-model", "none.gguf"], "there is no file none.gguf"),
+        (["-q", "int8", "--gguf-type", "Q8_0"], "Unknown option 'gguf_type'"),
         (["--output", "missing/picture.png"], "does not exist"),
         (["--output", "picture.xyz"], "no image format"),
         (["--model", "./nowhere/at/all"], "There is no folder"),
@@ -115,3 +119,21 @@ def test_info_lists_what_would_be_quantized(tmp_path: Path) -> None:
 def test_help_has_examples(tmp_path: Path) -> None:
     assert "Examples" in lowbit("generate", "--help", cwd=tmp_path).stdout
     assert "0.1.0" in lowbit("--version", cwd=tmp_path).stdout
+
+
+def test_a_gguf_file_is_written_and_generated_with(tmp_path: Path) -> None:
+    written = lowbit("quantize", "-q", "gguf", "--gguf-type", "Q4_K", "-o", "model.gguf", cwd=tmp_path)
+    assert written.returncode == 0, written.stderr
+    for word in ("42 layers gguf Q5_0", "7 layers gguf Q4_K", "7 modulation", "model.gguf"):
+        assert word in written.stdout
+    arguments = ("-q", "gguf", "--gguf-model", "model.gguf", "--output", "picture.png", "--steps", "8")
+    result = lowbit("generate", PROMPT, *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "7 layers gguf Q4_K" in result.stdout
+    assert "12 BF16 in the file" in result.stdout
+    again = lowbit("quantize", "-q", "gguf", "--gguf-type", "Q4_K", "-o", "model.gguf", cwd=tmp_path)
+    assert again.returncode == 1
+    assert "exists already" in again.stderr
+    other = lowbit("quantize", "-q", "int8", "-o", "other.gguf", cwd=tmp_path)
+    assert "the method is int8: use --quantization gguf" in other.stderr
+    assert not (tmp_path / "other.gguf").exists()

@@ -130,6 +130,27 @@ struct AttentionKernels {
     int64_t rows;
 };
 
+struct GgufJob {
+    const uint8_t* input;  // [rows, bytes per row]
+    int64_t columns;
+    void* output;  // [rows, columns]
+};
+
+struct GgufProductJob {
+    const float* x;  // [rows, columns]
+    int64_t rows, columns, features;
+    const uint8_t* input;  // [features, bytes per row]
+    const float* bias;     // [features] or null
+    void* output;          // [rows, features]
+};
+
+// Of one block type; the indices are element types (float32, bfloat16, float16).
+struct GgufKernels {
+    int number, elements, bytes;
+    void (*decode[3])(const GgufJob&, int64_t, int64_t);
+    void (*multiply[3])(const GgufProductJob&, int64_t, int64_t);  // null where the instruction set has none
+};
+
 // Indices: element type (float32, bfloat16, float16), code type (int8, uint8, e4m3; decoding int8, e4m3).
 struct Kernels {
     void (*quantize[3][3])(const QuantizeJob&, int64_t, int64_t);
@@ -166,6 +187,7 @@ LOWBIT_INLINE void populate(void* memory, int64_t size) {
 namespace generic {
 #include "kernels.h"
 #include "weight_only.h"
+#include "gguf.h"
 }
 
 #ifdef LOWBIT_X86
@@ -179,6 +201,7 @@ namespace generic {
 namespace avx2 {
 #include "kernels.h"
 #include "weight_only.h"
+#include "gguf.h"
 }
 #undef LOWBIT_AVX2
 #if defined(__clang__)
@@ -194,6 +217,7 @@ namespace avx2 {
 namespace avx512 {
 #include "kernels.h"
 #include "weight_only.h"
+#include "gguf.h"
 }
 #undef LOWBIT_AVX512
 #if defined(__clang__)
@@ -260,6 +284,21 @@ const WeightKernels* weight_kernels_of(int isa) {
     if (isa == kAvx2) return &avx2::weight_kernels;
 #endif
     return &generic::weight_kernels;
+}
+
+const GgufKernels* gguf_kernels_of(int isa, int number) {
+    const GgufKernels* found = generic::gguf_kernels;
+#ifdef LOWBIT_X86
+    if (isa == kAvx512) found = avx512::gguf_kernels;
+    if (isa == kAvx2) found = avx2::gguf_kernels;
+#endif
+    for (int i = 0; i < generic::kGgufTypes; ++i)
+        if (found[i].number == number) return found + i;
+    return nullptr;
+}
+
+bool is_row(const GgufKernels& kernels, int64_t columns, int64_t row_bytes) {
+    return columns % kernels.elements == 0 && columns / kernels.elements * kernels.bytes == row_bytes;
 }
 
 int selected_isa = best_isa();
@@ -430,4 +469,30 @@ LOWBIT_EXPORT void lowbit_int4_decode(const void* weight, int64_t columns, int64
     const WeightJob job{nullptr,    0, 0,          depth,   weight, columns, scale, scale_is_bfloat16 != 0,
                         zero_point, 1, group_size, nullptr, output, 0};
     run(selected_weight->decode_int4, job, columns, columns * depth, threads);
+}
+
+// Blocks of a GGUF type [rows, bytes per row] -> output [rows, columns]. Returns 0, or 1 for a type it does not know or
+// rows that are not whole blocks.
+LOWBIT_EXPORT int lowbit_gguf_decode(const uint8_t* input, int type, int64_t rows, int64_t columns,
+                                     int64_t row_bytes, void* output, int element_type, int threads) {
+    const GgufKernels* kernels = gguf_kernels_of(selected_isa, type);
+    if (kernels == nullptr || !is_row(*kernels, columns, row_bytes)) return 1;
+    const GgufJob job{input, columns, output};
+    run(kernels->decode[element_type], job, rows, rows * columns, threads);
+    return 0;
+}
+
+// Whether lowbit_gguf_product runs with the selected instruction set.
+LOWBIT_EXPORT int lowbit_has_gguf_product() { return gguf_kernels_of(selected_isa, 0)->multiply[0] != nullptr; }
+
+// x float32 [rows, columns] times the transpose of blocks [features, bytes per row], plus bias [features] (or null) ->
+// output [rows, features], summed in float32. columns is a multiple of 32. Returns as lowbit_gguf_decode.
+LOWBIT_EXPORT int lowbit_gguf_product(const float* x, int64_t rows, int64_t columns, const uint8_t* input, int type,
+                                      int64_t features, int64_t row_bytes, const float* bias, void* output, int element_type,
+                                      int threads) {
+    const GgufKernels* kernels = gguf_kernels_of(selected_isa, type);
+    if (kernels == nullptr || !is_row(*kernels, columns, row_bytes) || columns % 32 || !kernels->multiply[0]) return 1;
+    const GgufProductJob job{x, rows, columns, features, input, bias, output};
+    run(kernels->multiply[element_type], job, blocks(features, 4), features * columns, threads);
+    return 0;
 }

@@ -32,6 +32,8 @@ def generate(
     quantization: options.Quantization = None,
     quantization_config: options.QuantizationConfigText = None,
     ignored_layers: options.IgnoredLayers = None,
+    gguf_model: options.GgufModel = None,
+    gguf_type: options.GgufType = None,
     kernel: options.Kernel = None,
     output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "output.png",
     steps: Annotated[
@@ -66,7 +68,7 @@ def generate(
         negative_prompt=negative_prompt,
         num_outputs_per_prompt=num_images_per_prompt,
     )
-    spec = options.quantization_spec(quantization, quantization_config, ignored_layers, kernel)
+    spec = options.quantization_spec(quantization, quantization_config, ignored_layers, kernel, gguf_model, gguf_type)
     from lowbit.engine import Omni
 
     omni = Omni(

@@ -41,13 +41,17 @@ def info(
     quantization: options.Quantization = "int8",
     quantization_config: options.QuantizationConfigText = None,
     ignored_layers: options.IgnoredLayers = None,
+    gguf_model: options.GgufModel = None,
+    gguf_type: options.GgufType = None,
 ) -> None:
     """Show which kernels run here and why not the others; of a MODEL, what would be quantized and why not the rest."""
     if model is None:
         _show_machine()
     else:
         method = None if quantization_config is not None else quantization
-        _show_model(model, options.quantization_spec(method, quantization_config, ignored_layers))
+        _show_model(
+            model, options.quantization_spec(method, quantization_config, ignored_layers, None, gguf_model, gguf_type)
+        )
 
 
 def devices() -> list[torch.device]:

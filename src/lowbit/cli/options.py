@@ -33,6 +33,13 @@ IgnoredLayers = Annotated[
 Kernel = Annotated[
     str | None, typer.Option("--kernel", help="Implementation to compute with, as `lowbit info` lists them.")
 ]
+GgufModel = Annotated[
+    str | None,
+    typer.Option("--gguf-model", help="For gguf: a file, owner/repo/file.gguf or owner/repo:Q4_K_M with the weights."),
+]
+GgufType = Annotated[
+    str | None, typer.Option("--gguf-type", help="For gguf: the type to quantize to, such as Q8_0 or Q4_K.")
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of what is not quantized: bfloat16, float16 or float32.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, xpu... Default: an accelerator if there is one.")
@@ -60,7 +67,12 @@ GuidanceScale = Annotated[float | None, typer.Option(help="Default: the model's.
 
 
 def quantization_spec(
-    method: str | None, config: str | None, ignored_layers: str | None = None, kernel: str | None = None
+    method: str | None,
+    config: str | None,
+    ignored_layers: str | None = None,
+    kernel: str | None = None,
+    gguf_model: str | None = None,
+    gguf_type: str | None = None,
 ) -> Any:
     """Combine the command line's options to what ``build_quant_config`` takes.
 
@@ -71,8 +83,8 @@ def quantization_spec(
     options: dict[str, Any] = {}
     if ignored_layers is not None:
         options["ignored_layers"] = [name.strip() for name in ignored_layers.split(",") if name.strip()]
-    if kernel is not None:
-        options["kernel"] = kernel
+    given = {"kernel": kernel, "gguf_model": gguf_model, "gguf_type": gguf_type}
+    options.update({name: value for name, value in given.items() if value is not None})
     if isinstance(spec, dict) and method is not None and ("method" in spec or "quant_method" in spec):
         raise ConfigError("Give the method in --quantization or in --quantization-config, not in both")
     if method is not None:
@@ -81,7 +93,7 @@ def quantization_spec(
         names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         raise ConfigError(f"{names} needs --quantization")
     if options and not ("method" in spec or "quant_method" in spec):
-        raise ConfigError("With a configuration per component, write ignored_layers and kernel into it")
+        raise ConfigError(f"With a configuration per component, write {', '.join(options)} into it")
     return {**spec, **options} if options else spec
 
 

@@ -6,38 +6,47 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from tqdm import tqdm
 
 from lowbit.cli import options
 from lowbit.errors import ConfigError
+from lowbit.quantization.factory import build_quant_config
+from lowbit.quantization.gguf import GgufConfig
 
 EXAMPLES = """Examples:
 
   lowbit quantize --quantization int8 --output ./embedded-int8
 
   lowbit quantize --model Tongyi-MAI/Z-Image-Turbo -q int8 --output ./z-image-int8
+
+  lowbit quantize --model ./z-image -q gguf --gguf-type Q4_K --output z-image-Q4_K.gguf
 """
 
 
 def quantize(
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder to create.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to create, or a .gguf file.")],
     model: options.Model = None,
     quantization: options.Quantization = None,
     quantization_config: options.QuantizationConfigText = None,
     ignored_layers: options.IgnoredLayers = None,
+    gguf_type: options.GgufType = None,
     dtype: options.Dtype = "bfloat16",
     device: options.Device = None,
     calibration_prompt: Annotated[
         list[str] | None, typer.Option(help="For FP8's static activation scheme; may be given several times.")
     ] = None,
 ) -> None:
-    """Quantize a pipeline and write it, in diffusers' format with vLLM-Omni's tensors."""
+    """Quantize a pipeline and write it, in diffusers' format with vLLM-Omni's tensors; or one GGUF file."""
     target = check_new_folder(output)
-    spec = options.quantization_spec(quantization, quantization_config, ignored_layers)
+    spec = options.quantization_spec(quantization, quantization_config, ignored_layers, gguf_type=gguf_type)
     if spec is None:
         raise ConfigError("Say how to quantize: --quantization or --quantization-config")
+    if target.suffix == ".gguf":
+        write_gguf_file(model, spec, target)
+        return
     from lowbit.engine import Omni
 
     omni = Omni(
@@ -49,11 +58,42 @@ def quantize(
     typer.echo(f"wrote       {target}")
 
 
+def write_gguf_file(model: str | None, spec: Any, target: Path) -> None:
+    """Write the transformer of ``model`` as a GGUF file.
+
+    Raises:
+        ConfigError: another method than gguf, or several components.
+    """
+    from lowbit.engine.loading import local_component, read_components, resolve_model, route
+    from lowbit.integrations.gguf_export import export_gguf
+
+    source = resolve_model(model)
+    components = read_components(source)
+    chosen = route(build_quant_config(spec), components)
+    if len(chosen) != 1:
+        raise ConfigError(
+            f"{target} holds one component, and {', '.join(chosen)} are to be quantized: name one with"
+            ' --quantization-config \'{"transformer": {"method": "gguf", "gguf_type": "Q4_K"}}\''
+        )
+    name, config = next(iter(chosen.items()))
+    if not isinstance(config, GgufConfig):
+        raise ConfigError(f"{target} is a GGUF file, and the method is {config.get_name()}: use --quantization gguf")
+    with tqdm(desc="writing", unit="tensor", leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        manifest = export_gguf(local_component(source, name), components[name][1], config, target, show)
+    typer.echo(f"quantized   {manifest.summary()}")
+    typer.echo(f"wrote       {target}")
+
+
 def check_new_folder(path: str) -> Path:
-    """Return ``path`` if a folder can be created there; raises ``ConfigError`` otherwise."""
+    """Return ``path`` if a file or folder can be created there; raises ``ConfigError`` otherwise."""
     target = Path(path)
     if target.exists():
-        raise ConfigError(f"{target} exists already; name a new folder")
+        raise ConfigError(f"{target} exists already; name a new folder or file")
     parent = target.absolute().parent
     if not parent.is_dir():
         raise ConfigError(f"Can't write {target}: the folder {parent} does not exist")

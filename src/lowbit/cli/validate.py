@@ -26,6 +26,8 @@ def validate(
     quantization: options.Quantization = None,
     quantization_config: options.QuantizationConfigText = None,
     ignored_layers: options.IgnoredLayers = None,
+    gguf_model: options.GgufModel = None,
+    gguf_type: options.GgufType = None,
     kernel: options.Kernel = None,
     attention_quantization: options.AttentionQuantization = None,
     calibration_prompt: options.CalibrationPrompts = None,
@@ -46,7 +48,7 @@ def validate(
     from lowbit.evaluation.report import write_report
     from lowbit.evaluation.validation import HEADER, row, validation_plan
 
-    spec = options.quantization_spec(quantization, quantization_config, ignored_layers, kernel)
+    spec = options.quantization_spec(quantization, quantization_config, ignored_layers, kernel, gguf_model, gguf_type)
     if spec is None:
         raise ConfigError("Give the method to validate: --quantization")
     json_file = comparison.check_output_file(output_json, "--output-json") if output_json else None

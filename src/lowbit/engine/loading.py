@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowbit.engine.config import OmniDiffusionConfig, parse_attention
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models import is_diffusion_transformer
@@ -34,10 +36,13 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     from lowbit.integrations.preflight import check_pipeline
 
     source = resolve_model(config.model)
+    components = read_components(source)
     chosen = {name: found for name, found in routed(config).items() if not found.needs_calibration}
+    foreign = {name: chosen.pop(name) for name in list(chosen) if chosen[name].weights_from is not None}
     device = config.device
     if Path(source).is_dir():
-        check_pipeline(source, chosen, device=device or "cpu")
+        own = [name for name in components if name not in foreign]
+        check_pipeline(source, chosen, components=own, device=device or "cpu")
     arguments: dict[str, Any] = {
         "torch_dtype": config.dtype,
         "use_safetensors": True,
@@ -47,7 +52,31 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
         arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping=dict(chosen))
     if device is not None and str(device) != "cpu":
         arguments["device_map"] = str(device)  # each tensor goes to the device by itself, not the model through memory
+    arguments.update(_load_foreign(config, source, components, foreign))
     return DiffusionPipeline.from_pretrained(source, **arguments)
+
+
+def _load_foreign(
+    config: OmniDiffusionConfig,
+    source: str,
+    components: ComponentIndex,
+    foreign: Mapping[str, QuantizationConfig],
+) -> dict[str, Any]:
+    """Load the components whose weights are not in their own folders; their folders' weights are not needed."""
+    from lowbit.integrations.foreign import load_component
+
+    places = [found.weights_from for found in foreign.values()]
+    if len(set(places)) < len(places):
+        raise ConfigError(
+            f"{places[0]} holds one component, and {', '.join(foreign)} would all take it: give each its own with a"
+            " configuration per component"
+        )
+    assert isinstance(config.dtype, torch.dtype)
+    device = str(config.device or "cpu")
+    return {
+        name: load_component(source, name, *components[name], found, dtype=config.dtype, device=device)
+        for name, found in foreign.items()
+    }
 
 
 def routed(config: OmniDiffusionConfig) -> dict[str, QuantizationConfig]:
@@ -76,6 +105,22 @@ def resolve_model(model: str | None) -> str:
             f"{path / 'model_index.json'} is missing: a pipeline's folder holds it beside one folder per component"
         )
     return str(path)
+
+
+def local_component(source: str, component: str) -> Path:
+    """Return the folder of a component with its weights, downloaded from the Hub if ``source`` is there.
+
+    Raises:
+        ConfigError: it can't be had.
+    """
+    if not Path(source).is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            source = snapshot_download(source, allow_patterns=[f"{component}/*"])
+        except Exception as error:  # of the network or of the Hub: many kinds, all with a message
+            raise ConfigError(f"Can't get {component} of {source}: {str(error).splitlines()[0]}") from error
+    return Path(source) / component
 
 
 def read_components(source: str) -> ComponentIndex:

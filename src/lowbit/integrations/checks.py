@@ -199,8 +199,11 @@ def _mismatch(name: str, expected: torch.Tensor, found: TensorHeader, preparatio
         except CheckpointError as error:
             return str(error).removeprefix(f"{name}: ")
         return None
-    if tuple(expected.shape) != found.shape:
-        return f"found {found}, needs {list(expected.shape)}"
+    needed = tuple(expected.shape)
+    if quantized is not None and quantized[1] == "weight":  # to be quantized: to bytes of another shape, maybe
+        needed = (quantized[0].out_features, quantized[0].in_features)
+    if needed != found.shape:
+        return f"found {found}, needs {list(needed)}"
     if (quantized is not None or expected.is_floating_point()) and found.dtype not in _FLOATS:
         return f"found {found}, needs an unquantized floating dtype"
     return None

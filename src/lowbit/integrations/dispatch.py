@@ -30,8 +30,10 @@ def connect(auto: ModuleType, from_dict_owner: type, factory: type, quantizer: t
     """
     configs, quantizers = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
     theirs = frozenset(name for name, kind in configs.items() if not issubclass(kind, QuantizationConfig))
-    for method in set(SUPPORTED_QUANTIZATION_METHODS) - theirs:
-        configs[method], quantizers[method] = config_class(method), quantizer
+    for method in SUPPORTED_QUANTIZATION_METHODS:
+        # A pipeline's configuration takes only classes of the table, so those of a name in use get another.
+        name = f"lowbit-{method}" if method in theirs else method
+        configs[name], quantizers[name] = config_class(method), quantizer
 
     def from_dict(original: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
         return _build(config) if claims(config, theirs) else original(config, *args, **kwargs)

@@ -84,7 +84,7 @@ def prepare(
             " quantize_model with input_absmax"
         )
     plan = plan_layers(model, config)
-    if not config.is_serialized:
+    if not config.is_serialized or config.weights_from is not None:
         plan = _keep(plan, kept or {})
     replace_layers(model, plan, dtype)
     layers = quantized_layers(model)

@@ -57,6 +57,7 @@ class Problem:
         in_features: K.
         activation_scheme: ``"dynamic"`` or ``"static"``.
         weight_block_size: ``(rows, columns)`` of a weight block, ``None`` for one scale per output channel.
+        weight_type: of a weight whose family has several, such as GGUF's ``"Q4_K"``; empty otherwise.
     """
 
     device: torch.device
@@ -65,6 +66,7 @@ class Problem:
     in_features: int
     activation_scheme: str = "dynamic"
     weight_block_size: tuple[int, int] | None = None
+    weight_type: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
 from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS, build_quant_config
 from lowbit.quantization.fp8 import Fp8Config
+from lowbit.quantization.gguf import GgufConfig
 from lowbit.quantization.int8 import Int8Config
 from lowbit.quantization.linear import QuantizedLinear
 from lowbit.quantization.manifest import LayerRecord, Manifest
@@ -13,6 +14,7 @@ __all__ = [
     "SUPPORTED_QUANTIZATION_METHODS",
     "ComponentQuantizationConfig",
     "Fp8Config",
+    "GgufConfig",
     "Int8Config",
     "LayerRecord",
     "LinearMethod",

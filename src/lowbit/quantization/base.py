@@ -96,6 +96,15 @@ class QuantizationConfig(ABC):
         return False
 
     @property
+    def weights_from(self) -> str | None:
+        """Where the component's weights are, if not in its own folder: as the user wrote it."""
+        return None
+
+    def reason_to_keep(self, prefix: str) -> str:
+        """Say why ``get_quant_method`` leaves the linear layer with this full name as it is."""
+        return "ignored_layers"
+
+    @property
     def quant_method(self) -> MethodName:
         """The name, under the attribute diffusers and transformers look for."""
         return MethodName(self.get_name())

@@ -14,6 +14,7 @@ from lowbit.quantization.component import ComponentQuantizationConfig
 _METHODS: dict[str, tuple[str, str]] = {
     "int8": ("lowbit.quantization.int8", "Int8Config"),
     "fp8": ("lowbit.quantization.fp8", "Fp8Config"),
+    "gguf": ("lowbit.quantization.gguf", "GgufConfig"),
 }
 
 SUPPORTED_QUANTIZATION_METHODS: tuple[str, ...] = tuple(_METHODS)

@@ -96,7 +96,7 @@ class QuantizedLinear(nn.Linear):
     def load_unquantized(self, weight: torch.Tensor) -> None:
         """Quantize ``weight`` [N, K] and take the result."""
         for name, tensor in self.method.quantize_weight(weight).items():
-            self.load_tensor(name, tensor)
+            self.replace_tensor(name, tensor)
         self.owns_weight = True
 
     def process_weights_after_loading(self) -> None:

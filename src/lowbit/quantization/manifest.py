@@ -74,7 +74,10 @@ class Manifest:
 
     def summary(self) -> str:
         """Return one line: methods with kernels and counts, what was kept and why, bytes before and after."""
-        used = [f"{count} layers {method} ({kernel})" for (method, kernel), count in self.by_kernel().items()]
+        used = [
+            f"{count} layers {method}{f' ({kernel})' if kernel else ''}"
+            for (method, kernel), count in self.by_kernel().items()
+        ]
         kept = [f"{count} {reason}" for reason, count in self.by_reason().items()]
         parts = [*used, f"{len(self.kept)} kept: {', '.join(kept)}" if kept else ""]
         before, after = self.bytes_before / 1e6, self.bytes_after / 1e6

@@ -48,7 +48,7 @@ def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
         ConfigError: a pattern of ``ignored_layers`` or ``weight_only_layers`` names no module (a user's mistake; a
             checkpoint's may name layers of a larger model, such as ``lm_head``), or nothing is left to quantize.
     """
-    if not config.is_serialized:
+    if not config.is_serialized or config.weights_from is not None:
         for option in ("ignored_layers", "weight_only_layers"):
             check_patterns(getattr(config, option) or (), (name for name, _ in model.named_modules() if name), option)
         if config.weight_only_layers is None:
@@ -86,7 +86,7 @@ def _decide(name: str, layer: nn.Linear, config: QuantizationConfig, family: Map
             if matches_any(patterns, name):
                 return Decision(None, reason)
     if method is None:
-        return Decision(None, "ignored_layers")
+        return Decision(None, config.reason_to_keep(name))
     refusal = method.refusal(layer)
     return Decision(None, refusal) if refusal else Decision(method)
 

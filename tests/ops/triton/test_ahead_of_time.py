@@ -15,7 +15,18 @@ import torch
 
 pytest.importorskip("triton")
 
-from lowbit.ops.triton import ahead_of_time, attention, fp8, int8, int8_weight_only, launch, persistent, quantize_rows
+from lowbit.ops.gguf_types import block_type
+from lowbit.ops.triton import (
+    ahead_of_time,
+    attention,
+    fp8,
+    gguf,
+    int8,
+    int8_weight_only,
+    launch,
+    persistent,
+    quantize_rows,
+)
 from lowbit.ops.triton.ahead_of_time import CHIPS, Chip, Compiled, Launch, compile_kernel, compile_launch, specialize
 
 pytestmark = pytest.mark.skipif(
@@ -247,6 +258,44 @@ def test_ragged_shapes_compile(name: str, chip: str) -> None:
     )
     assembly = compiled(Case(int8, "scaled_mm_kernel", call), CHIPS[chip]).assembly
     assert re.search(NARROW_INSTRUCTIONS[name, chip], assembly)
+
+
+# Few rows: from FUSED_ROWS on the weight is decoded first. SM 8.9 is as SM 8.0 here.
+GGUF_INSTRUCTIONS = {
+    "sm_80": r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.bf16\.bf16\.f32",
+    "sm_89": r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.bf16\.bf16\.f32",
+    "sm_90": r"wgmma\.mma_async\S*\.f32\.bf16\.bf16",
+    "sm_100": r"tcgen05\.mma\S*\.kind::f16",
+    "gfx942": r"v_mfma_f32_32x32x8_bf16",
+}
+
+
+def gguf_product(weight_type: str, m: int) -> Case:
+    packed = meta(N, block_type(weight_type).row_bytes(K), dtype=torch.uint8)
+    return Case(gguf, "mm_kernel", lambda: gguf.gguf_mm(meta(m, K), packed, weight_type, meta(N)))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("weight_type", ["Q4_K", pytest.param("Q6_K", marks=pytest.mark.slow)])
+def test_gguf_products_use_tensor_cores(weight_type: str, chip: str) -> None:
+    assert re.search(GGUF_INSTRUCTIONS[chip], compiled(gguf_product(weight_type, 64), CHIPS[chip]).assembly)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("rows", [1, 64, 255])
+@pytest.mark.parametrize("weight_type", gguf.TYPES)
+def test_gguf_products_fit(weight_type: str, rows: int, chip: str) -> None:
+    assert re.search("mma", compiled(gguf_product(weight_type, rows), CHIPS[chip]).assembly)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("weight_type", gguf.TYPES)
+def test_gguf_decoding_fits(weight_type: str, chip: str) -> None:
+    packed = meta(N, block_type(weight_type).row_bytes(K), dtype=torch.uint8)
+    call = lambda: gguf.gguf_dequantize(packed, weight_type, torch.bfloat16)  # noqa: E731
+    assert compiled(Case(gguf, "dequantize_kernel", call), CHIPS[chip]).assembly
 
 
 def test_registers_are_read_from_what_was_compiled() -> None:

@@ -46,8 +46,12 @@ _SIGNATURES = {
         *(_pointer, _pointer, _int, _int),
     ),
     "lowbit_int4_decode": (_pointer, _size, _size, _pointer, _int, _pointer, _size, _pointer, _int),
+    "lowbit_gguf_decode": (_pointer, _int, *[_size] * 3, _pointer, _int, _int),
+    "lowbit_gguf_product": (_pointer, _size, _size, _pointer, _int, *[_size] * 2, _pointer, _pointer, _int, _int),
     "lowbit_set_parallel": (_pointer,),
 }
+
+_RESULTS = {"lowbit_gguf_decode": _int, "lowbit_gguf_product": _int}
 
 
 @cache
@@ -62,7 +66,7 @@ def _load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(file))
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, _RESULTS.get(name)
     except (OSError, AttributeError) as error:
         return f"can't be loaded ({error})"
     library.lowbit_set_parallel(_openmp_entry())
@@ -326,6 +330,53 @@ def decode_int4(
         packed.data_ptr(), rows, depth, scale.data_ptr(), scale.dtype == torch.bfloat16,
         None if zero_point is None else zero_point.data_ptr(), group_size, output.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def gguf_decode(raw: torch.Tensor, number: int, output: torch.Tensor) -> None:
+    """Write the values of blocks of a GGUF type to ``output``.
+
+    Args:
+        raw: dense uint8 [rows, bytes per row].
+        number: of the type, see ``lowbit.ops.gguf_types``.
+        output: written: dense [rows, columns] float32, bfloat16 or float16.
+    """
+    assert raw.is_contiguous()
+    assert output.is_contiguous()
+    assert raw.shape[0] == output.shape[0]
+    rows, columns = output.shape
+    refused = _library().lowbit_gguf_decode(
+        raw.data_ptr(), number, rows, columns, raw.shape[1], output.data_ptr(), ELEMENT_TYPES[output.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    assert not refused
+
+
+def multiplies_gguf() -> bool:
+    """Whether ``gguf_product`` runs on this CPU: it needs AVX-512."""
+    return available() and bool(_library().lowbit_has_gguf_product())
+
+
+def gguf_product(
+    x: torch.Tensor, raw: torch.Tensor, number: int, bias: torch.Tensor | None, output: torch.Tensor
+) -> None:
+    """Write ``x @ weight.T + bias`` to ``output``, summed in float32 and rounded once.
+
+    Args:
+        x: dense float32 [M, K], K a multiple of 32.
+        raw: dense uint8 [N, bytes per row].
+        number: of the type, see ``lowbit.ops.gguf_types``.
+        bias: dense float32, one element per output channel, or ``None``.
+        output: written: dense [M, N] float32, bfloat16 or float16.
+    """
+    assert x.is_contiguous()
+    assert raw.is_contiguous()
+    assert output.is_contiguous()
+    assert output.shape == (x.shape[0], raw.shape[0])
+    refused = _library().lowbit_gguf_product(
+        x.data_ptr(), *x.shape, raw.data_ptr(), number, *raw.shape, _address(bias), output.data_ptr(),
+        ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    assert not refused
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

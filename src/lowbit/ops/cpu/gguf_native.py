@@ -1,0 +1,54 @@
+"""GGUF weights on CPUs with the native helper.
+
+With few rows a weight is decoded in the cache and multiplied there, four output channels at a time, in float32
+(AVX-512); with more, blocks of output channels are decoded and handed to torch's product.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.ops.cpu import native
+from lowbit.ops.cpu.gguf import _fake_mm, multiply_blocked, pack_weight, unpack_weight
+from lowbit.ops.cpu.gguf import supports as supported_by_torch
+from lowbit.ops.dispatch import Problem
+from lowbit.ops.gguf_types import block_type
+from lowbit.ops.library import define_operator
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+
+# Rows up to which decoding and multiplying in one pass is the faster; see docs/gguf.md for the measurement.
+FUSED_ROWS = 64
+
+
+def supports(problem: Problem) -> str | None:
+    """Return why ``problem`` can't be run, ``None`` when it can."""
+    if not native.available():
+        return f"native helper {native.refusal()}"
+    return supported_by_torch(problem)
+
+
+@torch.no_grad()
+def multiply_native(
+    x: torch.Tensor, packed: torch.Tensor, weight_type: str, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K]."""
+    if x.shape[0] > FUSED_ROWS or x.shape[1] % 32 or not native.multiplies_gguf():
+        return multiply_blocked(x, packed, weight_type, bias)
+    output = torch.empty((x.shape[0], packed.shape[0]), dtype=x.dtype)
+    bias = None if bias is None else bias.float().contiguous()
+    native.gguf_product(x.float().contiguous(), packed, block_type(weight_type).number, bias, output)
+    return output
+
+
+native_operator = define_operator(
+    "gguf_native_mm(Tensor x, Tensor packed, str weight_type, Tensor? bias=None) -> Tensor", multiply_native, _fake_mm
+)
+
+
+def linear(x: torch.Tensor, packed: torch.Tensor, weight_type: str, bias: torch.Tensor | None) -> torch.Tensor:
+    """Apply a linear layer; arguments and result as in ``lowbit.ops.gguf.linear``."""
+    rows = x.reshape(-1, x.shape[-1])
+    product = native_operator if torch.compiler.is_compiling() else multiply_native
+    result: torch.Tensor = product(rows, packed, weight_type, bias)
+    return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -1,0 +1,388 @@
+"""GGUF files as weights of small models of the families: written here, read here and by diffusers."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel, GGUFQuantizationConfig, HunyuanVideoTransformer3DModel
+
+from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
+from lowbit.formats.gguf import open_gguf
+from lowbit.formats.gguf_writer import TensorToWrite, write_gguf
+from lowbit.integrations import gguf as gguf_reader
+from lowbit.integrations.foreign import load_component
+from lowbit.integrations.gguf_export import export_gguf
+from lowbit.ops.gguf import gguf_dequantize, gguf_quantize
+from lowbit.quantization import GgufConfig, QuantizedLinear, quantize_model
+from tests.integrations.models import FAMILIES, save, stored_config, tensors
+
+pytest.importorskip("gguf")
+
+
+def flux2() -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(8, 8, 8, 8),
+    )
+
+
+def hunyuan_video() -> HunyuanVideoTransformer3DModel:
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=32,
+        pooled_projection_dim=32,
+        rope_axes_dim=(8, 12, 12),
+    )
+
+
+MAKERS: dict[str, Callable[[], Any]] = {
+    **{name: family.make for name, family in FAMILIES.items()},
+    "flux2": flux2,
+    "hunyuan-video": hunyuan_video,
+}
+ARCHITECTURES = {
+    "z-image": "lumina2",
+    "flux": "flux",
+    "qwen-image": "qwen_image",
+    "wan": "wan",
+    "flux2": "flux",
+    "hunyuan-video": "hyvid",
+}
+
+
+class Exported:
+    """A model in float32, its folder, and a GGUF file of it."""
+
+    def __init__(self, name: str, folder: Path, kind: str = "Q8_0", **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = MAKERS[name]()
+        self.kind = type(self.model)
+        self.folder = save(self.model, folder / "transformer", torch.float32)
+        self.path = folder / "model.gguf"
+        config = GgufConfig(gguf_type=kind, **options)
+        self.manifest = export_gguf(self.folder, self.kind.__name__, config, self.path)
+
+    def load(self, path: Path | str | None = None, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+        config = GgufConfig(gguf_model=str(path or self.path), **options)
+        source = str(self.folder.parent)
+        return load_component(source, "transformer", "diffusers", self.kind.__name__, config, dtype=dtype)
+
+    def rewrite(self, change: Callable[[dict[str, TensorToWrite]], None], **metadata: Any) -> Path:
+        """Write the file again with other tensors or metadata."""
+        file = open_gguf(self.path)
+        found = {
+            name: TensorToWrite(name, t.type.name, t.shape, lambda t=t: file.read_rows(t))
+            for name, t in file.tensors.items()
+        }
+        change(found)
+        new = {key: value for key, value in {**file.metadata, **metadata}.items() if value is not None}
+        path = self.path.with_name("changed.gguf")
+        write_gguf(path, new, list(found.values()))
+        return path
+
+
+def decoded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return all weights as floats, those of quantized layers decoded."""
+    found = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            found[f"{name}.weight"] = layer.method.dequantize_weight(layer)
+    return found
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_every_tensor_comes_back(name: str, kind: str, tmp_path: Path) -> None:
+    exported = Exported(name, tmp_path, kind)
+    assert open_gguf(exported.path).metadata["general.architecture"] == ARCHITECTURES[name]
+    loaded = exported.load()
+    found, original = decoded(loaded), exported.model.state_dict()
+    assert found.keys() == original.keys()
+    quantized = {f"{record.name}.weight" for record in loaded.lowbit_manifest.quantized}
+    assert quantized
+    assert {record.method for record in loaded.lowbit_manifest.quantized} == {f"gguf {kind}"}
+    assert quantized == {f"{record.name}.weight" for record in exported.manifest.quantized}
+    for key, tensor in original.items():
+        expected = gguf_dequantize(gguf_quantize(tensor, kind), kind) if key in quantized else tensor.float()
+        assert torch.equal(found[key], expected), key
+    if name in FAMILIES:
+        reference = MAKERS[name]().float()
+        reference.load_state_dict(found)
+        output, expected = FAMILIES[name].run(loaded), FAMILIES[name].run(reference.eval())
+        assert torch.allclose(output, expected, atol=1e-4)
+
+
+# FLUX.1's and HunyuanVideo's conversions in diffusers hold the width of the published models: small ones are refused.
+@pytest.mark.parametrize("name", ["z-image", "qwen-image", "wan", "flux2"])
+def test_diffusers_reads_the_same(name: str, tmp_path: Path) -> None:
+    exported = Exported(name, tmp_path)
+    ours = exported.load()
+    theirs = exported.kind.from_single_file(
+        str(exported.path),
+        config=str(tmp_path),
+        subfolder="transformer",
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        torch_dtype=torch.float32,
+    )
+    expected = dict(theirs.named_parameters())
+    found = ours.state_dict()
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        bytes_ = tensor.data.as_subclass(torch.Tensor)
+        assert torch.equal(found[key], bytes_.to(found[key].dtype)), key
+    if name in FAMILIES:  # diffusers decodes to float16
+        assert torch.allclose(FAMILIES[name].run(ours), FAMILIES[name].run(theirs), atol=2e-3)
+
+
+def test_types_are_mixed_and_stand_in(tmp_path: Path) -> None:
+    exported = Exported("z-image", tmp_path, "Q4_K")  # rows of 64 and 170 are not whole blocks of 256
+    assert {record.method for record in exported.manifest.quantized} == {"gguf Q5_0"}
+    assert "gguf Q5_0" in exported.load().lowbit_manifest.summary()
+
+
+def test_a_prefix_and_a_missing_architecture(tmp_path: Path) -> None:
+    exported = Exported("z-image", tmp_path)
+    expected = exported.load().state_dict()
+
+    def add_prefix(found: dict[str, TensorToWrite]) -> None:
+        for name, tensor in list(found.items()):
+            long = f"model.diffusion_model.{name}"
+            found[name] = TensorToWrite(long, tensor.weight_type, tensor.shape, tensor.make)
+        found["vae"] = TensorToWrite("first_stage_model.x", "F32", (1,), lambda: torch.zeros(1, 4, dtype=torch.uint8))
+
+    for architecture in (None, "pig", "cow"):
+        path = exported.rewrite(add_prefix, **{"general.architecture": architecture})
+        found = exported.load(path).state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_other_shapes_of_the_same_values(tmp_path: Path) -> None:
+    exported = Exported("wan", tmp_path)
+    expected = exported.load().state_dict()
+    name = "patch_embedding.weight"
+    shape = open_gguf(exported.path).tensors[name].shape
+    assert len(shape) == 5
+
+    def flatten(found: dict[str, TensorToWrite]) -> None:
+        old = found[name]
+        found[name] = TensorToWrite(name, "F32", (shape[0], 16), lambda: flat(old))
+        table = found["head.modulation"]
+        found["head.modulation"] = TensorToWrite("head.modulation", "F32", table.shape[1:], table.make)
+
+    def flat(tensor: TensorToWrite) -> torch.Tensor:
+        return tensor.make().reshape(shape[0], -1)
+
+    path = exported.rewrite(flatten, **{f"comfy.gguf.orig_shape.{name}": list(shape)})
+    found = exported.load(path).state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    path = exported.rewrite(flatten, **{f"comfy.gguf.orig_shape.{name}": [1, 2, 3]})
+    with pytest.raises(CheckpointError, match=r"patch_embedding.weight: comfy.gguf.orig_shape \[1, 2, 3\]"):
+        exported.load(path)
+
+
+def test_missing_unexpected_and_wrong_tensors_in_one_error(tmp_path: Path) -> None:
+    exported = Exported("z-image", tmp_path)
+
+    def damage(found: dict[str, TensorToWrite]) -> None:
+        del found["layers.0.attention.qkv.weight"], found["cap_embedder.0.weight"]
+        found["extra"] = TensorToWrite("extra.weight", "F32", (1,), lambda: torch.zeros(1, 4, dtype=torch.uint8))
+        name = "layers.1.feed_forward.w2.weight"
+        found[name] = TensorToWrite(name, "F32", (2, 2), lambda: torch.zeros(2, 8, dtype=torch.uint8))
+
+    path = exported.rewrite(damage)
+    with pytest.raises(CheckpointError) as caught:
+        exported.load(path)
+    message = str(caught.value)
+    for part in (
+        str(path),
+        "4 missing: cap_embedder.0.weight, layers.0.attention.to_k.weight, layers.0.attention.to_q.weight",
+        "1 unexpected: extra.weight",
+        "layers.1.feed_forward.w2.weight: found F32 [2, 2], needs [64, 170]",
+    ):
+        assert part in message
+
+
+def test_names_of_the_reference_that_are_missing(tmp_path: Path) -> None:
+    exported = Exported("flux", tmp_path)
+    path = exported.rewrite(lambda found: found.pop("double_blocks.0.img_attn.qkv.weight"))
+    with pytest.raises(CheckpointError, match="in the file: double_blocks.0.img_attn.qkv.weight"):
+        exported.load(path)
+
+
+def test_files_of_something_else(tmp_path: Path) -> None:
+    flux = Exported("flux", tmp_path / "flux")
+    wan = Exported("wan", tmp_path / "wan")
+    with pytest.raises(CheckpointError, match="'flux', and the base model's transformer is a WanTransformer3DModel"):
+        wan.load(flux.path)
+    unnamed = flux.rewrite(lambda found: None, **{"general.architecture": None})
+    with pytest.raises((CheckpointError, UnsupportedError), match="WanTransformer3DModel"):
+        wan.load(unnamed)
+    text = flux.rewrite(lambda found: None, **{"general.architecture": "t5encoder"})
+    with pytest.raises(UnsupportedError, match="a text encoder"):
+        flux.load(text)
+
+
+def test_ignored_layers_are_decoded(tmp_path: Path) -> None:
+    exported = Exported("z-image", tmp_path)
+    loaded = exported.load(ignored_layers=["feed_forward"], dtype=torch.bfloat16)
+    layer = loaded.get_submodule("layers.0.feed_forward.w1")
+    assert type(layer) is torch.nn.Linear
+    assert layer.weight.dtype == torch.bfloat16
+    assert loaded.lowbit_manifest.by_reason()["ignored_layers"] == 12
+    with pytest.raises(ConfigError, match="match no layer"):
+        exported.load(ignored_layers=["no_such_layer"])
+
+
+def test_float32_modules_stay_in_float32(tmp_path: Path) -> None:
+    loaded = Exported("wan", tmp_path).load(dtype=torch.bfloat16)
+    assert loaded.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+    assert loaded.blocks[0].scale_shift_table.dtype == torch.float32
+    assert loaded.patch_embedding.weight.dtype == torch.bfloat16
+
+
+def test_a_loaded_file_can_be_saved_and_loaded_as_a_folder(tmp_path: Path) -> None:
+    exported = Exported("z-image", tmp_path, "Q6_K")
+    loaded = exported.load()
+    loaded.save_pretrained(tmp_path / "saved")
+    again = exported.kind.from_pretrained(tmp_path / "saved", torch_dtype=torch.float32)
+    found, expected = again.state_dict(), loaded.state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert "gguf_model" not in stored_config(tmp_path / "saved")
+    assert stored_config(tmp_path / "saved")["layer_types"]["layers.0.attention.to_q"] == "Q8_0"
+    assert again.lowbit_manifest.quantized == loaded.lowbit_manifest.quantized
+    family = FAMILIES["z-image"]
+    assert torch.equal(family.run(again), family.run(loaded))
+
+
+def test_quantizing_while_loading_equals_the_file(tmp_path: Path) -> None:
+    exported = Exported("z-image", tmp_path, "Q4_0")
+    online = exported.kind.from_pretrained(
+        exported.folder, torch_dtype=torch.float32, quantization_config=GgufConfig(gguf_type="Q4_0")
+    )
+    expected = exported.load().state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in online.state_dict().items())
+    online.save_pretrained(tmp_path / "saved")
+    saved = tensors(tmp_path / "saved")
+    assert saved["layers.0.attention.to_q.weight"].dtype == torch.uint8
+    again = exported.kind.from_pretrained(tmp_path / "saved", torch_dtype=torch.float32)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in again.state_dict().items())
+    in_memory = exported.kind.from_pretrained(exported.folder, torch_dtype=torch.float32)
+    quantize_model(in_memory, "gguf", gguf_type="Q4_0")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in in_memory.state_dict().items())
+
+
+def test_exports_that_make_no_sense(tmp_path: Path) -> None:
+    exported = Exported("z-image", tmp_path)
+    with pytest.raises(ConfigError, match="gguf_type"):
+        export_gguf(exported.folder, "ZImageTransformer2DModel", GgufConfig(), tmp_path / "x.gguf")
+    with pytest.raises(UnsupportedError, match="GlmImageTransformer2DModel is not known. Known: Flux"):
+        export_gguf(exported.folder, "GlmImageTransformer2DModel", GgufConfig(gguf_type="Q8_0"), tmp_path / "x.gguf")
+    exported.load().save_pretrained(tmp_path / "saved")
+    with pytest.raises(ConfigError, match="quantized already"):
+        export_gguf(tmp_path / "saved", "ZImageTransformer2DModel", GgufConfig(gguf_type="Q8_0"), tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as listing and downloading one repository take."""
+
+    files: dict[str, bytes] = {}  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def _answer(self, *, body: bool) -> None:
+        path = self.path.split("?")[0]
+        name = path.removeprefix("/owner/model-gguf/resolve/main/")
+        if path.startswith("/api/models/owner/model-gguf/tree/"):
+            tree = [
+                {"type": "file", "path": file, "size": len(data), "oid": "0" * 40} for file, data in self.files.items()
+            ]
+            self._send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
+        elif path == "/api/models/owner/model-gguf":
+            info = {"id": "owner/model-gguf", "sha": "1" * 40, "siblings": [{"rfilename": f} for f in self.files]}
+            self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
+        elif name in self.files:
+            self._send(200, self.files[name], {"ETag": f'"{hash(name)}"', "X-Repo-Commit": "1" * 40}, body)
+        else:
+            self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
+
+    def _send(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    Hub.files = {
+        "README.md": b"text",
+        "model-Q4_K_M.gguf": b"four",
+        "model-Q4_K_S.gguf": b"small",
+        "sub/model-Q8_0.gguf": b"eight",
+        "model-BF16-00001-of-00002.gguf": b"1",
+        "model-BF16-00002-of-00002.gguf": b"2",
+    }
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_names_on_the_hub(hub: type[Hub]) -> None:
+    resolve = gguf_reader.resolve_gguf_model
+    assert resolve("owner/model-gguf:Q4_K_M").read_bytes() == b"four"
+    assert resolve("owner/model-gguf:q8_0").read_bytes() == b"eight"
+    assert resolve("owner/model-gguf/sub/model-Q8_0.gguf").read_bytes() == b"eight"
+    with pytest.raises(ConfigError, match=r"no file of type Q4_K; .*GGUF files: .*model-Q4_K_M\.gguf"):
+        resolve("owner/model-gguf:Q4_K")
+    with pytest.raises(ConfigError, match="2 files of type BF16"):
+        resolve("owner/model-gguf:BF16")
+    with pytest.raises(ConfigError, match="can't get none.gguf of owner/model-gguf"):
+        resolve("owner/model-gguf/none.gguf")
+    with pytest.raises(ConfigError, match="can't list owner/other"):
+        resolve("owner/other:Q8_0")
+
+
+def test_names_that_are_neither(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no file .*none.gguf"):
+        gguf_reader.resolve_gguf_model(str(tmp_path / "none.gguf"))
+    with pytest.raises(ConfigError, match="there is no file"):
+        gguf_reader.resolve_gguf_model("model")

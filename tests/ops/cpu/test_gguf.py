@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lowbit.ops import gguf
+from lowbit.ops.cpu import gguf as blocked
+from lowbit.ops.cpu import gguf_native, native
+from lowbit.ops.dispatch import Problem
+from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
+from tests.ops.test_gguf import random_blocks, same_bits
+
+needs_native = pytest.mark.skipif(not native.available(), reason=f"native helper {native.refusal()}")
+
+
+@pytest.fixture(params=range(len(native.ISA_NAMES)), ids=native.ISA_NAMES)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[int]:
+    if native.select_isa(request.param) != request.param:
+        native.select_isa(native.BEST_ISA)
+        pytest.skip("not on this CPU")
+    yield request.param
+    native.select_isa(native.BEST_ISA)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("dtype", native.ELEMENT_TYPES)
+def test_native_decoding_is_exact(kind: str, dtype: torch.dtype, instruction_set: int) -> None:
+    raw = random_blocks(kind, 400)
+    assert same_bits(blocked.gguf_dequantize(raw, kind, dtype), gguf_dequantize(raw, kind, dtype))
+
+
+def products(x: torch.Tensor, kind: str, bias: torch.Tensor | None, function: object) -> tuple[float, torch.Tensor]:
+    """Return the largest error of a product, in units of the sum of the products' magnitudes."""
+    torch.manual_seed(1)
+    weight = torch.randn(37, x.shape[1]) * 0.02
+    raw = gguf_quantize(weight, kind)
+    decoded = gguf_dequantize(raw, kind).double()
+    expected = x.double() @ decoded.t() + (0 if bias is None else bias.double())
+    bound = x.double().abs() @ decoded.abs().t() + 1e-30
+    result = function(x, raw, kind, bias)  # type: ignore[operator]
+    assert result.dtype == x.dtype
+    assert result.shape == expected.shape
+    return float(((result.double() - expected).abs() / bound).max()), result
+
+
+@needs_native
+@pytest.mark.parametrize("kind", [*BLOCK_TYPES.keys() & set(gguf.QUANTIZABLE_TYPES)])
+@pytest.mark.parametrize("rows", [1, 5, 6, 13, 64, 65])
+def test_native_products(kind: str, rows: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, 2304)  # more than one piece of the depth, the last one shorter
+    for bias in (None, torch.randn(37)):
+        assert products(x, kind, bias, gguf_native.linear)[0] < 1e-6
+    assert products(x.bfloat16(), kind, None, gguf_native.linear)[0] < 5e-3
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
+def test_blocked_products(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, 512)
+    with_native = products(x, kind, torch.randn(37), blocked.linear)[0]
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert max(with_native, products(x, kind, torch.randn(37), blocked.linear)[0]) < 1e-6
+
+
+@needs_native
+def test_rows_that_are_apart_and_zero_rows() -> None:
+    x = torch.randn(6, 1024)[::2, ::2]
+    x[1] = 0
+    error, result = products(x, "Q6_K", None, gguf_native.linear)
+    assert error < 1e-6
+    assert not result[1].any()
+
+
+@needs_native
+def test_nan_in_gives_nan_out() -> None:
+    x = torch.randn(2, 256)
+    x[0, 7] = torch.nan
+    raw = gguf_quantize(torch.randn(5, 256), "Q5_K")
+    result = gguf_native.linear(x, raw, "Q5_K", None)
+    assert result[0].isnan().all()
+    assert result[1].isfinite().all()
+
+
+@needs_native
+def test_wrong_sizes_are_caught_before_memory_is_touched() -> None:
+    with pytest.raises(AssertionError):
+        native.gguf_decode(torch.zeros(2, 143, dtype=torch.uint8), 12, torch.empty(2, 256))
+    with pytest.raises(AssertionError):
+        native.gguf_decode(torch.zeros(2, 144, dtype=torch.uint8), 99, torch.empty(2, 256))
+
+
+def test_float64_is_refused() -> None:
+    problem = Problem(torch.device("cpu"), torch.float64, 8, 256, weight_type="Q4_K")
+    assert "float64" in str(gguf_native.supports(problem) or blocked.supports(problem))
