@@ -44,8 +44,9 @@ class Problem:
         dtype: of the activations and of the result.
         out_features: N.
         in_features: K.
-        activation_scheme: ``"dynamic"`` or ``"static"``.
+        activation_scheme: ``"dynamic"``, ``"static"``, or ``"none"`` for activations that are not to be quantized.
         weight_block_size: ``(rows, columns)`` of a weight block, ``None`` for one scale per output channel.
+        weight_format: of the families with several, such as ``"mxfp4"``.
     """
 
     device: torch.device
@@ -54,6 +55,7 @@ class Problem:
     in_features: int
     activation_scheme: str = "dynamic"
     weight_block_size: tuple[int, int] | None = None
+    weight_format: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def select(family: str, table: Sequence[Implementation], problem: Problem, optio
     refusals: list[str] = []
     for implementation, reason in verdicts(candidates, problem):
         if reason is None:
-            if name == AUTO and implementation.slow:
+            if name == AUTO and implementation.slow and problem.activation_scheme != "none":
                 _tell_once(family, implementation.name, implementation.slow, tuple(refusals))
             return implementation
         refusals.append(f"{implementation.name}: {reason}")

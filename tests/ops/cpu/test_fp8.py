@@ -38,7 +38,7 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Multiply in the activations' precision, as on CPUs with instructions for it, or in float32."""
     chosen: str = request.param
     monkeypatch.setattr(
-        weight_only, "fast_matmul_dtype", (lambda dtype: dtype) if chosen == "own" else (lambda dtype: torch.float32)
+        blocked, "fast_matmul_dtype", (lambda dtype: dtype) if chosen == "own" else (lambda dtype: torch.float32)
     )
     return chosen
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lowbit.ops.cpu import native
+from lowbit.ops.cpu.features import fast_matmul_dtype
 from lowbit.ops.cpu.workspace import scratch
 
 # Bytes of a decoded block. With few rows it should stay in the second-level cache; with many, reading the activations
@@ -96,4 +97,21 @@ def multiply(x: torch.Tensor, features: int, decode: Decode, bias: torch.Tensor 
         decode(first, weight)
         part_bias = None if bias is None else bias[first:last]
         output[:, first:last] = torch.nn.functional.linear(x, weight, part_bias)
+    return output
+
+
+def linear_by_blocks(x: torch.Tensor, features: int, decode: Decode, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return ``x @ weight.T + bias`` [M, N] in the dtype of x [M, K], computed in the precision that is fastest here.
+
+    Args:
+        x: [M, K] float32, bfloat16 or float16.
+        features: N.
+        decode: writes rows of the weight in the dtype of what it is given: that of x, or float32.
+        bias: [N] or ``None``.
+    """
+    if fast_matmul_dtype(x.dtype) == x.dtype != torch.float32:
+        return multiply(x, features, decode, None if bias is None else bias.to(x.dtype))
+    output = torch.empty((x.shape[0], features), dtype=x.dtype)
+    bias = None if bias is None else bias.float().contiguous()
+    multiply_float32(x.float(), features, decode, output, None, None, bias)
     return output

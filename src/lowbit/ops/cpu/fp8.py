@@ -12,8 +12,7 @@ import torch
 
 from lowbit.ops import fp8
 from lowbit.ops.cpu import native
-from lowbit.ops.cpu.blocked import multiply, multiply_float32
-from lowbit.ops.cpu.features import fast_matmul_dtype
+from lowbit.ops.cpu.blocked import linear_by_blocks
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import define_operator
 
@@ -77,13 +76,7 @@ def multiply_weight_only(
     def decode(first: int, weight: torch.Tensor) -> None:
         decode_rows(packed, weight_scale, weight_block_size, first, weight)
 
-    features = packed.shape[0]
-    if fast_matmul_dtype(x.dtype) == x.dtype != torch.float32:
-        return multiply(x, features, decode, None if bias is None else bias.to(x.dtype))
-    output = torch.empty((x.shape[0], features), dtype=x.dtype)
-    bias = None if bias is None else bias.float().contiguous()
-    multiply_float32(x.float(), features, decode, output, None, None, bias)
-    return output
+    return linear_by_blocks(x, packed.shape[0], decode, bias)
 
 
 def _fake_weight_only(
