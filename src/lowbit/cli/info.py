@@ -67,8 +67,9 @@ def _show_machine() -> None:
 
 
 def _show_kernels(method: str, device: torch.device) -> None:
-    family = importlib.import_module(f"lowbit.ops.{config_class(method)().linear_method().family}")
-    problem = Problem(device, torch.bfloat16, 1024, 1024)
+    chosen_method = config_class(method)().linear_method()
+    family = importlib.import_module(f"lowbit.ops.{chosen_method.family}")
+    problem = Problem(device, torch.bfloat16, 1024, 1024, chosen_method.activation_scheme, None, chosen_method.name)
     chosen = False
     for implementation, reason in verdicts(family.IMPLEMENTATIONS, problem):
         if reason is not None:
@@ -77,7 +78,7 @@ def _show_kernels(method: str, device: torch.device) -> None:
             verdict = "yes, when asked for by name"
         else:
             verdict, chosen = "in use" + (f": {implementation.slow}" if implementation.slow else ""), True
-        typer.echo(f"  {implementation.name:12} {verdict}")
+        typer.echo(f"  {implementation.name:18} {verdict}")
 
 
 def _version(package: str) -> str:

@@ -38,6 +38,7 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     device = config.device
     if Path(source).is_dir():
         check_pipeline(source, chosen, device=device or "cpu")
+        chosen.update(_separate_configs(Path(source), chosen))
     arguments: dict[str, Any] = {
         "torch_dtype": config.dtype,
         "use_safetensors": True,
@@ -48,6 +49,19 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     if device is not None and str(device) != "cpu":
         arguments["device_map"] = str(device)  # each tensor goes to the device by itself, not the model through memory
     return DiffusionPipeline.from_pretrained(source, **arguments)
+
+
+def _separate_configs(folder: Path, chosen: Mapping[str, QuantizationConfig]) -> dict[str, QuantizationConfig]:
+    """Return the configurations of components that have theirs in ``hf_quant_config.json``, which diffusers ignores."""
+    from lowbit.integrations.checks import read_json, separate_config
+    from lowbit.integrations.dispatch import merge_configs
+
+    found = {}
+    for name in read_components(str(folder)):
+        stored = separate_config(folder / name)
+        if stored is not None and read_json(folder / name / "config.json").get("quantization_config") is None:
+            found[name] = merge_configs(stored, chosen.get(name))
+    return found
 
 
 def routed(config: OmniDiffusionConfig) -> dict[str, QuantizationConfig]:

@@ -114,7 +114,8 @@ def scale_codes(absmax: torch.Tensor, element: str, rounding: str) -> torch.Tens
 def in_groups(x: torch.Tensor, size: int) -> torch.Tensor:
     """Return x [..., K] as float32 [..., ceil(K / size), size], the last group filled up with zeros."""
     padding = -x.shape[-1] % size
-    return torch.nn.functional.pad(x.float(), (0, padding)).unflatten(-1, (-1, size))
+    groups: torch.Tensor = torch.nn.functional.pad(x.float(), (0, padding)).unflatten(-1, (-1, size))
+    return groups
 
 
 def expand_groups(scale: torch.Tensor, size: int, columns: int) -> torch.Tensor:

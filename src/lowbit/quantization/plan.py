@@ -76,7 +76,7 @@ def _decide(name: str, layer: nn.Linear, config: QuantizationConfig, family: Map
             return Decision(None, reason)
     method = config.get_quant_method(layer, name)
     if method is None:
-        return Decision(None, "ignored_layers")
+        return Decision(None, config.kept_reason(name))
     refusal = method.refusal(layer)
     return Decision(None, refusal) if refusal else Decision(method)
 
