@@ -82,6 +82,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ),
     Implementation("weight_only", "lowbit.ops.cpu.mx", frozenset({"cpu"}), slow=_WEIGHT_ONLY),
     Implementation("weight_only", "lowbit.ops.mx_weight_only", ANY_DEVICE, slow=_WEIGHT_ONLY),
+    Implementation("triton_emulated", "lowbit.ops.triton.mx_emulated", frozenset({"cuda", "xpu"}), automatic=False),
     Implementation("reference", "lowbit.ops.mx", ANY_DEVICE, automatic=False),
 )
 

@@ -47,6 +47,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ),
     Implementation("weight_only", "lowbit.ops.cpu.nvfp4", frozenset({"cpu"}), slow=_WEIGHT_ONLY),
     Implementation("weight_only", "lowbit.ops.nvfp4_weight_only", ANY_DEVICE, slow=_WEIGHT_ONLY),
+    Implementation("triton_emulated", "lowbit.ops.triton.nvfp4_emulated", frozenset({"cuda", "xpu"}), automatic=False),
     Implementation("reference", "lowbit.ops.nvfp4", ANY_DEVICE, automatic=False),
 )
 

@@ -60,6 +60,7 @@ CHIPS = {
     "sm_89": Chip(Target("cuda", 89), 32, 99 * 1024),
     "sm_90": Chip(Target("cuda", 90), 32, 227 * 1024),
     "sm_100": Chip(Target("cuda", 100), 32, 227 * 1024),
+    "gfx950": Chip(Target("hip", "gfx950"), 64, 160 * 1024),
     "gfx942": Chip(Target("hip", "gfx942"), 64, 64 * 1024),
 }
 
