@@ -8,13 +8,13 @@ from types import ModuleType
 
 import pytest
 
-from lowbit.ops import fp8, int8
+from lowbit.ops import fp8, int8, mx, nvfp4
 from lowbit.ops.dispatch import Implementation
 
 FUNCTIONS = ("supports", "pack_weight", "unpack_weight", "linear")
 BACKENDS = [
     pytest.param(family, implementation, id=f"{family.__name__.rsplit('.', 1)[-1]}-{implementation.module}")
-    for family in (int8, fp8)
+    for family in (int8, fp8, mx, nvfp4)
     for implementation in family.IMPLEMENTATIONS
 ]
 
