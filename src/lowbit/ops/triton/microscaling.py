@@ -197,13 +197,20 @@ def scaled_mm_kernel(
     store_tile(out, accumulator, m, n, first_row, first_column, BLOCK_M, BLOCK_N)
 
 
-def tile_for(target: Target, m: int, dual: bool = False) -> Tile:
+def tile_for(target: Target, m: int, constants: Mapping[str, Any]) -> Tile:
     """Return the tile for a product with ``m`` rows on ``target``; its depth is a multiple of every group's size.
 
-    With dual scales each step's product is held beside the sum, which takes registers: those tiles are narrower.
+    With dual scales each step's product is held beside the sum, and decoding takes registers for either operand: those
+    tiles are smaller, or have more warps, so that nothing spills.
     """
     tile = choose_tile(tiles_for(target), m)
-    return replace(tile, block_n=min(tile.block_n, 64)) if dual else tile
+    is_plain = constants["X_KIND"] == PLAIN.value
+    is_decoded = not (is_plain or multiplies_scaled(target, constants["SCALE_E4M3"]))
+    if is_decoded and tile.block_m > 64:
+        tile = replace(tile, block_m=64, num_warps=8 if target.has_wide_tiles else 4)
+    if constants["DUAL"] > 0 or is_decoded:
+        tile = replace(tile, block_n=min(tile.block_n, 64))
+    return replace(tile, num_warps=8) if is_plain and target.backend == "cuda" and tile.block_m >= 64 else tile
 
 
 def multiplies_scaled(target: Target, scale_e4m3: bool) -> bool:
@@ -250,7 +257,7 @@ def multiply(
         return out
     target = target_of(x.device)
     is_plain = constants["X_KIND"] == PLAIN.value
-    tile = tile_for(target, m, constants["DUAL"] > 0)
+    tile = tile_for(target, m, constants)
     with on_device_of(x):
         scaled_mm_kernel[(tile.programs(m, n),)](
             x if is_plain else as_bytes(x),
