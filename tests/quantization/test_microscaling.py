@@ -135,6 +135,35 @@ def test_reads_vllm_omnis_layout(method: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["fp8r", "nvfp4"])
+def test_reads_bfls_layout(kind: str, tmp_path: Path) -> None:
+    """Black Forest Labs' tensors, made and decoded by diffusers, under lowbit's configuration."""
+    utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
+    restored: dict[str, torch.Tensor] = {}
+
+    def change(content: dict[str, torch.Tensor], layer: str) -> None:
+        source = load_file(tmp_path / "source" / "diffusion_pytorch_model.safetensors")[f"{layer}.weight"]
+        if kind == "fp8r":
+            weight, scale = utils.quantize_fp8r(source)
+            restored[layer] = utils.dequantize_fp8r(weight, scale)
+            content.update({f"{layer}.weight": weight, f"{layer}.weight_scale": scale})
+        else:
+            weight, scale, outer = utils.quantize_nvfp4(source)
+            restored[layer] = utils.dequantize_nvfp4(weight, scale, outer)
+            scales = {"weight_scale": scale, "weight_scale_2": outer, "input_scale": torch.tensor(0.01)}
+            content.update({f"{layer}.weight": weight, **{f"{layer}.{k}": v for k, v in scales.items()}})
+
+    folder = serialized(tmp_path, "mxfp8", change)
+    config = json.loads((folder / "config.json").read_text())
+    ignored = config["quantization_config"]["ignored_layers"]
+    method = {"fp8r": {"quant_method": "fp8"}, "nvfp4": {"quant_method": "nvfp4", "activation_scheme": "static"}}[kind]
+    flag = {f"is_checkpoint_{method['quant_method']}_serialized": True}
+    config["quantization_config"] = {**method, **flag, "ignored_layers": ignored}
+    (folder / "config.json").write_text(json.dumps(config))
+    (layer,) = quantized_layers(load(folder)).values()
+    assert torch.equal(layer.method.dequantize_weight(layer), restored[layer.prefix])
+
+
 def test_mul_scale_is_optional(tmp_path: Path) -> None:
     model = load(serialized(tmp_path, "mxfp4_dualscale", lambda content, layer: content.pop(f"{layer}.mul_scale")))
     (layer,) = quantized_layers(model).values()
