@@ -152,7 +152,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
                 found[0].drop_tensor(found[1])
         loading.check_loaded(model, [name for name in absent if not self.preparation.may_be_absent(name)])
         for layer in layers.values():
-            _settle(layer)
+            _settle(layer, self.pre_quantized)
             layer.owns_weight = not self.pre_quantized
         loading.finish(model, self.preparation)
         model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
@@ -217,14 +217,18 @@ def _missing(layer: QuantizedLinear) -> list[str]:
     ]
 
 
-def _settle(layer: QuantizedLinear) -> None:
+def _settle(layer: QuantizedLinear, from_checkpoint: bool) -> None:
     """Bring what transformers set to what the method registered: dtypes, shapes, no gradients.
+
+    Args:
+        layer: with its tensors.
+        from_checkpoint: they came from a file, not from the method.
 
     Raises:
         CheckpointError: a tensor is not what the method reads.
     """
     for name in layer.quantized_names:
         tensor = layer.get_parameter(name).data
-        layer.replace_tensor(name, layer.method.canonical_tensor(layer, name, tensor))
+        layer.replace_tensor(name, layer.method.canonical_tensor(layer, name, tensor) if from_checkpoint else tensor)
     if layer.bias is not None:
         layer.bias.requires_grad_(False)
