@@ -43,6 +43,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "quantization_config": {"method": "fp8", "kernel": "reference", "activation_scheme": "static"},
         "calibration_prompts": held_out_captions(CALIBRATION_COUNT, seed=1),
     },
+    "mxfp8_reference": {"quantization_config": {"method": "mxfp8", "kernel": "reference"}},
+    "mxfp4_reference": {"quantization_config": {"method": "mxfp4", "kernel": "reference"}},
+    "mxfp4_dualscale_reference": {"quantization_config": {"method": "mxfp4_dualscale", "kernel": "reference"}},
+    "mxfp4_dualscale_all_reference": {
+        "quantization_config": {"method": "mxfp4_dualscale", "kernel": "reference", "num_bf16_fallback_layers": 0}
+    },
+    "nvfp4_reference": {"quantization_config": {"method": "nvfp4", "kernel": "reference"}},
+    "nvfp4_weight_only": {"quantization_config": {"method": "nvfp4", "weight_only": True}},
     "fp8_weight_only": {"quantization_config": {"method": "fp8", "kernel": "weight_only"}},
 }
 TITLES = {"bf16": "BF16", "int8": "Int8", "fp8_reference": "FP8"}

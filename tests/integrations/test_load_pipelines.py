@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from diffusers import (
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from lowbit import Omni
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.integrations.loading import manifests
 from lowbit.integrations.preflight import check_pipeline
-from lowbit.quantization import Fp8Config, Int8Config, QuantizedLinear
+from lowbit.quantization import Fp8Config, Int8Config, QuantizedLinear, build_quant_config
 from tests.integrations.models import FAMILIES, language_model, relative_error
 
 BF16 = torch.bfloat16
@@ -51,6 +53,23 @@ def paint(pipeline: ZImagePipeline) -> torch.Tensor:
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
         ).images
+
+
+def test_a_separate_modelopt_configuration_is_found_by_omni(folder: Path, tmp_path: Path) -> None:
+    config = build_quant_config({"method": "modelopt", "quant_algo": "W4A16_NVFP4"})
+    mapping = PipelineQuantizationConfig(quant_mapping={"transformer": config})
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=BF16, quantization_config=mapping)
+    pipeline.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "transformer" / "config.json"
+    content = json.loads(file.read_text())
+    stored = content.pop("quantization_config")
+    file.write_text(json.dumps(content))
+    separate = {"producer": stored["producer"], "quantization": {"quant_algo": "W4A16_NVFP4"}}
+    separate["quantization"]["exclude_modules"] = stored["ignore"]
+    (file.parent / "hf_quant_config.json").write_text(json.dumps(separate))
+    omni = Omni(model=str(tmp_path / "saved"))
+    assert {record.method for record in omni.manifests["transformer"].quantized} == {"nvfp4"}
+    assert torch.equal(paint(omni.pipeline), paint(pipeline))
 
 
 def test_a_pipeline_loads_with_a_mapping_and_saves(folder: Path, tmp_path: Path) -> None:

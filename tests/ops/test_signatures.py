@@ -8,11 +8,14 @@ from types import ModuleType
 
 import pytest
 
-from lowbit.ops import attention, fp8, gguf, int8, w4a16
+from lowbit.ops import attention, fp8, gguf, int8, mx, nvfp4, w4a16
 from lowbit.ops.dispatch import Implementation
 
 LINEAR = ("supports", "pack_weight", "unpack_weight", "linear")
-FUNCTIONS = {int8: LINEAR, fp8: LINEAR, gguf: LINEAR, w4a16: LINEAR, attention: ("supports", "attention")}
+FUNCTIONS = {
+    **dict.fromkeys((int8, fp8, gguf, mx, nvfp4, w4a16), LINEAR),
+    attention: ("supports", "attention"),
+}
 BACKENDS = [
     pytest.param(
         family, implementation, function, id=f"{family.__name__.rsplit('.', 1)[-1]}-{implementation.name}-{function}"

@@ -153,10 +153,16 @@ LOWBIT_INLINE void decode(const Code* input, int64_t count, float scale, Output*
 }
 
 #ifdef LOWBIT_AVX512
+constexpr int64_t kCodesWorthATable = 512;  // with one scale
+
 // With 512-bit registers the 128 magnitudes, scaled and rounded, fit four registers of 16-bit words: 32 codes are
 // decoded by two table look-ups.
 template <typename Output>
 LOWBIT_INLINE void decode_by_table(const E4M3* input, int64_t count, float scale, Output* output) {
+    if (count < kCodesWorthATable) {
+        for (int64_t i = 0; i < count; ++i) narrow(widen(input[i]) * scale, output[i]);
+        return;
+    }
     alignas(64) Output table[128];
     for (int code = 0; code < 128; ++code) narrow(widen(E4M3{static_cast<uint8_t>(code)}) * scale, table[code]);
     const __m512i table0 = _mm512_load_si512(table), table1 = _mm512_load_si512(table + 32);
@@ -202,6 +208,61 @@ void dequantize(const DequantizeJob& job, int64_t first, int64_t last) {
     }
 }
 
+LOWBIT_INLINE float widen_e2m1(uint32_t code) {
+    const uint32_t magnitude = code & 7u;
+    const uint32_t normal = (magnitude << 22) + (126u << 23);
+    const uint32_t bits = magnitude < 2u ? magnitude * 0x3f000000u : normal;  // 0, 0.5
+    return as_float(bits | ((code & 8u) << 28));
+}
+
+// Bytes of two e2m1 codes each, the first in the low nibble -> 2 * count values times scale.
+LOWBIT_INLINE void decode_nibbles(const uint8_t* input, int64_t count, float scale, float* output) {
+    int64_t i = 0;
+#ifdef LOWBIT_AVX512
+    const __m512 values = _mm512_mul_ps(
+        _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f,
+                       -6.0f),
+        _mm512_set1_ps(scale));
+    const __m128i mask = _mm_set1_epi8(15);
+    for (; i + 8 <= count; i += 8) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(input + i));
+        const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+        const __m128i codes = _mm_unpacklo_epi8(_mm_and_si128(bytes, mask), high);
+        _mm512_storeu_ps(output + 2 * i, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), values));
+    }
+#endif
+    for (; i < count; ++i) {
+        output[2 * i] = widen_e2m1(input[i] & 15u) * scale;
+        output[2 * i + 1] = widen_e2m1(input[i] >> 4) * scale;
+    }
+}
+
+template <typename Output>
+LOWBIT_INLINE void decode_nibbles(const uint8_t* input, int64_t count, float scale, Output* output) {
+    constexpr int64_t kAtOnce = 16;
+    float values[2 * kAtOnce];
+    for (int64_t i = 0; i < count; i += kAtOnce) {
+        const int64_t part = smaller(kAtOnce, count - i);
+        decode_nibbles(input + i, part, scale, values);
+        for (int64_t j = 0; j < 2 * part; ++j) narrow(values[j], output[2 * i + j]);
+    }
+}
+
+// Rows [first, last) of the matrix.
+template <typename Output>
+void decode_fp4(const Fp4Job& job, int64_t first, int64_t last) {
+    const int64_t groups = blocks(job.columns, job.group_size);
+    for (int64_t row = first; row < last; ++row) {
+        const uint8_t* from = job.input + row * (job.columns / 2);
+        Output* to = static_cast<Output*>(job.output) + row * job.columns;
+        for (int64_t group = 0; group < groups; ++group) {
+            const int64_t column = group * job.group_size;
+            const int64_t count = smaller(job.group_size, job.columns - column);
+            decode_nibbles(from + column / 2, count / 2, job.scale[row * groups + group], to + column);
+        }
+    }
+}
+
 template <typename Output, bool HasScale, bool HasBias>
 LOWBIT_INLINE void scale_row(const float* input, int64_t count, float row_scale, const float* column_scale,
                              const float* bias, Output* output) {
@@ -237,4 +298,5 @@ const Kernels kernels = {
     {{dequantize<Int8, float>, dequantize<Int8, BFloat16>, dequantize<Int8, Half>},
      {dequantize<E4M3, float>, dequantize<E4M3, BFloat16>, dequantize<E4M3, Half>}},
     {scale_product<float>, scale_product<BFloat16>, scale_product<Half>},
+    {decode_fp4<float>, decode_fp4<BFloat16>, decode_fp4<Half>},
 };

@@ -71,6 +71,13 @@ struct ScaleJob {
     void* output;
 };
 
+struct Fp4Job {
+    const uint8_t* input;  // [rows, columns / 2], two e2m1 codes a byte
+    int64_t columns, group_size;
+    const float* scale;  // [rows, ceil(columns / group_size)]
+    void* output;  // [rows, columns]
+};
+
 constexpr int64_t kPanelChannels = 16;
 constexpr int64_t kLargestRowBlock = 251;  // with the row of ones in whole tiles; the sums take 63 KiB of stack
 
@@ -156,6 +163,7 @@ struct Kernels {
     void (*quantize[3][3])(const QuantizeJob&, int64_t, int64_t);
     void (*dequantize[2][3])(const DequantizeJob&, int64_t, int64_t);
     void (*scale_product[3])(const ScaleJob&, int64_t, int64_t);
+    void (*decode_fp4[3])(const Fp4Job&, int64_t, int64_t);
 };
 
 LOWBIT_INLINE float as_float(uint32_t bits) {
@@ -387,6 +395,14 @@ LOWBIT_EXPORT void lowbit_scale_product(const float* product, int64_t rows, int6
                                         int64_t output_stride, int element_type, int threads) {
     const ScaleJob job{product, rows, columns, output_stride, row_scale, column_scale, bias, output};
     run(selected->scale_product[element_type], job, rows, rows * columns, threads);
+}
+
+// input [rows, columns / 2], two e2m1 codes a byte, the first in the low nibble -> output [rows, columns], times the scale
+// [rows, ceil(columns / group_size)] of its group. columns and group_size are even.
+LOWBIT_EXPORT void lowbit_decode_fp4(const uint8_t* input, int64_t rows, int64_t columns, int64_t group_size,
+                                     const float* scale, void* output, int element_type, int threads) {
+    const Fp4Job job{input, columns, group_size, scale, output};
+    run(selected->decode_fp4[element_type], job, rows, rows * columns, threads);
 }
 
 // Whether lowbit_int8_product runs on this CPU.

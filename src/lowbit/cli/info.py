@@ -68,8 +68,10 @@ def _show_machine() -> None:
     for device in devices():
         for method in SUPPORTED_QUANTIZATION_METHODS:
             typer.echo(f"\n{method} on {device}:")
-            family = importlib.import_module(f"lowbit.ops.{config_class(method)().linear_method().family}")
-            _show_kernels(family.IMPLEMENTATIONS, Problem(device, torch.bfloat16, 1024, 1024))
+            chosen = config_class(method)().linear_method()
+            table = importlib.import_module(f"lowbit.ops.{chosen.family}").IMPLEMENTATIONS
+            scheme, weight_format = chosen.activation_scheme, chosen.weight_format
+            _show_kernels(table, Problem(device, torch.bfloat16, 1024, 1024, scheme, None, weight_format))
         for kind in attention.KINDS:
             typer.echo(f"\n{kind} attention on {device}:")
             problem = attention.AttentionProblem(device, torch.bfloat16, kind, 128)
@@ -86,7 +88,7 @@ def _show_kernels(table: Sequence[Implementation], problem: AnyProblem) -> None:
             verdict = "yes, when asked for by name"
         else:
             verdict, chosen = "in use" + (f": {implementation.slow}" if implementation.slow else ""), True
-        typer.echo(f"  {implementation.name:12} {verdict}")
+        typer.echo(f"  {implementation.name:18} {verdict}")
 
 
 def _version(package: str) -> str:

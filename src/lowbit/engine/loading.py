@@ -43,6 +43,7 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     if Path(source).is_dir():
         own = [name for name in components if name not in foreign]
         check_pipeline(source, chosen, components=own, device=device or "cpu")
+        chosen.update(_separate_configs(Path(source), chosen))
     arguments: dict[str, Any] = {
         "torch_dtype": config.dtype,
         "use_safetensors": True,
@@ -77,6 +78,19 @@ def _load_foreign(
         name: load_component(source, name, *components[name], found, dtype=config.dtype, device=device)
         for name, found in foreign.items()
     }
+
+
+def _separate_configs(folder: Path, chosen: Mapping[str, QuantizationConfig]) -> dict[str, QuantizationConfig]:
+    """Return the configurations of components that have theirs in ``hf_quant_config.json``, which diffusers ignores."""
+    from lowbit.integrations.checks import read_json, separate_config
+    from lowbit.integrations.dispatch import merge_configs
+
+    found = {}
+    for name in read_components(str(folder)):
+        stored = separate_config(folder / name)
+        if stored is not None and read_json(folder / name / "config.json").get("quantization_config") is None:
+            found[name] = merge_configs(stored, chosen.get(name))
+    return found
 
 
 def routed(config: OmniDiffusionConfig) -> dict[str, QuantizationConfig]:

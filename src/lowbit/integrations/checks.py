@@ -31,6 +31,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
@@ -122,6 +123,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def separate_config(folder: Path) -> dict[str, Any] | None:
+    """Return the ``quantization_config`` that ModelOpt wrote to ``hf_quant_config.json``, ``None`` if there is none."""
+    file = folder / "hf_quant_config.json"
+    return {**read_json(file), "quant_method": "modelopt"} if file.is_file() else None
+
+
 def read_headers(files: Iterable[str | Path]) -> dict[str, TensorHeader]:
     """Return every tensor's header. The library checks that offsets are in order and end where the file ends.
 
@@ -171,7 +178,7 @@ def check_tensors(
     expected = model.state_dict()
     wanted = [name for name in expected if preparation is None or not preparation.is_made_here(name)]
     names = set(headers if names is None else names)
-    missing = sorted(set(wanted) - names)
+    missing = sorted(name for name in set(wanted) - names if preparation is None or not preparation.may_be_absent(name))
     unexpected = sorted(
         name for name in names - set(wanted) if not any(re.search(pattern, name) for pattern in ignored)
     )

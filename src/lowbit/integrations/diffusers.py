@@ -120,7 +120,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Drop the tensors that quantizing makes."""
         assert self.preparation is not None
-        missing = [name for name in missing_keys if not self.preparation.is_made_here(name)]
+        missing = [name for name in missing_keys if not self.preparation.may_be_absent(name)]
         if missing:
             # On the meta device they would stay without values.
             raise CheckpointError(
@@ -151,7 +151,10 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         layer, name = found
         if self.pre_quantized:
             # param_value was cast to the model's dtype, which is less than a float32 scale needs.
-            layer.load_tensor(name, state_dict[param_name].to(target_device))
+            try:
+                layer.load_tensor(name, state_dict[param_name].to(target_device))
+            except CheckpointError as error:
+                raise CheckpointError(f"{', '.join(self.files)}: {error}") from error
             return
         layer.load_unquantized(param_value.to(target_device))
         if self.shard is None or self.shard.tensors is not state_dict:
@@ -165,6 +168,10 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         assert self.preparation is not None
         if self.progress is not None:
             self.progress.close()
+        for layer in self.preparation.layers.values():
+            for name in layer.method.optional:
+                if layer.get_parameter(name).is_meta:
+                    layer.drop_tensor(name)
         loading.check_loaded(model)
         loading.finish(model, self.preparation)
         model.register_to_config(quantization_config=loading.serialized_config(model))  # type: ignore[operator]
@@ -183,7 +190,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if not safe_serialization:
             raise ConfigError("lowbit saves safetensors only: use safe_serialization=True")
         loading.check_saveable(state_dict)
-        return state_dict, {}
+        return dict(self.quantization_config.stored_tensors(state_dict)), {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         loading.dequantize(model)

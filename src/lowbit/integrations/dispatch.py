@@ -11,7 +11,12 @@ from typing import Any
 
 from lowbit.errors import ConfigError
 from lowbit.quantization.base import QuantizationConfig
-from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS, build_quant_config, config_class
+from lowbit.quantization.factory import (
+    SUPPORTED_QUANTIZATION_METHODS,
+    build_quant_config,
+    canonical_name,
+    config_class,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +64,7 @@ def connect(auto: ModuleType, from_dict_owner: type, factory: type, quantizer: t
 def claims(config: object, theirs: Collection[str] = ()) -> bool:
     """Tell whether a configuration, or the dictionary of one, is lowbit's.
 
-    A dictionary whose method the library has too is lowbit's only with ``is_checkpoint_<method>_serialized``, the
-    mark of the checkpoints that lowbit and vLLM-Omni write.
+    A dictionary whose method the library has too is lowbit's only if the method's configuration claims it.
 
     Args:
         config: what a checkpoint or a user gives.
@@ -70,10 +74,10 @@ def claims(config: object, theirs: Collection[str] = ()) -> bool:
         return True
     if not isinstance(config, Mapping):
         return False
-    method = method_of(config).strip().lower().replace("_", "-")
-    if method not in SUPPORTED_QUANTIZATION_METHODS:
+    method = canonical_name(method_of(config))
+    if method is None:
         return False
-    return method not in theirs or f"is_checkpoint_{method}_serialized" in config
+    return method not in theirs or config_class(method).claims(config)
 
 
 def method_of(config: object) -> str:

@@ -52,6 +52,11 @@ class Preparation:
         found = self.find(tensor_name)
         return found is not None and found[1] != "weight" and not self.config.is_serialized
 
+    def may_be_absent(self, tensor_name: str) -> bool:
+        """Tell whether a checkpoint is whole without this tensor: quantizing makes it, or it is optional."""
+        found = self.find(tensor_name)
+        return self.is_made_here(tensor_name) or (found is not None and found[1] in found[0].method.optional)
+
 
 def prepare(
     model: nn.Module,
@@ -88,6 +93,9 @@ def prepare(
         plan = _keep(plan, kept or {})
     replace_layers(model, plan, dtype)
     layers = quantized_layers(model)
+    if not config.is_serialized:
+        for layer in layers.values():
+            layer.expect_unquantized()
     if device is not None:
         _check_kernels(layers.values(), torch.device(device))
     return Preparation(config, plan, layers)

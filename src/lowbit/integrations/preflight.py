@@ -13,7 +13,14 @@ from torch import nn
 
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.integrations import dispatch, loading
-from lowbit.integrations.checks import TensorHeader, check_tensors, read_headers, read_json, weight_files
+from lowbit.integrations.checks import (
+    TensorHeader,
+    check_tensors,
+    read_headers,
+    read_json,
+    separate_config,
+    weight_files,
+)
 from lowbit.quantization.base import QuantizationConfig
 
 
@@ -77,9 +84,10 @@ def check_component(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     config = read_json(folder / "config.json")
-    quantization = _effective(folder, config.get("quantization_config"), quantization)
+    stored = config.get("quantization_config") or separate_config(folder)
+    quantization = _effective(folder, stored, quantization)
     headers = read_headers(weight_files(folder, variant))
-    if config.get("quantization_config") is None or quantization is not None:
+    if stored is None or quantization is not None:
         model = _empty_model(config)
         if model is not None:
             _check_diffusers_model(model, quantization, headers, device)

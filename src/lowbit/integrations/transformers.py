@@ -107,10 +107,6 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         for layer in self.preparation.layers.values():
             setattr(layer, _LOADED, True)  # or transformers would initialize it as a linear layer
-            if not config.is_serialized:
-                # transformers casts a tensor to the dtype of the parameter it is for: not to that of the result.
-                shape = (layer.out_features, layer.in_features)
-                layer.replace_tensor("weight", torch.empty(shape, dtype=layer.compute_dtype, device="meta"))
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Tell whether to quantize a tensor; of a quantized checkpoint, whether its shape is not for transformers."""
@@ -149,10 +145,14 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         """Check that all arrived, pack for the kernels, and leave the manifest and what saving needs."""
         assert self.preparation is not None
         layers = self.preparation.layers
-        absent = (name for layer in layers.values() for name in _missing(layer))
-        loading.check_loaded(model, [name for name in absent if not self.preparation.is_made_here(name)])
+        absent = [name for layer in layers.values() for name in _missing(layer)]
+        for name in absent:
+            found = self.preparation.find(name)
+            if found is not None and found[1] in found[0].method.optional and self.pre_quantized:
+                found[0].drop_tensor(found[1])
+        loading.check_loaded(model, [name for name in absent if not self.preparation.may_be_absent(name)])
         for layer in layers.values():
-            _settle(layer)
+            _settle(layer, self.pre_quantized)
             layer.owns_weight = not self.pre_quantized
         loading.finish(model, self.preparation)
         model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
@@ -160,14 +160,16 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
 
     # What transformers asks of a loaded model.
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
-        """Leave it to ``state_dict``, which gives the checkpoint's tensors.
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """Return the tensors to write, ``None`` for those of ``state_dict`` as they are.
 
         Raises:
             ConfigError: before calibration.
         """
         loading.check_saveable(dict(model.named_parameters()))
-        return None, {}
+        tensors = model.state_dict()
+        stored = self.quantization_config.stored_tensors(tensors)
+        return (None if stored is tensors else dict(stored)), {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         loading.dequantize(model)
@@ -217,15 +219,18 @@ def _missing(layer: QuantizedLinear) -> list[str]:
     ]
 
 
-def _settle(layer: QuantizedLinear) -> None:
+def _settle(layer: QuantizedLinear, from_checkpoint: bool) -> None:
     """Bring what transformers set to what the method registered: dtypes, shapes, no gradients.
+
+    Args:
+        layer: with its tensors.
+        from_checkpoint: they came from a file, not from the method.
 
     Raises:
         CheckpointError: a tensor is not what the method reads.
     """
-    template = QuantizedLinear.like(layer, layer.method, layer.prefix, layer.compute_dtype)
     for name in layer.quantized_names:
         tensor = layer.get_parameter(name).data
-        layer.replace_tensor(name, layer.method.canonical_tensor(template, name, tensor))
+        layer.replace_tensor(name, layer.method.canonical_tensor(layer, name, tensor) if from_checkpoint else tensor)
     if layer.bias is not None:
         layer.bias.requires_grad_(False)

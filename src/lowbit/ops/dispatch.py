@@ -55,9 +55,9 @@ class Problem:
         dtype: of the activations and of the result.
         out_features: N.
         in_features: K.
-        activation_scheme: ``"dynamic"`` or ``"static"``.
+        activation_scheme: ``"dynamic"``, ``"static"``, or ``"none"`` for activations that are not to be quantized.
         weight_block_size: ``(rows, columns)`` of a weight block, ``None`` for one scale per output channel.
-        weight_type: of a weight whose family has several, such as GGUF's ``"Q4_K"``; empty otherwise.
+        weight_format: of a weight whose family has several, such as ``"mxfp4"`` or GGUF's ``"Q4_K"``; empty otherwise.
     """
 
     device: torch.device
@@ -66,7 +66,7 @@ class Problem:
     in_features: int
     activation_scheme: str = "dynamic"
     weight_block_size: tuple[int, int] | None = None
-    weight_type: str = ""
+    weight_format: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ def select(family: str, table: Sequence[Implementation], problem: AnyProblem, op
     refusals: list[str] = []
     for implementation, reason in verdicts(candidates, problem):
         if reason is None:
-            if name == AUTO and implementation.slow:
+            asked_for = isinstance(problem, Problem) and problem.activation_scheme == "none"
+            if name == AUTO and implementation.slow and not asked_for:
                 _tell_once(family, implementation.name, implementation.slow, tuple(refusals))
             return implementation
         refusals.append(f"{implementation.name}: {reason}")

@@ -8,6 +8,10 @@ from lowbit.quantization.gguf import GgufConfig
 from lowbit.quantization.int8 import Int8Config
 from lowbit.quantization.linear import QuantizedLinear
 from lowbit.quantization.manifest import LayerRecord, Manifest
+from lowbit.quantization.modelopt import ModelOptConfig
+from lowbit.quantization.mxfp4 import Mxfp4Config, Mxfp4DualScaleConfig
+from lowbit.quantization.mxfp8 import Mxfp8Config
+from lowbit.quantization.nvfp4 import NvFp4Config
 from lowbit.quantization.plan import plan_layers, quantize_model
 
 __all__ = [
@@ -19,6 +23,11 @@ __all__ = [
     "LayerRecord",
     "LinearMethod",
     "Manifest",
+    "ModelOptConfig",
+    "Mxfp4Config",
+    "Mxfp4DualScaleConfig",
+    "Mxfp8Config",
+    "NvFp4Config",
     "QuantizationConfig",
     "QuantizedLinear",
     "build_quant_config",

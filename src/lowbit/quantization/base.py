@@ -90,6 +90,15 @@ class QuantizationConfig(ABC):
             ignored_layers: full names of the linear layers that were kept as they are.
         """
 
+    @classmethod
+    def claims(cls, config: Mapping[str, Any]) -> bool:
+        """Tell whether a checkpoint's ``quantization_config`` with this method's name is meant for lowbit.
+
+        Asked where the library that loads has a method of the same name. The mark of the checkpoints that lowbit and
+        vLLM-Omni write is ``is_checkpoint_<method>_serialized``.
+        """
+        return f"is_checkpoint_{cls.get_name()}_serialized" in config
+
     @property
     def needs_calibration(self) -> bool:
         """Whether weights can be quantized only after the unquantized model has been watched."""
@@ -99,10 +108,6 @@ class QuantizationConfig(ABC):
     def weights_from(self) -> str | None:
         """Where the component's weights are, if not in its own folder: as the user wrote it."""
         return None
-
-    def reason_to_keep(self, prefix: str) -> str:
-        """Say why ``get_quant_method`` leaves the linear layer with this full name as it is."""
-        return "ignored_layers"
 
     @property
     def quant_method(self) -> MethodName:
@@ -155,6 +160,14 @@ class QuantizationConfig(ABC):
         """Tell whether ``ignored_layers`` keeps the layer with this full name."""
         return matches_any(self.ignored_layers or (), name)
 
+    def stored_tensors(self, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Return the state dict of a model as ``save_pretrained`` is to write it: as it is, if nothing else is said."""
+        return state_dict
+
+    def kept_reason(self, name: str) -> str:
+        """Return why ``get_quant_method`` leaves the linear layer of this full name as it is."""
+        return "ignored_layers"
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethod | None:
         """Return what to do with ``layer``, whose full name is ``prefix``; ``None`` to leave it as it is."""
         if not isinstance(layer, torch.nn.Linear) or self.is_ignored(prefix):
@@ -172,15 +185,24 @@ class LinearMethod(ABC):
         weight_only: it leaves activations alone.
         family: of operators, a module in ``lowbit.ops``.
         table: the family's implementations.
+        activation_scheme: ``"dynamic"``, ``"static"`` (by ``input_scale``), or ``"none"`` for weights alone.
+        optional: tensors that a checkpoint may lack; the layer then does without.
     """
 
     name: ClassVar[str]
     weight_only: ClassVar[bool] = False
     family: ClassVar[str]
     table: ClassVar[Sequence[Implementation]]
+    activation_scheme: str = "dynamic"
+    optional: frozenset[str] = frozenset()
 
     def __init__(self, kernel: str = AUTO) -> None:
         self.kernel = kernel
+
+    @property
+    def weight_format(self) -> str:
+        """What the family's kernels call the weight's format, where they know several."""
+        return self.name
 
     @abstractmethod
     def create_weights(self, layer: QuantizedLinear) -> None:
@@ -204,16 +226,26 @@ class LinearMethod(ABC):
         Raises:
             CheckpointError: it can't be; names the tensor, what was found and what would be right.
         """
-        expected = layer.get_parameter(name)
-        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-            raise CheckpointError(
-                f"{layer.prefix}.{name}: found {_describe(tensor)}, {self.name} needs {_describe(expected)}"
-            )
+        shape, dtype = layer.expected[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            found = _describe(tuple(tensor.shape), tensor.dtype)
+            raise CheckpointError(f"{layer.prefix}.{name}: found {found}, {self.name} needs {_describe(shape, dtype)}")
         return tensor
+
+    def input_scale_of(self, absmax: float) -> float:
+        """Return the ``input_scale`` of static activations whose largest magnitude is ``absmax``."""
+        raise NotImplementedError(f"{self.name} has no static activations")
 
     def problem(self, layer: QuantizedLinear, device: torch.device) -> Problem:
         """Return what ``layer`` asks of an implementation on ``device``."""
-        return Problem(device, layer.compute_dtype, layer.out_features, layer.in_features)
+        return Problem(
+            device,
+            layer.compute_dtype,
+            layer.out_features,
+            layer.in_features,
+            activation_scheme=self.activation_scheme,
+            weight_format=self.weight_format,
+        )
 
     def refusal(self, layer: torch.nn.Linear) -> str | None:
         """Return why this method can't take a linear layer of this shape, or ``None``."""
@@ -238,5 +270,5 @@ class LinearMethod(ABC):
             layer.implementation = layer.kernel = None
 
 
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from lowbit.errors import ConfigError
-from lowbit.ops.fp8 import E4M3_MAX, SMALLEST_ABSMAX
-from lowbit.quantization.fp8 import UNCALIBRATED, Fp8LinearMethod
+from lowbit.quantization.fp8 import UNCALIBRATED
 from lowbit.quantization.linear import QuantizedLinear
 
 
@@ -34,7 +34,7 @@ def uncalibrated_layers(model: torch.nn.Module) -> list[str]:
 
 @contextmanager
 def calibration(model: torch.nn.Module) -> Iterator[None]:
-    """While inside, run ``model`` on representative inputs; afterwards every layer's ``input_scale`` is absmax / 448.
+    """While inside, run ``model`` on representative inputs; afterwards every layer has its ``input_scale``.
 
     Layers compute with dynamic scales meanwhile, so that early layers do not disturb what later ones see.
 
@@ -54,7 +54,8 @@ def calibration(model: torch.nn.Module) -> Iterator[None]:
 
     handles = [observe(name) for name in layers]
     for layer in layers.values():
-        layer.method = Fp8LinearMethod("dynamic", None, layer.method.kernel)
+        layer.method = copy.copy(layer.method)
+        layer.method.activation_scheme = "dynamic"
     try:
         yield
     finally:
@@ -66,5 +67,5 @@ def calibration(model: torch.nn.Module) -> Iterator[None]:
     if unseen:
         raise ConfigError(f"Calibration gave no usable input for {len(unseen)} layers: {', '.join(unseen)}")
     for name, layer in layers.items():
-        scale = torch.tensor(max(absmax[name], SMALLEST_ABSMAX) / E4M3_MAX, dtype=torch.float32)
+        scale = torch.tensor(layer.method.input_scale_of(absmax[name]), dtype=torch.float32)
         layer.replace_tensor("input_scale", scale.to(layer.get_parameter("input_scale").device))

@@ -15,6 +15,11 @@ _METHODS: dict[str, tuple[str, str]] = {
     "int8": ("lowbit.quantization.int8", "Int8Config"),
     "fp8": ("lowbit.quantization.fp8", "Fp8Config"),
     "gguf": ("lowbit.quantization.gguf", "GgufConfig"),
+    "mxfp8": ("lowbit.quantization.mxfp8", "Mxfp8Config"),
+    "mxfp4": ("lowbit.quantization.mxfp4", "Mxfp4Config"),
+    "mxfp4_dualscale": ("lowbit.quantization.mxfp4", "Mxfp4DualScaleConfig"),
+    "nvfp4": ("lowbit.quantization.nvfp4", "NvFp4Config"),
+    "modelopt": ("lowbit.quantization.modelopt", "ModelOptConfig"),
 }
 
 SUPPORTED_QUANTIZATION_METHODS: tuple[str, ...] = tuple(_METHODS)
@@ -25,17 +30,22 @@ QuantizationSpec = str | Mapping[str, Any] | AnyQuantizationConfig | None
 _METHOD_KEYS = ("method", "quant_method")
 
 
+def canonical_name(method: str) -> str | None:
+    """Return the name of a method as it is listed; case and ``-`` or ``_`` do not matter. ``None`` for others."""
+    return next((name for name in SUPPORTED_QUANTIZATION_METHODS if _normalize(name) == _normalize(method)), None)
+
+
 def config_class(method: str) -> type[QuantizationConfig]:
     """Return the configuration class of a method; case and ``-`` or ``_`` do not matter.
 
     Raises:
         ConfigError: there is no such method; lists those there are.
     """
-    entry = _METHODS.get(_normalize(method))
-    if entry is None:
+    known = canonical_name(method)
+    if known is None:
         supported = ", ".join(SUPPORTED_QUANTIZATION_METHODS)
         raise ConfigError(f"Unknown quantization method: {method!r}. Supported methods: {supported}")
-    module, name = entry
+    module, name = _METHODS[known]
     found: type[QuantizationConfig] = getattr(importlib.import_module(module), name)
     return found
 

@@ -17,7 +17,7 @@ from lowbit.errors import ConfigError
 from lowbit.ops import fp8
 from lowbit.ops.dispatch import Problem
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
-from lowbit.quantization.scales import per_channel_scale, per_tensor_scale
+from lowbit.quantization.scales import finite_and_positive, per_channel_scale, per_tensor_scale
 from lowbit.quantization.transforms import check_transforms, with_transforms
 
 if TYPE_CHECKING:
@@ -141,7 +141,8 @@ class Fp8LinearMethod(LinearMethod):
         if name == "weight_scale":
             tensor = per_channel_scale(tensor, layer.out_features)
         if name == "input_scale":
-            tensor = per_tensor_scale(tensor)
+            tensor = super().canonical_tensor(layer, name, per_tensor_scale(tensor))
+            return finite_and_positive(layer, name, tensor)
         return super().canonical_tensor(layer, name, tensor)
 
     def quantize_weight(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -160,13 +161,13 @@ class Fp8LinearMethod(LinearMethod):
         scale = layer.get_parameter(self.scale_name)
         return fp8.dequantize_fp8(layer.get_parameter("weight"), scale, self.block_size)
 
+    def input_scale_of(self, absmax: float) -> float:
+        """Return ``absmax / 448``."""
+        return max(absmax, fp8.SMALLEST_ABSMAX) / fp8.E4M3_MAX
+
     def problem(self, layer: QuantizedLinear, device: torch.device) -> Problem:
-        """Add the scheme and the blocks to the layer's problem."""
-        return replace(
-            super().problem(layer, device),
-            activation_scheme=self.activation_scheme,
-            weight_block_size=self.block_size,
-        )
+        """Add the blocks to the layer's problem."""
+        return replace(super().problem(layer, device), weight_block_size=self.block_size)
 
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Quantize x as the scheme says and multiply."""

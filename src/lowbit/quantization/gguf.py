@@ -15,7 +15,7 @@ import torch
 
 from lowbit.errors import ConfigError
 from lowbit.ops import gguf
-from lowbit.ops.dispatch import AUTO, Problem
+from lowbit.ops.dispatch import AUTO
 from lowbit.ops.gguf_types import BLOCK_TYPES, block_type
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 
@@ -114,12 +114,12 @@ class GgufConfig(QuantizationConfig):
         kind = self.type_of(prefix, layer.in_features)
         return None if kind is None or BLOCK_TYPES[kind].is_plain else GgufLinearMethod(kind, self.kernel)
 
-    def reason_to_keep(self, prefix: str) -> str:
+    def kept_reason(self, name: str) -> str:
         """Name the type in the file, if that is the reason."""
-        if self.is_ignored(prefix):
+        if self.is_ignored(name):
             return "ignored_layers"
         if self.layer_types is not None:
-            return f"{self.layer_types.get(prefix, 'not quantized')} in the file"
+            return f"{self.layer_types.get(name, 'not quantized')} in the file"
         return f"input features are no multiple of 32, the smallest block of {self.gguf_type}"
 
     def linear_method(self) -> LinearMethod:
@@ -159,9 +159,10 @@ class GgufLinearMethod(LinearMethod):
         )
         return values
 
-    def problem(self, layer: QuantizedLinear, device: torch.device) -> Problem:
-        """Add the type to the layer's problem."""
-        return replace(super().problem(layer, device), weight_type=self.weight_type)
+    @property
+    def weight_format(self) -> str:
+        """The type, such as ``"Q4_K"``."""
+        return self.weight_type
 
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply x by the decoded weight."""

@@ -26,6 +26,7 @@ class QuantizedLinear(nn.Linear):
         compute_dtype: of the activations it expects.
         implementation: the table's entry of its kernel, ``None`` before the first use on a device.
         kernel: the module of that implementation.
+        expected: shape and dtype of each of the checkpoint's tensors.
         owns_weight: nothing else uses the memory of the weight, so that packing may overwrite it.
         is_smoothed: its input is to be multiplied by ``mul_scale``.
         rotation_matrix: each group of its input's channels is to be multiplied by, ``None`` for nothing.
@@ -57,6 +58,7 @@ class QuantizedLinear(nn.Linear):
         self.is_smoothed = False
         self.rotation_matrix = None
         self.creation_device = torch.device(device or "cpu")
+        self.expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         method.create_weights(self)
         self.quantized_names = tuple(self._parameters)
         empty_bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -79,10 +81,24 @@ class QuantizedLinear(nn.Linear):
         """Register an empty parameter of the checkpoint (called by the method's ``create_weights``)."""
         empty = torch.empty(shape, dtype=dtype, device=self.creation_device)
         self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self.expected[name] = (tuple(shape), dtype)
+
+    def expect_unquantized(self) -> None:
+        """Put a placeholder of the unquantized weight's shape and dtype in the place of the empty quantized one.
+
+        diffusers and transformers hold a tensor of the file against the parameter it is for.
+        """
+        shape = (self.out_features, self.in_features)
+        self.replace_tensor("weight", torch.empty(shape, dtype=self.compute_dtype, device="meta"))
 
     def replace_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Put ``tensor`` under the parameter ``name``, as it is."""
         self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def drop_tensor(self, name: str) -> None:
+        """Do without a tensor that the checkpoint may lack."""
+        del self._parameters[name]
+        self.quantized_names = tuple(kept for kept in self.quantized_names if kept != name)
 
     def load_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Take a checkpoint's tensor for ``name``.

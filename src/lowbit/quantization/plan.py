@@ -86,7 +86,7 @@ def _decide(name: str, layer: nn.Linear, config: QuantizationConfig, family: Map
             if matches_any(patterns, name):
                 return Decision(None, reason)
     if method is None:
-        return Decision(None, config.reason_to_keep(name))
+        return Decision(None, config.kept_reason(name))
     refusal = method.refusal(layer)
     return Decision(None, refusal) if refusal else Decision(method)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from lowbit.errors import ConfigError
 from lowbit.ops.dispatch import Problem
 from lowbit.quantization.base import LinearMethod
+from lowbit.quantization.scales import finite_and_positive
 
 if TYPE_CHECKING:
     from lowbit.quantization.linear import QuantizedLinear
@@ -64,24 +65,32 @@ class TransformedMethod(LinearMethod):
 
     On disk: the other method's tensors, of the changed weight, and with smoothing ``mul_scale`` float32 [K], by which
     the input is multiplied (the name and meaning of vLLM-Omni's MX checkpoints). A scale of all ones is not applied.
+
+    Attributes:
+        is_scaled: there is a ``mul_scale``: with smoothing, or because the format has one.
     """
 
-    def __init__(self, inner: LinearMethod, smoothing: float | None, rotation: int | None) -> None:
+    def __init__(
+        self, inner: LinearMethod, smoothing: float | None, rotation: int | None, has_mul_scale: bool = False
+    ) -> None:
         super().__init__(inner.kernel)
         self.inner, self.smoothing, self.rotation = inner, smoothing, rotation
+        self.is_scaled = smoothing is not None or has_mul_scale
+        self.activation_scheme = inner.activation_scheme
+        self.optional = inner.optional | ({"mul_scale"} if has_mul_scale else set())
         # What the class of another method says, this one says for it.
         self.name, self.family, self.table = inner.name, inner.family, inner.table  # type: ignore[misc]
 
     def create_weights(self, layer: QuantizedLinear) -> None:
         """Register the other method's tensors and ``mul_scale``."""
         self.inner.create_weights(layer)
-        if self.smoothing is not None:
+        if self.is_scaled:
             layer.register_quantized("mul_scale", (layer.in_features,), torch.float32)
 
     def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: Tensor) -> Tensor:
         """Leave it to the other method, but for ``mul_scale``."""
         if name == "mul_scale":
-            return super().canonical_tensor(layer, name, tensor)
+            return finite_and_positive(layer, name, super().canonical_tensor(layer, name, tensor))
         return self.inner.canonical_tensor(layer, name, tensor)
 
     def quantize_weight(self, weight: Tensor) -> dict[str, Tensor]:
@@ -89,7 +98,7 @@ class TransformedMethod(LinearMethod):
         group = self._group(weight.shape[1])
         changed = weight if group == 1 else rotate(weight.float(), hadamard(group, device=weight.device))
         tensors = self.inner.quantize_weight(changed)
-        if self.smoothing is not None:
+        if self.is_scaled:
             tensors["mul_scale"] = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
         return tensors
 
@@ -99,7 +108,7 @@ class TransformedMethod(LinearMethod):
         group = self._group(layer.in_features)
         if group > 1:
             weight = rotate(weight, hadamard(group, device=weight.device))
-        return weight * layer.get_parameter("mul_scale") if self.smoothing is not None else weight
+        return weight * layer.get_parameter("mul_scale") if "mul_scale" in layer.quantized_names else weight
 
     def refusal(self, layer: torch.nn.Linear) -> str | None:
         """Refuse what the other method refuses, and layers that can't be rotated."""
@@ -117,7 +126,8 @@ class TransformedMethod(LinearMethod):
         group = self._group(layer.in_features)
         device = layer.get_parameter("weight").device
         layer.rotation_matrix = hadamard(group, layer.compute_dtype, device) if group > 1 else None
-        layer.is_smoothed = self.smoothing is not None and bool((layer.get_parameter("mul_scale") != 1).any())
+        is_scaled = "mul_scale" in layer.quantized_names
+        layer.is_smoothed = is_scaled and bool((layer.get_parameter("mul_scale") != 1).any())
 
     def apply(self, layer: QuantizedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
         """Change x and let the other method compute."""
@@ -131,8 +141,17 @@ class TransformedMethod(LinearMethod):
         return 1 if self.rotation is None else rotation_group(channels, self.rotation)
 
 
-def with_transforms(method: LinearMethod, smoothing: float | None, rotation: int | None) -> LinearMethod:
-    """Return ``method``, behind a smoothed or rotated input if either is asked for."""
-    if smoothing is None and rotation is None:
+def with_transforms(
+    method: LinearMethod, smoothing: float | None, rotation: int | None, has_mul_scale: bool = False
+) -> LinearMethod:
+    """Return ``method``, behind a smoothed or rotated input if either is asked for.
+
+    Args:
+        method: that computes.
+        smoothing: strength, ``None`` for none.
+        rotation: size of the rotated groups, ``None`` for none.
+        has_mul_scale: the checkpoints of the method have a ``mul_scale``, or may have one, without smoothing too.
+    """
+    if smoothing is None and rotation is None and not has_mul_scale:
         return method
-    return TransformedMethod(method, smoothing, rotation)
+    return TransformedMethod(method, smoothing, rotation, has_mul_scale)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -24,6 +25,11 @@ from lowbit.ops.triton import (
     int8,
     int8_weight_only,
     launch,
+    microscaling,
+    mx,
+    mx_weight_only,
+    nvfp4,
+    nvfp4_weight_only,
     persistent,
     quantize_rows,
 )
@@ -34,6 +40,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 K = N = 3840
+MX_KINDS = ("mxfp8", "mxfp4", "dualscale")
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -62,6 +69,40 @@ def fp8_block_product(m: int) -> None:
 def run_attention(kind: str, width: int) -> None:
     tensors = (meta(1, 4160, 30, width) for _ in range(3))
     attention.attention(*tensors, None, width**-0.5, False, kind)
+
+
+def mx_operands(m: int, kind: str) -> list[torch.Tensor]:
+    """Elements and scales of x [m, K] and of a weight [N, K], dual scales at the end."""
+    element = {"dtype": torch.float8_e4m3fn} if kind == "mxfp8" else {"dtype": torch.uint8}
+    width = K if kind == "mxfp8" else K // 2
+    tensors = [
+        part for rows in (m, N) for part in (meta(rows, width, **element), meta(rows, K // 32, dtype=torch.uint8))
+    ]
+    dual = [meta(rows, K // 512 + 1, dtype=torch.float32) for rows in (m, N)]
+    return [*tensors, *(dual if kind == "dualscale" else [])]
+
+
+def mx_product(m: int, kind: str) -> None:
+    x, x_scale, weight, scale, *dual = mx_operands(m, kind)
+    mx.mx_scaled_mm(x, x_scale, weight, scale, meta(N), torch.bfloat16, *dual)
+
+
+def mx_weight_product(m: int, kind: str) -> None:
+    _, _, weight, scale, *dual = mx_operands(m, kind)
+    mx_weight_only.multiply_weight_only(meta(m, K), weight, scale, meta(N), *dual[1:])
+
+
+def nvfp4_operands(rows: int) -> list[torch.Tensor]:
+    return [meta(rows, K // 2, dtype=torch.uint8), meta(rows, K // 16, dtype=torch.float8_e4m3fn)]
+
+
+def nvfp4_product(m: int) -> None:
+    outer = meta(m, 1, dtype=torch.float32), meta(dtype=torch.float32)
+    nvfp4.nvfp4_scaled_mm(*nvfp4_operands(m), outer[0], *nvfp4_operands(N), outer[1], meta(N), torch.bfloat16)
+
+
+def nvfp4_weight_product(m: int) -> None:
+    nvfp4_weight_only.multiply_weight_only(meta(m, K), *nvfp4_operands(N), meta(N), meta(dtype=torch.float32))
 
 
 @dataclass(frozen=True)
@@ -93,6 +134,15 @@ def fp8_weight_only_product(m: int) -> None:
 WEIGHT_ONLY_PRODUCTS = {
     "int8": Case(int8_weight_only, "weight_only_mm_kernel", int8_weight_only_product),
     "fp8": Case(int8_weight_only, "weight_only_mm_kernel", fp8_weight_only_product),
+}
+SCALED_PRODUCTS = {
+    **{kind: Case(microscaling, "scaled_mm_kernel", partial(mx_product, kind=kind)) for kind in MX_KINDS},
+    **{
+        f"{kind} weight-only": Case(microscaling, "scaled_mm_kernel", partial(mx_weight_product, kind=kind))
+        for kind in MX_KINDS
+    },
+    "nvfp4": Case(microscaling, "scaled_mm_kernel", nvfp4_product),
+    "nvfp4 weight-only": Case(microscaling, "scaled_mm_kernel", nvfp4_weight_product),
 }
 QUANTIZATIONS = {
     "int8": Case(quantize_rows, "quantize_rows_kernel", lambda: int8.quantize_int8_per_token(meta(4096, K))),
@@ -192,6 +242,45 @@ def test_products_use_tensor_cores(name: str, chip: str) -> None:
     assert re.search(OPERAND_LOADS.get(chip, r"cp\.async\.cg\.shared\.global"), assembly)
     if family_of(name) == "int8":  # A contracted epilogue would not be the reference's, bit for bit.
         assert "fma.rn.f32" not in assembly
+
+
+# What multiplies: the chip's scaled units where it has them, else tensor cores on decoded bfloat16.
+SCALED = {
+    ("mx", "sm_100"): r"tcgen05\.mma\S*\.kind::mxf(8f6f4|4)\S*block_scale",
+    ("nvfp4", "sm_100"): r"tcgen05\.mma\S*\.kind::mxf4nvf4\S*block_scale",
+    ("mx", "gfx950"): r"v_mfma_scale_f32",
+}
+DECODED = {
+    "sm_80": r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.bf16\.bf16\.f32",
+    "sm_89": r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.bf16\.bf16\.f32",
+    "sm_90": r"(wgmma\.mma_async|mma\.sync)\S*\.f32\.bf16\.bf16",
+    "sm_100": r"tcgen05\.mma\S*\.kind::f16|mma\.sync\S*\.f32\.bf16\.bf16",
+    "gfx942": r"v_mfma_f32_\S*bf16",
+    "gfx950": r"v_mfma_f32_\S*bf16",
+}
+QUICK_SCALED = [("mxfp4", "sm_100"), ("nvfp4", "sm_100"), ("mxfp8", "gfx950"), ("nvfp4 weight-only", "sm_90")]
+
+
+def check_scaled_product(name: str, chip: str, m: int) -> None:
+    assembly = compiled(SCALED_PRODUCTS[name], CHIPS[chip], m).assembly
+    family = "nvfp4" if name.startswith("nvfp4") else "mx"
+    native = None if "weight-only" in name else SCALED.get((family, chip))
+    assert re.search(native or DECODED[chip], assembly)
+
+
+@pytest.mark.parametrize(("name", "chip"), QUICK_SCALED)
+def test_scaled_products_use_tensor_cores(name: str, chip: str) -> None:
+    check_scaled_product(name, chip, 4096)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", [64, 4096])
+@pytest.mark.parametrize("chip", DECODED)
+@pytest.mark.parametrize("name", SCALED_PRODUCTS)
+def test_every_scaled_product_uses_tensor_cores(name: str, chip: str, m: int) -> None:
+    if m == 64 and "weight-only" not in name:
+        pytest.skip("tiles this low are multiplied decoded on some chips")
+    check_scaled_product(name, chip, m)
 
 
 @pytest.mark.slow

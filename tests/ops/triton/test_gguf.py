@@ -52,5 +52,5 @@ def test_other_types_and_many_rows_are_decoded_first(rows: int, device: torch.de
 def test_refusals(device: torch.device) -> None:
     if device.type == "cpu":
         pytest.skip("the interpreter's device is not asked")
-    problem = Problem(device, torch.bfloat16, 64, 256, weight_type="IQ4_XS")
+    problem = Problem(device, torch.bfloat16, 64, 256, weight_format="IQ4_XS")
     assert "IQ4_XS" in str(kernels.supports(problem))

@@ -26,6 +26,7 @@ _pointer, _size, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
     "lowbit_quantize": (_pointer, _int, *[_size] * 5, _pointer, _int, _pointer, _int),
     "lowbit_dequantize": (_pointer, _int, *[_size] * 5, _pointer, _pointer, _int, _int),
+    "lowbit_decode_fp4": (_pointer, *[_size] * 3, _pointer, _pointer, _int, _int),
     "lowbit_scale_product": (_pointer, *[_size] * 2, *[_pointer] * 4, _size, _int, _int),
     "lowbit_int8_product": (
         _pointer,
@@ -164,6 +165,27 @@ def dequantize(
     _library().lowbit_dequantize(
         codes.data_ptr(), CODE_TYPES[codes.dtype], rows, columns, first_row, block_rows, block_columns or columns,
         scale.data_ptr(), output.data_ptr(), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def decode_fp4(packed: torch.Tensor, scale: torch.Tensor, output: torch.Tensor, group_size: int) -> None:
+    """Write the values of e2m1 codes times their groups' scales to ``output``.
+
+    Args:
+        packed: dense uint8 [rows, columns / 2], the even column in the low nibble.
+        scale: dense float32 [rows, ceil(columns / group_size)].
+        output: written: dense [rows, columns] float32, bfloat16 or float16.
+        group_size: columns of a group, even.
+    """
+    rows, columns = output.shape
+    assert packed.shape == (rows, columns // 2)
+    assert scale.shape == (rows, -(-columns // group_size))
+    assert packed.is_contiguous()
+    assert scale.is_contiguous()
+    assert output.is_contiguous()
+    _library().lowbit_decode_fp4(
+        packed.data_ptr(), rows, columns, group_size, scale.data_ptr(), output.data_ptr(),
+        ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -56,13 +56,14 @@ class Chip:
         return GPUTarget(self.target.backend, self.target.arch, self.warp_size)
 
 
-# With the processors of an A100, an L40S, an H100, a B200 and an MI300X.
+# With the processors of an A100, an L40S, an H100, a B200, an MI300X and an MI355X.
 CHIPS = {
     "sm_80": Chip(Target("cuda", 80, 108), 32, 163 * 1024),
     "sm_89": Chip(Target("cuda", 89, 142), 32, 99 * 1024),
     "sm_90": Chip(Target("cuda", 90, 132), 32, 227 * 1024),
     "sm_100": Chip(Target("cuda", 100, 148), 32, 227 * 1024),
     "gfx942": Chip(Target("hip", "gfx942", 304), 64, 64 * 1024),
+    "gfx950": Chip(Target("hip", "gfx950", 256), 64, 160 * 1024),
 }
 
 

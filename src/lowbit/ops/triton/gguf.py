@@ -261,9 +261,9 @@ def supports(problem: Problem) -> str | None:
     refusal = device_refusal(problem.device, problem.dtype)
     if refusal is not None:
         return refusal
-    if problem.weight_type and problem.weight_type not in TYPES:
-        return f"has kernels for {', '.join(TYPES)}, not for {problem.weight_type}"
-    kind = BLOCK_TYPES[problem.weight_type or "Q8_0"]
+    if problem.weight_format and problem.weight_format not in TYPES:
+        return f"has kernels for {', '.join(TYPES)}, not for {problem.weight_format}"
+    kind = BLOCK_TYPES[problem.weight_format or "Q8_0"]
     if problem.in_features % kind.elements:
         return f"{problem.in_features} input features are not whole blocks of {kind.name}"
     return None

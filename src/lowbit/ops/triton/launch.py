@@ -44,6 +44,13 @@ class Target:
         return self.backend == "hip" and str(self.arch).startswith(("gfx950", "gfx12"))
 
     @property
+    def has_scaled_dot(self) -> bool:
+        """Whether it multiplies groups with scales of their own (``tl.dot_scaled``) itself: SM 10.x, gfx950."""
+        if self.backend == "cuda":
+            return 100 <= int(self.arch) < 110
+        return self.backend == "hip" and str(self.arch).startswith("gfx950")
+
+    @property
     def has_wide_tiles(self) -> bool:
         """Whether it has wgmma or tcgen05 and the 227 KiB of shared memory that come with them (SM 9.0, 10.x)."""
         return self.backend == "cuda" and 90 <= int(self.arch) < 110

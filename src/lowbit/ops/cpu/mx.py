@@ -1,0 +1,105 @@
+"""MX weights on CPUs, with activations left as they are: no CPU multiplies MX elements.
+
+The weight is decoded a block of output channels at a time and multiplied in the precision that this CPU is fastest in.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.ops import mx
+from lowbit.ops.cpu import native
+from lowbit.ops.cpu.fp4 import decode_fp4
+from lowbit.ops.cpu.weight_only import multiply_decoded
+from lowbit.ops.dispatch import Problem
+from lowbit.ops.fp8 import E4M3
+from lowbit.ops.library import define_operator
+
+
+def supports(problem: Problem) -> str | None:
+    """Return why ``problem`` can't be run, ``None`` when it can."""
+    if problem.dtype not in native.ELEMENT_TYPES:
+        return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
+    return None
+
+
+def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+    """Return ``weight``, e4m3 [N, K] or e2m1 uint8 [N, K / 2], dense."""
+    return weight.contiguous()
+
+
+def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
+    """Return ``packed``: see ``pack_weight``."""
+    return packed
+
+
+def decode_rows(
+    packed: torch.Tensor, scale: torch.Tensor, dual_scale: torch.Tensor | None, first: int, output: torch.Tensor
+) -> None:
+    """Write the values of rows of a weight, from ``first`` on, to ``output``.
+
+    Args:
+        packed: e4m3 [N, K] or e2m1 uint8 [N, K / 2], dense.
+        scale: E8M0 uint8 [N, ceil(K / 32)].
+        dual_scale: float32 [N, ceil(K / 512)] or ``None``.
+        first: the first row.
+        output: dense [rows, K] float32, bfloat16 or float16.
+    """
+    rows = slice(first, first + output.shape[0])
+    group_scale = mx.decode_e8m0(scale[rows])
+    if dual_scale is not None:
+        # A power of two times the other: exact, as the reference's two products are.
+        per_dual = mx.DUAL_GROUP_SIZE // mx.GROUP_SIZE
+        group_scale *= mx.expand_groups(dual_scale[rows], per_dual, group_scale.shape[1])
+    if packed.dtype != E4M3:
+        decode_fp4(packed[rows], group_scale, output, mx.GROUP_SIZE)
+    elif native.available():
+        native.dequantize(packed[rows], group_scale, output, 1, mx.GROUP_SIZE)
+    else:
+        output.copy_(packed[rows].float().mul_(mx.expand_groups(group_scale, mx.GROUP_SIZE, output.shape[1])))
+
+
+@torch.no_grad()
+def multiply_weight_only(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dual_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K], for a weight as ``decode_rows`` takes it."""
+
+    def decode(first: int, weight: torch.Tensor) -> None:
+        decode_rows(packed, weight_scale, dual_scale, first, weight)
+
+    return multiply_decoded(x, packed.shape[0], decode, bias)
+
+
+def _fake_weight_only(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dual_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+weight_only_operator = define_operator(
+    "mx_weight_only_mm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, Tensor? dual_scale=None) -> Tensor",
+    multiply_weight_only,
+    _fake_weight_only,
+)
+
+
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dual_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply a linear layer with an MX weight to unquantized activations; arguments as in ``lowbit.ops.mx.linear``."""
+    compute = weight_only_operator if torch.compiler.is_compiling() else multiply_weight_only
+    result = compute(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, dual_scale)
+    return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -1,0 +1,153 @@
+"""MX and NVFP4 weights on CPUs against the references' decoding and float64 products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lowbit.ops import mx, nvfp4
+from lowbit.ops.cpu import blocked, fp4, native
+from lowbit.ops.cpu import mx as cpu_mx
+from lowbit.ops.cpu import nvfp4 as cpu_nvfp4
+from lowbit.ops.dispatch import Problem
+from tests.ops.cpu.conftest import same
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMATS = ["mxfp8", "mxfp4", "dualscale", "nvfp4"]
+# One rounding of the result in float32; the weight is rounded too where products are made in 16 bits.
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+class Layer:
+    """A weight in one format with the reference's decoding and the CPU's product."""
+
+    def __init__(self, kind: str, features: int, columns: int) -> None:
+        weight = torch.randn(features, columns) / 8
+        if kind == "nvfp4":
+            scale = nvfp4.global_scale_of(weight.abs().amax())
+            self.tensors = (*nvfp4.quantize_nvfp4(weight, scale), scale)
+            self.module, self.decode = cpu_nvfp4, nvfp4.dequantize_nvfp4
+        else:
+            quantizers = {
+                "mxfp8": mx.quantize_mxfp8,
+                "mxfp4": mx.quantize_mxfp4,
+                "dualscale": mx.quantize_mxfp4_dualscale,
+            }
+            self.tensors = quantizers[kind](weight)
+            self.module, self.decode = cpu_mx, mx.dequantize_mx
+
+    def weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.decode(*self.tensors, dtype=dtype)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        packed, scale, *rest = self.tensors
+        return self.module.linear(x, self.module.pack_weight(packed), scale, bias, *rest)
+
+
+@pytest.fixture(params=["own", "float32"])
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Multiply in the activations' precision, as on CPUs with instructions for it, or in float32."""
+    chosen: str = request.param
+    monkeypatch.setattr(
+        blocked, "fast_matmul_dtype", (lambda dtype: dtype) if chosen == "own" else (lambda dtype: torch.float32)
+    )
+    return chosen
+
+
+@pytest.fixture(params=range(len(native.ISA_NAMES)), ids=native.ISA_NAMES)
+def isa(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Run with one instruction set after the other."""
+    if native.refusal() is not None or native.select_isa(request.param) != request.param:
+        pytest.skip("not here")
+    yield request.param
+    native.select_isa(native.BEST_ISA)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64, 32), (7, 334, 100), (513, 256, 130)])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_agrees_with_float64(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    kind: str,
+    path: str,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocked, "DECODED_BYTES", 1 << 16)  # several blocks of channels
+    rows, columns, features = shape
+    layer = Layer(kind, features, columns)
+    x, bias = torch.randn(rows, columns).to(dtype), torch.randn(features).to(dtype)
+    weight = layer.weight()
+    for given in (None, bias):
+        result = layer.linear(x, given)
+        assert result.dtype == dtype
+        exact = x.double() @ weight.double().t() + (0 if given is None else given.double())
+        size = x.double().abs() @ weight.double().abs().t()
+        assert ((result.double() - exact).abs() <= BOUNDS[dtype] * (exact.abs() + size / 4) + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["mxfp8", "mxfp4", "dualscale"])
+@pytest.mark.parametrize("first", [0, 5, 64])
+def test_rows_decode_as_the_reference_does(dtype: torch.dtype, kind: str, first: int, path: str) -> None:
+    layer = Layer(kind, 150, 1044)
+    packed, scale, *dual = layer.tensors
+    output = torch.empty(80, 1044, dtype=dtype)
+    cpu_mx.decode_rows(packed, scale, dual[0] if dual else None, first, output)
+    assert torch.equal(output, layer.weight(dtype)[first : first + 80])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [16, 32, 50])
+def test_every_byte_decodes_on_every_isa(dtype: torch.dtype, group_size: int, isa: int) -> None:
+    packed = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
+    scale = torch.randn(3, -(-512 // group_size)).exp()
+    scale[1, 0] = torch.nan
+    output, expected = torch.empty(3, 512, dtype=dtype), torch.empty(3, 512, dtype=dtype)
+    native.decode_fp4(packed, scale, output, group_size)
+    values = fp4.decode_e2m1_pairs(packed).flatten(-2)
+    expected = (values * mx.expand_groups(scale, group_size, 512)).to(dtype)
+    assert same(output, expected)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_poisoned_rows_and_only_they_are_not_finite(poison: float, kind: str, path: str) -> None:
+    x = torch.randn(4, 64)
+    x[2, 5] = poison
+    result = Layer(kind, 8, 64).linear(x)
+    assert not result[2].isfinite().any()
+    assert result[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_leading_dimensions_and_strides(kind: str, path: str) -> None:
+    layer = Layer(kind, 8, 64)
+    x = torch.randn(64, 3, 2).permute(2, 1, 0)
+    torch.testing.assert_close(layer.linear(x), torch.nn.functional.linear(x, layer.weight()))
+
+
+@pytest.mark.parametrize("kind", ["dualscale", "nvfp4"])
+def test_compiles(kind: str, path: str) -> None:
+    layer = Layer(kind, 40, 64)
+    torch.compiler.reset()
+    x = torch.randn(5, 64).bfloat16()
+    torch.testing.assert_close(torch.compile(layer.linear, fullgraph=True)(x), layer.linear(x))
+
+
+def test_operators_are_well_formed() -> None:
+    x, bias = torch.randn(5, 64), torch.randn(8)
+    packed, scale, dual_scale = Layer("dualscale", 8, 64).tensors
+    torch.library.opcheck(cpu_mx.weight_only_operator, (x, packed, scale, bias, dual_scale))
+    packed, scale, global_scale = Layer("nvfp4", 8, 64).tensors
+    checks = ("test_autograd_registration", "test_faketensor")  # torch can't compare e4m3 for the others
+    arguments = (x, packed, scale, bias, global_scale)
+    torch.library.opcheck(cpu_nvfp4.weight_only_operator, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("module", [cpu_mx, cpu_nvfp4])
+def test_other_dtypes_are_refused(module: object) -> None:
+    assert "float64" in (module.supports(Problem(torch.device("cpu"), torch.float64, 8, 8)) or "")  # type: ignore[attr-defined]
