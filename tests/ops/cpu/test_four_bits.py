@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit.ops import mx, nvfp4
-from lowbit.ops.cpu import blocked, fp4, native
+from lowbit.ops.cpu import blocked, fp4, native, weight_only
 from lowbit.ops.cpu import mx as cpu_mx
 from lowbit.ops.cpu import nvfp4 as cpu_nvfp4
 from lowbit.ops.dispatch import Problem
@@ -51,7 +51,7 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Multiply in the activations' precision, as on CPUs with instructions for it, or in float32."""
     chosen: str = request.param
     monkeypatch.setattr(
-        blocked, "fast_matmul_dtype", (lambda dtype: dtype) if chosen == "own" else (lambda dtype: torch.float32)
+        weight_only, "fast_matmul_dtype", (lambda dtype: dtype) if chosen == "own" else (lambda dtype: torch.float32)
     )
     return chosen
 
