@@ -12,7 +12,7 @@ tensor            shape                          content
 ================  =============================  ==============================================================
 
 The bytes of ``packed`` are those of compressed-tensors' ``pack-quantized`` int32 [N, K / 8] on a little-endian machine
-(``compressors/pack_quantized/base.py`` there), so a view converts one to the other.
+(``pack_to_int32`` there), so a view converts one to the other.
 """
 
 from __future__ import annotations
