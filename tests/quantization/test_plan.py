@@ -8,6 +8,7 @@ from torch import nn
 
 from lowbit.errors import ConfigError
 from lowbit.quantization import Fp8Config, Int8Config, QuantizedLinear, plan_layers, quantize_model
+from lowbit.quantization.mxfp8 import Mxfp8Config
 from tests.quantization.models import run_transformer, small_transformer
 
 
@@ -102,3 +103,8 @@ def test_progress_counts_layers() -> None:
     calls: list[tuple[int, int]] = []
     quantize_model(copy.deepcopy(small_transformer()), "int8", progress=lambda done, total: calls.append((done, total)))
     assert calls == [(index, 28) for index in range(1, 29)]
+
+
+def test_a_method_without_a_weight_only_kind_says_so() -> None:
+    with pytest.raises(ConfigError, match="mxfp8 has no weight-only kind"):
+        plan_layers(small_transformer(), Mxfp8Config(weight_only_layers=["adaLN_modulation"]))

@@ -78,9 +78,12 @@ class QuantizationConfig(ABC):
     def linear_method(self) -> LinearMethod:
         """Return what this configuration does to a linear layer."""
 
-    @abstractmethod
-    def weight_only_method(self) -> LinearMethod:
-        """Return what this configuration does to a layer of ``weight_only_layers``: it leaves activations alone."""
+    def weight_only_method(self) -> LinearMethod | None:
+        """Return what this configuration does to a layer of ``weight_only_layers``: it leaves activations alone.
+
+        ``None`` for a method without such a kind: it keeps these layers.
+        """
+        return None
 
     @abstractmethod
     def as_serialized(self, ignored_layers: Sequence[str]) -> Self:

@@ -51,7 +51,9 @@ def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
     if not config.is_serialized or config.weights_from is not None:
         for option in ("ignored_layers", "weight_only_layers"):
             check_patterns(getattr(config, option) or (), (name for name, _ in model.named_modules() if name), option)
-        if config.weight_only_layers is None:
+        if config.weight_only_layers and config.weight_only_method() is None:
+            raise ConfigError(f"weight_only_layers: {config.get_name()} has no weight-only kind; int8 and fp8 have")
+        if config.weight_only_layers is None and config.weight_only_method() is not None:
             config = replace(config, weight_only_layers=list(weight_only_layers(type(model).__name__)))
     family = {} if config.is_serialized else kept_layers(type(model).__name__)
     linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
