@@ -36,6 +36,8 @@ def quantized_manifest(component: Component) -> Manifest:
 
         kept = _kept_by_model(model)
     preparation = loading.prepare(model, Int8Config(), torch.bfloat16, kept=kept)
+    for layer in preparation.layers.values():
+        layer.method.create_weights(layer)  # as loaded: until then the unquantized weight's place is held
     return make_manifest(model, preparation.plan)
 
 

@@ -99,10 +99,6 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
             check_tensors(model, self.preparation, headers, self.loaded_keys, ignored)
         if not config.is_serialized:
-            for layer in self.preparation.layers.values():
-                # diffusers compares a tensor's shape with that of the parameter it is for, not with the result's.
-                shape = (layer.out_features, layer.in_features)
-                layer.replace_tensor("weight", torch.empty(shape, dtype=layer.compute_dtype, device="meta"))
             self.progress = diffusers_logging.tqdm(
                 total=sum(loading.weight_bytes(layer, headers) for layer in self.preparation.layers.values()),
                 desc=f"Quantizing to {config.get_name()}",

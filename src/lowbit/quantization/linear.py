@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -128,8 +129,8 @@ class QuantizedLinear(nn.Linear):
 
     def quantized_bytes(self) -> int:
         """Return the bytes of the quantized tensors, in the checkpoint's layout."""
-        tensors = (self.get_parameter(name) for name in self.quantized_names)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = (self.expected[name] for name in self.quantized_names)
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
