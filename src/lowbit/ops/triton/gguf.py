@@ -158,7 +158,7 @@ def mm_kernel(
     x: [m, k] floating, rows ``x_stride`` apart; weight: uint8 [n, row_bytes]; bias: [n] or None; out: [m, n].
     EVEN_K: BLOCK_K divides k.
     """
-    tile_m, tile_n = program_tile(m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = program_tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
     first_row = tile_m.to(tl.int64) * BLOCK_M
     first_column = tile_n.to(tl.int64) * BLOCK_N
     rows = clamped(first_row, m, BLOCK_M)

@@ -134,7 +134,7 @@ def scaled_mm_kernel(
     strides apart, those of scales ``groups``. x_outer, weight_outer: float32 scales above those of the groups, or None:
     with DUAL one per DUAL columns, else one per row; their rows are x_outer_row and weight_outer_row apart.
     """
-    tile_m, tile_n = program_tile(m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = program_tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
     first_row = tile_m.to(tl.int64) * BLOCK_M
     first_column = tile_n.to(tl.int64) * BLOCK_N
     rows = clamped(first_row, m, BLOCK_M)
