@@ -25,8 +25,11 @@ from collections.abc import Sequence
 
 import torch
 
-from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
+from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.library import define_operator, register_kernel_lazily
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -248,21 +251,6 @@ def quantize_activation(
 
 
 # The reference as an implementation of the family: W8A8 as a GPU would compute it, on any device.
-
-
-def supports(problem: Problem) -> str | None:
-    """Return ``None``: the reference runs everywhere."""
-    return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the reference reads the canonical layout."""
-    return weight
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(

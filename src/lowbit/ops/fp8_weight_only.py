@@ -1,30 +1,55 @@
 """FP8 weights with activations left as they are: for devices that have no FP8 matrix product.
 
-The layer's weight is brought to the activations' dtype and multiplied by torch. Slower than the original layer by the
-conversion, at half its memory.
+The operator's reference brings the weight to the activations' dtype and multiplies by torch: slower than the original
+layer by the conversion, at half its memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from lowbit.ops.dispatch import Problem
+from lowbit.ops.canonical import pack_weight, supports, unpack_weight
 from lowbit.ops.fp8 import dequantize_fp8
+from lowbit.ops.library import define_operator, register_kernel_lazily
+
+__all__ = ["fp8_weight_only_mm", "linear", "pack_weight", "supports", "unpack_weight"]
 
 
-def supports(problem: Problem) -> str | None:
-    """Return ``None``: plain torch runs everywhere."""
-    return None
+def fp8_weight_only_mm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_block_size: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Return ``x @ (packed * weight_scale).T + bias`` [M, N] in the dtype of ``x`` [M, K].
+
+    Weight, scale and blocks as in ``lowbit.ops.fp8.linear``.
+    """
+    block = None if weight_block_size is None else (weight_block_size[0], weight_block_size[1])
+    weight = dequantize_fp8(packed, weight_scale, block, x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the canonical layout is read."""
-    return weight
+def _fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_block_size: Sequence[int] | None = None,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0]))
 
 
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
+product_operator = define_operator(
+    "fp8_weight_only_mm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int[]? weight_block_size=None)"
+    " -> Tensor",
+    fp8_weight_only_mm,
+    _fake,
+)
+register_kernel_lazily("fp8_weight_only_mm", "CPU", "lowbit.ops.cpu.fp8")
 
 
 def linear(
@@ -39,5 +64,6 @@ def linear(
 
     Arguments and result as in ``lowbit.ops.fp8.linear``; ``input_scale`` is not needed, as nothing is rounded.
     """
-    weight = dequantize_fp8(packed, weight_scale, weight_block_size, x.dtype)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    block = None if weight_block_size is None else list(weight_block_size)
+    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, block)
+    return result.reshape(*x.shape[:-1], packed.shape[0])

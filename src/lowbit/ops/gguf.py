@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from lowbit.errors import UnsupportedError
-from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
+from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.gguf_decode import DECODERS
 from lowbit.ops.gguf_encode import ENCODERS
 from lowbit.ops.gguf_types import BLOCK_TYPES, BlockType, block_type
@@ -124,21 +124,6 @@ register_kernel_lazily("gguf_dequantize", "CPU", "lowbit.ops.cpu.gguf")
 
 
 # The reference as an implementation of the family.
-
-
-def supports(problem: Problem) -> str | None:
-    """Return ``None``: the reference runs everywhere."""
-    return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the blocks are read as they are in the file."""
-    return weight
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(x: torch.Tensor, packed: torch.Tensor, weight_type: str, bias: torch.Tensor | None) -> torch.Tensor:

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
+from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.library import define_operator, register_kernel_lazily
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 INT8_MAX = 127.0
 SMALLEST_ABSMAX = 1e-30
@@ -125,21 +128,6 @@ def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # The reference as an implementation of the family.
-
-
-def supports(problem: Problem) -> str | None:
-    """Return ``None``: the reference runs everywhere."""
-    return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the reference reads the canonical layout."""
-    return weight
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(

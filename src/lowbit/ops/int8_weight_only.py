@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.dispatch import Problem
+from lowbit.ops.canonical import pack_weight, supports, unpack_weight
 from lowbit.ops.library import define_operator, register_kernel_lazily
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 
 def int8_weight_only_mm(
@@ -44,21 +46,6 @@ product_operator = define_operator(
     _fake,
 )
 register_kernel_lazily("int8_weight_only_mm", "CPU", "lowbit.ops.cpu.int8_weight_only")
-
-
-def supports(problem: Problem) -> str | None:
-    """Return ``None``: plain torch runs everywhere."""
-    return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the canonical layout is read."""
-    return weight
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(

@@ -30,10 +30,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
+from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.e2m1 import E2M1_MAX, decode_e2m1_pairs, encode_e2m1, pack_nibbles
 from lowbit.ops.fp8 import E4M3, E4M3_MAX, SMALLEST_ABSMAX, to_e4m3
 from lowbit.ops.library import define_operator
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 GROUP_SIZE = 32
 DUAL_GROUP_SIZE = 512
@@ -340,21 +343,6 @@ def quantize_activation(
 
 
 # The reference as an implementation of the family: both operands quantized, as an accelerator would, on any device.
-
-
-def supports(problem: Problem) -> str | None:
-    """Return ``None``: the reference runs everywhere."""
-    return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the reference reads the canonical layout."""
-    return weight
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(

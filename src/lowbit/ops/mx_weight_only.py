@@ -1,26 +1,47 @@
-"""MX weights with activations left as they are, in plain torch: for devices that nothing else serves."""
+"""MX weights with activations left as they are: for devices that don't multiply MX elements.
+
+The operator's reference, in plain torch, brings the weight to the activations' dtype and multiplies by torch.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from lowbit.ops.dispatch import Problem
+from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.library import define_operator, register_kernel_lazily
 from lowbit.ops.mx import dequantize_mx
 
-
-def supports(problem: Problem) -> str | None:
-    """Return ``None``: plain torch runs everywhere."""
-    return None
+__all__ = ["linear", "mx_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
 
 
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the canonical layout is read."""
-    return weight
+def mx_weight_only_mm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dual_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K]; the weight as in ``lowbit.ops.mx.linear``."""
+    weight = dequantize_mx(packed, weight_scale, dual_scale, x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
+def _fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dual_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+product_operator = define_operator(
+    "mx_weight_only_mm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, Tensor? dual_scale=None) -> Tensor",
+    mx_weight_only_mm,
+    _fake,
+)
+register_kernel_lazily("mx_weight_only_mm", "CPU", "lowbit.ops.cpu.mx")
 
 
 def linear(
@@ -31,5 +52,5 @@ def linear(
     dual_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply a linear layer with an MX weight to unquantized activations; arguments as in ``lowbit.ops.mx.linear``."""
-    weight = dequantize_mx(packed, weight_scale, dual_scale, x.dtype)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, dual_scale)
+    return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -23,11 +23,14 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
+from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.e2m1 import E2M1_MAX, decode_e2m1_pairs, encode_e2m1, pack_nibbles
 from lowbit.ops.fp8 import E4M3, E4M3_MAX, SMALLEST_ABSMAX
 from lowbit.ops.library import define_operator
 from lowbit.ops.mx import expand_groups, in_groups
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 GROUP_SIZE = 16
 SMALLEST_SCALE = 2.0**-9  # of e4m3, subnormal
@@ -230,21 +233,6 @@ def quantize_activation(
 
 # The reference as an implementation of the family: both operands quantized, as an accelerator would, on any device;
 # with activations that are not to be quantized (W4A16), the weight alone.
-
-
-def supports(problem: Problem) -> str | None:
-    """Return ``None``: the reference runs everywhere."""
-    return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the reference reads the canonical layout."""
-    return weight
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(

@@ -1,26 +1,47 @@
-"""NVFP4 weights with activations left as they are, in plain torch: for devices that nothing else serves."""
+"""NVFP4 weights with activations left as they are: for devices that don't multiply NVFP4 elements, and for W4A16.
+
+The operator's reference, in plain torch, brings the weight to the activations' dtype and multiplies by torch.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from lowbit.ops.dispatch import Problem
+from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.library import define_operator, register_kernel_lazily
 from lowbit.ops.nvfp4 import dequantize_nvfp4
 
-
-def supports(problem: Problem) -> str | None:
-    """Return ``None``: plain torch runs everywhere."""
-    return None
+__all__ = ["linear", "nvfp4_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
 
 
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the canonical layout is read."""
-    return weight
+def nvfp4_weight_only_mm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    global_scale: torch.Tensor,
+) -> torch.Tensor:
+    """Return ``x @ weight.T + bias`` [M, N] in the dtype of x [M, K]; the weight as in ``lowbit.ops.nvfp4.linear``."""
+    weight = dequantize_nvfp4(packed, weight_scale, global_scale, x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
+def _fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    global_scale: torch.Tensor,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+product_operator = define_operator(
+    "nvfp4_weight_only_mm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, Tensor global_scale) -> Tensor",
+    nvfp4_weight_only_mm,
+    _fake,
+)
+register_kernel_lazily("nvfp4_weight_only_mm", "CPU", "lowbit.ops.cpu.nvfp4")
 
 
 def linear(
@@ -36,5 +57,5 @@ def linear(
 
     Arguments and result as in ``lowbit.ops.nvfp4.linear``; ``input_scale`` is not needed, as nothing is rounded.
     """
-    weight = dequantize_nvfp4(packed, weight_scale, global_scale, x.dtype)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, global_scale)
+    return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -19,8 +19,11 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
+from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.library import define_operator, register_kernel_lazily
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 LARGEST_CODE = 15
 SYMMETRIC_ZERO_POINT = 8
@@ -138,21 +141,6 @@ product_operator = define_operator(
     _fake,
 )
 register_kernel_lazily("w4a16_mm", "CPU", "lowbit.ops.cpu.w4a16")
-
-
-def supports(problem: Problem) -> str | None:
-    """Return ``None``: plain torch runs everywhere."""
-    return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight`` (``packed`` of the table above): the canonical layout is read."""
-    return weight
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lowbit.ops import mx, nvfp4
+from lowbit.ops import mx, mx_weight_only, nvfp4, nvfp4_weight_only
 from lowbit.ops.cpu import blocked, fp4, native, weight_only
 from lowbit.ops.cpu import mx as cpu_mx
 from lowbit.ops.cpu import nvfp4 as cpu_nvfp4
@@ -141,11 +141,11 @@ def test_compiles(kind: str, path: str) -> None:
 def test_operators_are_well_formed() -> None:
     x, bias = torch.randn(5, 64), torch.randn(8)
     packed, scale, dual_scale = Layer("dualscale", 8, 64).tensors
-    torch.library.opcheck(cpu_mx.weight_only_operator, (x, packed, scale, bias, dual_scale))
+    torch.library.opcheck(mx_weight_only.product_operator, (x, packed, scale, bias, dual_scale))
     packed, scale, global_scale = Layer("nvfp4", 8, 64).tensors
     checks = ("test_autograd_registration", "test_faketensor")  # torch can't compare e4m3 for the others
     arguments = (x, packed, scale, bias, global_scale)
-    torch.library.opcheck(cpu_nvfp4.weight_only_operator, arguments, test_utils=checks)
+    torch.library.opcheck(nvfp4_weight_only.product_operator, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("module", [cpu_mx, cpu_nvfp4])

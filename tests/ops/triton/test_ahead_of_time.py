@@ -89,7 +89,7 @@ def mx_product(m: int, kind: str) -> None:
 
 def mx_weight_product(m: int, kind: str) -> None:
     _, _, weight, scale, *dual = mx_operands(m, kind)
-    mx_weight_only.multiply_weight_only(meta(m, K), weight, scale, meta(N), *dual[1:])
+    mx_weight_only.mx_weight_only_mm(meta(m, K), weight, scale, meta(N), *dual[1:])
 
 
 def nvfp4_operands(rows: int) -> list[torch.Tensor]:
@@ -102,7 +102,7 @@ def nvfp4_product(m: int) -> None:
 
 
 def nvfp4_weight_product(m: int) -> None:
-    nvfp4_weight_only.multiply_weight_only(meta(m, K), *nvfp4_operands(N), meta(N), meta(dtype=torch.float32))
+    nvfp4_weight_only.nvfp4_weight_only_mm(meta(m, K), *nvfp4_operands(N), meta(N), meta(dtype=torch.float32))
 
 
 @dataclass(frozen=True)

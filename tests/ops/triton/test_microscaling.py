@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from lowbit.ops import mx as mx_reference
 from lowbit.ops import nvfp4 as nvfp4_reference
 from lowbit.ops.dispatch import Problem
-from lowbit.ops.triton import launch, mx, mx_emulated, mx_weight_only, nvfp4, nvfp4_weight_only
+from lowbit.ops.triton import launch, mx, mx_weight_only, nvfp4, nvfp4_weight_only
 from tests.ops.triton.test_fp8 import adversarial, every_rounding, random
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -107,7 +107,6 @@ def test_mx_products(device: torch.device, kind: str, shape: tuple[int, int, int
     x, bias = random(m, k, 1).bfloat16(), random(1, n, 3)[0]
     packed, scale, *dual = QUANTIZERS[kind](random(n, k, 2))
     weight = mx_reference.dequantize_mx(packed, scale, *dual)
-    module = mx_emulated if quantized else mx_weight_only
     if quantized:
         arguments = [*QUANTIZERS[kind](x)]
         left = mx_reference.dequantize_mx(*arguments)
@@ -121,7 +120,7 @@ def test_mx_products(device: torch.device, kind: str, shape: tuple[int, int, int
             duals = [x_dual[0], dual[0].to(device)] if dual else []
             result = mx.mx_scaled_mm(x_packed, x_scale, *on, there, torch.float32, *duals)
         else:
-            result = module.multiply_weight_only(x.to(device), *on, there, *(tensor.to(device) for tensor in dual))
+            result = mx_weight_only.mx_weight_only_mm(x.to(device), *on, there, *(tensor.to(device) for tensor in dual))
         check(result, left, weight, given)
 
 
@@ -135,7 +134,7 @@ def test_nvfp4_products(device: torch.device, shape: tuple[int, int, int], schem
     right = nvfp4_reference.dequantize_nvfp4(packed, scale, global_scale)
     on = [tensor.to(device) for tensor in (packed, scale, global_scale)]
     if scheme == "none":
-        result = nvfp4_weight_only.multiply_weight_only(x.to(device), *on[:2], bias, on[2])
+        result = nvfp4_weight_only.nvfp4_weight_only_mm(x.to(device), *on[:2], bias, on[2])
         check(result, x, right, bias.cpu())
         return
     given = nvfp4_reference.quantize_activation(x, torch.tensor(0.002) if scheme == "tensor" else None)

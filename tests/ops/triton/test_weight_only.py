@@ -23,7 +23,7 @@ def test_product_against_float64(device: torch.device, dtype: torch.dtype, m: in
     source = torch.randn(n, k, generator=generator)
     weight, scale = int8.quantize_int8_per_token(source) if kind == "int8" else fp8.quantize_fp8_per_token(source)
     x, bias = torch.randn(m, k, generator=generator).to(dtype), torch.randn(n, generator=generator).to(dtype)
-    function = int8_weight_only.int8_weight_only_mm if kind == "int8" else fp8_weight_only.fp8_few_rows_mm
+    function = int8_weight_only.int8_weight_only_mm if kind == "int8" else fp8_weight_only.fp8_weight_only_mm
     result = function(x.to(device), weight.to(device), scale.to(device), bias.to(device)).cpu()
     exact = x.double() @ (weight.double() * scale.double()).t() + bias.double()
     magnitude = x.double().abs() @ (weight.double() * scale.double()).abs().t() + bias.double().abs()
@@ -37,7 +37,7 @@ def test_many_rows_take_the_decoded_weight(device: torch.device) -> None:
     actual = int8_weight_only.int8_weight_only_mm(x.to(device), weight.to(device), scale.to(device), None)
     torch.testing.assert_close(actual.cpu(), reference(x, weight, scale, None), rtol=1e-4, atol=1e-4)
     codes, scale = fp8.quantize_fp8_per_token(torch.randn(24, 64))
-    actual = fp8_weight_only.fp8_few_rows_mm(x.to(device), codes.to(device), scale.to(device), None)
+    actual = fp8_weight_only.fp8_weight_only_mm(x.to(device), codes.to(device), scale.to(device), None)
     torch.testing.assert_close(actual.cpu(), fp8_linear(x, codes, scale, None), rtol=1e-4, atol=1e-4)
 
 

@@ -21,13 +21,11 @@ def supports(problem: AttentionProblem) -> str | None:
         return f"native helper {native.refusal()}"
     if not native.multiplies_int8():
         return "the CPU has no AVX512-VNNI"
-    if problem.dtype not in native.ELEMENT_TYPES:
-        return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
     if problem.head_dim is not None and problem.head_dim > native.LARGEST_HEAD_DIM:
         return f"heads are at most {native.LARGEST_HEAD_DIM} wide, not {problem.head_dim}"
     if problem.kind == UNQUANTIZED and fast_matmul_dtype(problem.dtype) != torch.float32:
         return f"the CPU multiplies {problem.dtype} itself"
-    return None
+    return native.dtype_refusal(problem.dtype)
 
 
 @torch.no_grad()

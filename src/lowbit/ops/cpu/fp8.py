@@ -10,21 +10,12 @@ from collections.abc import Sequence
 import torch
 
 from lowbit.ops import fp8
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows, supports
-from lowbit.ops.library import define_operator
+from lowbit.ops.fp8_weight_only import linear
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight`` e4m3 [N, K], dense."""
-    return weight.contiguous()
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
+__all__ = ["fp8_weight_only_mm", "linear", "pack_weight", "supports", "unpack_weight"]
 
 
 def decode_rows(
@@ -62,7 +53,7 @@ def _block(packed: torch.Tensor, scale: torch.Tensor, block_size: Sequence[int] 
 
 
 @torch.no_grad()
-def multiply_weight_only(
+def fp8_weight_only_mm(
     x: torch.Tensor,
     packed: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -78,43 +69,3 @@ def multiply_weight_only(
         decode_rows(packed, weight_scale, weight_block_size, first, weight)
 
     return multiply_decoded(x, packed.shape[0], decode, bias)
-
-
-def _fake_weight_only(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight_block_size: Sequence[int] | None = None,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], packed.shape[0]))
-
-
-product_operator = define_operator(
-    "fp8_weight_only_mm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int[]? weight_block_size=None)"
-    " -> Tensor",
-    multiply_weight_only,
-    _fake_weight_only,
-)
-
-
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    input_scale: torch.Tensor | None = None,
-    weight_block_size: tuple[int, int] | None = None,
-) -> torch.Tensor:
-    """Apply a linear layer with FP8 weights to unquantized activations.
-
-    Arguments and result as in ``lowbit.ops.fp8.linear``; ``input_scale`` is not needed, as nothing is rounded.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    result: torch.Tensor
-    if torch.compiler.is_compiling():
-        block = None if weight_block_size is None else list(weight_block_size)
-        result = product_operator(rows, packed, weight_scale, bias, block)
-    else:
-        result = multiply_weight_only(rows, packed, weight_scale, bias, weight_block_size)
-    return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -9,34 +9,20 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import gguf
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.blocked import Decode, finish, multiply, multiply_float32
 from lowbit.ops.cpu.features import fast_matmul_dtype
+from lowbit.ops.cpu.weight_only import supports
 from lowbit.ops.cpu.workspace import scratch
-from lowbit.ops.dispatch import Problem
 from lowbit.ops.gguf_types import block_type
 from lowbit.ops.library import define_operator
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 # From so many rows on the decoded weight is read so often that keeping it in the cache gains nothing.
 MANY_ROWS = 128
 DECODED_BYTES = 64 << 20
-
-
-def supports(problem: Problem) -> str | None:
-    """Return why ``problem`` can't be run, ``None`` when it can."""
-    if problem.dtype not in native.ELEMENT_TYPES:
-        return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
-    return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight`` uint8 [N, bytes per row], dense."""
-    return weight.contiguous()
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def gguf_dequantize(raw: torch.Tensor, weight_type: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -9,27 +9,19 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import int8
+from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.cpu import native
 from lowbit.ops.cpu.blocked import multiply_float32
 from lowbit.ops.cpu.quantize import quantize_int8_per_token
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import define_operator
 
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+
 
 def supports(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
-    if not problem.dtype.is_floating_point or problem.dtype.itemsize not in (2, 4):
-        return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
-    return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight`` int8 [N, K], dense."""
-    return weight.contiguous()
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
+    return native.dtype_refusal(problem.dtype)
 
 
 @torch.no_grad()

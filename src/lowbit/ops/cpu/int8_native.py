@@ -9,11 +9,14 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import int8
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.quantize import quantize_uint8_rows
 from lowbit.ops.cpu.workspace import scratch
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import define_operator
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 ZERO_POINT = 128
 LARGEST_IN_FEATURES = 1 << 17
@@ -28,23 +31,11 @@ def supports(problem: Problem) -> str | None:
         return f"native helper {native.refusal()}"
     if not native.multiplies_int8():
         return "the CPU has no AVX512-VNNI"
-    if problem.dtype not in native.ELEMENT_TYPES:
-        return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
     if problem.out_features % native.PANEL or problem.in_features % 4:
         return f"needs output features in multiples of {native.PANEL} and input features in multiples of 4"
     if problem.in_features > LARGEST_IN_FEATURES:
         return f"int32 sums may overflow with more than {LARGEST_IN_FEATURES} input features"
-    return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight`` int8 [N, K], dense."""
-    return weight.contiguous()
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
+    return native.dtype_refusal(problem.dtype)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 
 from lowbit.ops import int8
+from lowbit.ops.cpu import native
 from lowbit.ops.cpu.blocked import finish
 from lowbit.ops.cpu.features import has_vnni
 from lowbit.ops.cpu.quantize import quantize_uint8_rows
@@ -21,7 +22,6 @@ from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import define_operator
 
 ZERO_POINT = 128
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # A sum of more products of u8 and s8 may leave int32: K * 255 * 127 < 2**31.
 LARGEST_IN_FEATURES = 66311
@@ -37,11 +37,9 @@ def supports(problem: Problem) -> str | None:
         return "torch was built without oneDNN"
     if not has_vnni():
         return "the CPU has neither AVX512-VNNI nor AVX-VNNI, without which oneDNN's 8-bit products may saturate"
-    if problem.dtype not in DTYPES:
-        return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
     if problem.in_features > LARGEST_IN_FEATURES:
         return f"int32 sums may overflow with more than {LARGEST_IN_FEATURES} input features"
-    return None
+    return native.dtype_refusal(problem.dtype)
 
 
 def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:

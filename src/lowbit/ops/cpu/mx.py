@@ -8,29 +8,14 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import mx
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.fp4 import decode_fp4
-from lowbit.ops.cpu.weight_only import multiply_decoded
-from lowbit.ops.dispatch import Problem
+from lowbit.ops.cpu.weight_only import multiply_decoded, supports
 from lowbit.ops.fp8 import E4M3
-from lowbit.ops.library import define_operator
+from lowbit.ops.mx_weight_only import linear
 
-
-def supports(problem: Problem) -> str | None:
-    """Return why ``problem`` can't be run, ``None`` when it can."""
-    if problem.dtype not in native.ELEMENT_TYPES:
-        return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
-    return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``, e4m3 [N, K] or e2m1 uint8 [N, K / 2], dense."""
-    return weight.contiguous()
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
+__all__ = ["linear", "mx_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
 
 
 def decode_rows(
@@ -60,7 +45,7 @@ def decode_rows(
 
 
 @torch.no_grad()
-def multiply_weight_only(
+def mx_weight_only_mm(
     x: torch.Tensor,
     packed: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -73,33 +58,3 @@ def multiply_weight_only(
         decode_rows(packed, weight_scale, dual_scale, first, weight)
 
     return multiply_decoded(x, packed.shape[0], decode, bias)
-
-
-def _fake_weight_only(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dual_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], packed.shape[0]))
-
-
-weight_only_operator = define_operator(
-    "mx_weight_only_mm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, Tensor? dual_scale=None) -> Tensor",
-    multiply_weight_only,
-    _fake_weight_only,
-)
-
-
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dual_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Apply a linear layer with an MX weight to unquantized activations; arguments as in ``lowbit.ops.mx.linear``."""
-    compute = weight_only_operator if torch.compiler.is_compiling() else multiply_weight_only
-    result = compute(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, dual_scale)
-    return result.reshape(*x.shape[:-1], packed.shape[0])

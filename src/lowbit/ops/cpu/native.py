@@ -55,6 +55,11 @@ _SIGNATURES = {
 _RESULTS = {"lowbit_gguf_decode": _int, "lowbit_gguf_product": _int}
 
 
+def dtype_refusal(dtype: torch.dtype) -> str | None:
+    """Return why activations of ``dtype`` can't be computed with on CPUs, ``None`` when they can."""
+    return None if dtype in ELEMENT_TYPES else f"computes in bfloat16, float16 or float32, not in {dtype}"
+
+
 @cache
 def _load() -> ctypes.CDLL | str:
     """Return the library, or the reason there is none."""

@@ -5,21 +5,12 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import w4a16
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows, supports
 from lowbit.ops.cpu.workspace import scratch
 
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w4a16_mm"]
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight`` (``packed`` of ``lowbit.ops.w4a16``), dense."""
-    return weight.contiguous()
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 @torch.no_grad()

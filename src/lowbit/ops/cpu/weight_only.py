@@ -21,9 +21,7 @@ MOST_ROWS_BESIDE_FAST_MATMUL = 8
 
 def supports(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
-    if problem.dtype not in native.ELEMENT_TYPES:
-        return f"computes in bfloat16, float16 or float32, not in {problem.dtype}"
-    return None
+    return native.dtype_refusal(problem.dtype)
 
 
 def has_few_rows(x: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from lowbit.errors import UnsupportedError
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.fp8 import E4M3, quantize_activation, scaled_mm_operator
 from lowbit.ops.library import register_kernel
@@ -28,6 +29,8 @@ from lowbit.ops.triton.quantize_rows import as_written, encoding_of, quantize_ro
 from lowbit.ops.triton.rounding import E4M3_MAX, decode_e4m3, encode, magnitude_bits, scale_of
 from lowbit.ops.triton.tiles import FP8, FP8_BLOCKS, Tile, choose_tile, pointer_tile, with_depth
 from lowbit.ops.triton.tiling import clamped, program_tile, store_tile
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 # Columns of a weight block that a step of the kernel can be: powers of two that tensor cores take and shared memory
 # holds.
@@ -347,16 +350,6 @@ def supports(problem: Problem) -> str | None:
     if target.backend == "cuda" and not target.has_e4m3:
         return f"no FP8 tensor cores ({target}; they came with SM 8.9)"
     return None if problem.weight_block_size is None else block_refusal(problem.weight_block_size[1])
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the kernel reads the canonical layout, whose rows run along K as tensor cores want them."""
-    return weight
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lowbit.ops import fp8_weight_only as plain
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.dispatch import Problem
-from lowbit.ops.library import define_operator, register_kernel
+from lowbit.ops.fp8_weight_only import linear
+from lowbit.ops.library import register_kernel
 from lowbit.ops.triton.int8_weight_only import MOST_ROWS, weight_only_mm
 from lowbit.ops.triton.launch import device_refusal
 
+__all__ = ["fp8_weight_only_mm", "linear", "pack_weight", "supports", "unpack_weight"]
 
-def fp8_few_rows_mm(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+
+def fp8_weight_only_mm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_block_size: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Multiply x [M, K] floating by e4m3 weights [N, K] with scales [N, 1]; [M, N] in ``x.dtype``."""
-    if x.shape[0] > MOST_ROWS:
-        return plain.linear(x, weight, weight_scale, bias)
-    return weight_only_mm(x, weight.view(torch.uint8), weight_scale, bias)
+    """Multiply as ``lowbit.ops.fp8_weight_only.fp8_weight_only_mm`` does; its own kernel takes a scale per channel."""
+    if x.shape[0] > MOST_ROWS or weight_scale.shape != (packed.shape[0], 1):
+        return plain.fp8_weight_only_mm(x, packed, weight_scale, bias, weight_block_size)
+    return weight_only_mm(x, packed.view(torch.uint8), weight_scale, bias)
 
 
-def _fake(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-few_rows_operator = define_operator(
-    "fp8_few_rows_mm(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor", plain.linear, _fake
-)
 for _key in ("CUDA", "XPU"):
-    register_kernel("fp8_few_rows_mm", _key, fp8_few_rows_mm)
+    register_kernel("fp8_weight_only_mm", _key, fp8_weight_only_mm)
 
 
 def supports(problem: Problem) -> str | None:
@@ -36,26 +39,3 @@ def supports(problem: Problem) -> str | None:
     if problem.weight_block_size is not None:
         return "takes one scale per output channel, not weight blocks"
     return device_refusal(problem.device, problem.dtype)
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the kernel reads the canonical layout."""
-    return weight
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
-
-
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    input_scale: torch.Tensor | None = None,
-    weight_block_size: tuple[int, int] | None = None,
-) -> torch.Tensor:
-    """Apply a linear layer with FP8 weights to unquantized activations; as ``lowbit.ops.fp8_weight_only.linear``."""
-    result: torch.Tensor = few_rows_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
-    return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from lowbit.ops import gguf
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.gguf_types import BLOCK_TYPES, block_type
 from lowbit.ops.library import register_kernel
@@ -32,6 +33,8 @@ from lowbit.ops.triton.launch import (
 )
 from lowbit.ops.triton.tiles import Tile
 from lowbit.ops.triton.tiling import clamped, program_tile, store_tile
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 TYPES = {"Q8_0": 0, "Q4_0": 1, "Q4_K": 2, "Q5_K": 3, "Q6_K": 4}
 """Types with a kernel -> what the kernel calls them."""
@@ -267,16 +270,6 @@ def supports(problem: Problem) -> str | None:
     if problem.in_features % kind.elements:
         return f"{problem.in_features} input features are not whole blocks of {kind.name}"
     return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight`` dense: the kernel reads the blocks as they are in the file."""
-    return weight.contiguous()
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(x: torch.Tensor, packed: torch.Tensor, weight_type: str, bias: torch.Tensor | None) -> torch.Tensor:

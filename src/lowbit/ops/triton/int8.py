@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from lowbit.errors import UnsupportedError
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.int8 import quantize_activation, scaled_mm_operator
 from lowbit.ops.library import register_kernel
@@ -23,6 +24,8 @@ from lowbit.ops.triton.persistent import can_describe, persistent_mm
 from lowbit.ops.triton.quantize_rows import quantize_rows
 from lowbit.ops.triton.tiles import INT8, Tile, choose_tile, pointer_tile
 from lowbit.ops.triton.tiling import clamped, program_tile, store_tile
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 # Beyond this a sum of products of int8 values (-128 included) can leave int32.
 LARGEST_K = (2**31 - 1) // (128 * 128)
@@ -175,16 +178,6 @@ def supports(problem: Problem) -> str | None:
     if problem.in_features > LARGEST_K:
         return f"{problem.in_features} products do not fit an int32 sum; at most {LARGEST_K} do"
     return None
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the kernel reads the canonical layout, whose rows run along K as tensor cores want them."""
-    return weight
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(

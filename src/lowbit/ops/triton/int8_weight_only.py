@@ -10,12 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.int8_weight_only import product_operator
 from lowbit.ops.library import register_kernel
 from lowbit.ops.triton.launch import device_refusal, expect_shape, on_device_of, row_major
 from lowbit.ops.triton.rounding import decode_e4m3
 from lowbit.ops.triton.tiling import clamped, store_tile
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 # Beyond this many rows a weight is better decoded once and multiplied by torch. Not measured.
 MOST_ROWS = 64
@@ -125,16 +128,6 @@ for _key in ("CUDA", "XPU"):
 def supports(problem: Problem) -> str | None:
     """Return why the kernel here can't run ``problem``, or ``None``."""
     return device_refusal(problem.device, problem.dtype)
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``: the kernel reads the canonical layout."""
-    return weight
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(

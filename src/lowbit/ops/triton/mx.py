@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from lowbit.ops import mx as reference
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.fp8 import E4M3
 from lowbit.ops.library import register_kernel
@@ -24,6 +25,8 @@ from lowbit.ops.triton import microscaling
 from lowbit.ops.triton.launch import device_refusal, expect_shape, on_device_of, row_major, target_of
 from lowbit.ops.triton.microscaling import E2M1, E2M1_MAX, decode_e8m0, encode_e2m1, multiplies_scaled, multiply
 from lowbit.ops.triton.rounding import INFINITY_BITS, encode_e4m3, magnitude_bits, scale_of
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 # Groups a program of the quantization handles: one dual group.
 BLOCK_GROUPS = DUAL_GROUP_SIZE // GROUP_SIZE
@@ -184,16 +187,6 @@ def supports(problem: Problem) -> str | None:
         return refusal
     target = target_of(problem.device)
     return None if multiplies_scaled(target, False) else f"{target} does not multiply MX elements"
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``, dense: the kernel reads the canonical layout."""
-    return weight.contiguous()
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import torch
 
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.dispatch import Problem
-from lowbit.ops.library import define_operator
+from lowbit.ops.library import register_kernel
+from lowbit.ops.mx_weight_only import linear
 from lowbit.ops.triton.launch import device_refusal, row_major
 from lowbit.ops.triton.microscaling import PLAIN, multiply
 from lowbit.ops.triton.mx import kinds
+
+__all__ = ["linear", "mx_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -22,17 +26,7 @@ def supports(problem: Problem) -> str | None:
     return refusal
 
 
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``, dense: the kernel reads the canonical layout."""
-    return weight.contiguous()
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
-
-
-def multiply_weight_only(
+def mx_weight_only_mm(
     x: torch.Tensor,
     packed: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -46,31 +40,5 @@ def multiply_weight_only(
     return multiply(row_major(x), None, None, packed.contiguous(), scale, outer, bias, x.dtype, constants)
 
 
-def _fake_weight_only(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dual_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], packed.shape[0]))
-
-
-weight_only_operator = define_operator(
-    "mx_weight_only_triton(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, Tensor? dual_scale=None)"
-    " -> Tensor",
-    multiply_weight_only,
-    _fake_weight_only,
-)
-
-
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dual_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Apply a linear layer with an MX weight to unquantized activations; arguments as in ``lowbit.ops.mx.linear``."""
-    result: torch.Tensor = weight_only_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, dual_scale)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
+for _key in ("CUDA", "XPU"):
+    register_kernel("mx_weight_only_mm", _key, mx_weight_only_mm)

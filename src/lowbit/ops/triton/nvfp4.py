@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from lowbit.ops import nvfp4 as reference
+from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.fp8 import E4M3
 from lowbit.ops.library import register_kernel
@@ -25,6 +26,8 @@ from lowbit.ops.nvfp4 import GROUP_SIZE, SMALLEST_SCALE, quantize_activation, sc
 from lowbit.ops.triton.launch import device_refusal, expect_shape, on_device_of, row_major, target_of
 from lowbit.ops.triton.microscaling import E2M1, E2M1_MAX, encode_e2m1, multiplies_scaled, multiply
 from lowbit.ops.triton.rounding import E4M3_MAX, INFINITY_BITS, decode_e4m3, encode_e4m3, magnitude_bits
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 LEAST_SCALE = tl.constexpr(SMALLEST_SCALE)
 KINDS: Mapping[str, Any] = {"KIND": E2M1.value, "SCALE_E4M3": True, "GROUP": GROUP_SIZE, "DUAL": 0}
@@ -142,16 +145,6 @@ def supports(problem: Problem) -> str | None:
         return refusal
     target = target_of(problem.device)
     return None if multiplies_scaled(target, True) else f"{target} does not multiply NVFP4 elements"
-
-
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``, dense: the kernel reads the canonical layout."""
-    return weight.contiguous()
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
 
 
 def linear(
