@@ -19,6 +19,12 @@ from lowbit.models.smoothing import FOLDS, Fold
 _LIMIT = 2.0**20
 """Scales are kept within this factor of one: a channel that is hardly used must not overflow float16."""
 
+_WORTH = 0.8
+"""Layers are smoothed where the expected squared error falls below this share: an estimate is no measurement."""
+
+_PEAK_OVER_RMS = 4.0
+"""Of thousands of normal values."""
+
 
 @contextmanager
 def watched_absmax(model: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -72,7 +78,7 @@ def smooth(model: nn.Module, names: list[str], input_absmax: Mapping[str, Tensor
 
     Returns:
         name -> ``mul_scale`` for the layers whose input must be multiplied while running. Those of which a norm or
-        a linear layer before could take the scale are not among them.
+        a linear layer before could take the scale are not among them, nor are those that gain nothing.
 
     Raises:
         ConfigError: a layer was never run, or saw values that are not finite.
@@ -85,6 +91,9 @@ def smooth(model: nn.Module, names: list[str], input_absmax: Mapping[str, Tensor
     left, online = list(names), {}
     for source, consumers in _folds(model, names):
         scale = _scale([model.get_submodule(name) for name in consumers], input_absmax[consumers[0]], alpha)
+        if scale is None:
+            left = [name for name in left if name not in consumers]
+            continue
         for name in consumers:
             _divide(model.get_submodule(name), scale)
             left.remove(name)
@@ -92,14 +101,37 @@ def smooth(model: nn.Module, names: list[str], input_absmax: Mapping[str, Tensor
     for name in left:
         layer = model.get_submodule(name)
         scale = _scale([layer], input_absmax[name], alpha)
-        _divide(layer, scale)
-        online[name] = scale
+        if scale is not None:
+            _divide(layer, scale)
+            online[name] = scale
     return online
 
 
-def _scale(layers: list[nn.Module], input_absmax: Tensor, alpha: float) -> Tensor:
-    maxima = [layer.get_parameter("weight").abs().amax(dim=0).float() for layer in layers]
-    return smoothing_scale(input_absmax, torch.stack(maxima).amax(dim=0), alpha)
+def _scale(layers: list[nn.Module], input_absmax: Tensor, alpha: float) -> Tensor | None:
+    """Return the scale of layers with one input, ``None`` where it would not lower their error."""
+    weights = [layer.get_parameter("weight").float() for layer in layers]
+    maxima = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
+    scale = smoothing_scale(input_absmax, maxima, alpha)
+    plain = sum(expected_error(input_absmax, weight) for weight in weights)
+    smoothed = sum(expected_error(input_absmax * scale, weight / scale) for weight in weights)
+    return scale if smoothed < _WORTH * plain else None
+
+
+def expected_error(input_absmax: Tensor, weight: Tensor) -> float:
+    """Estimate the squared error of a layer in W8A8, up to a factor, to compare ways of scaling its channels.
+
+    Rounding to steps of d makes an error of variance d**2 / 12. A token's step follows its largest channel, an output
+    channel's its largest weight, so the input's rounding gives ``max(x)**2 * sum(W**2)`` and the weight's
+    ``sum(max(W)**2) * sum(mean(x**2))``.
+
+    Args:
+        input_absmax: [K], the largest absolute value of each channel, about four times its root mean square.
+        weight: [N, K].
+    """
+    mean_square = (input_absmax / _PEAK_OVER_RMS).square()
+    of_input = input_absmax.amax().square() * weight.square().sum()
+    of_weight = weight.abs().amax(dim=1).square().sum() * mean_square.sum()
+    return float(of_input + of_weight)
 
 
 def _divide(layer: nn.Module, scale: Tensor) -> None:
