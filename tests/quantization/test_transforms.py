@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lowbit.errors import ConfigError
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.quantization import Fp8Config, Int8Config, quantize_model
 from lowbit.quantization.plan import quantize_layer
-from lowbit.quantization.smoothing import smooth, smoothing_scale, watched_absmax
+from lowbit.quantization.smoothing import SeenInput, smooth, smoothing_scale, squared_error, watched_inputs
 from lowbit.quantization.transforms import ROTATIONS, hadamard, rotate, rotation_group
 from tests.integrations.models import FAMILIES, relative_error
 
@@ -73,20 +74,34 @@ def test_outlier_channels_cost_less_than_half(
     assert relative_error(weight, linear.weight.double()) < 0.1
 
 
+def plant_outliers(model: torch.nn.Module, names: list[str]) -> dict[str, SeenInput]:
+    """Return inputs of which a few channels are large, seen by layers whose weights are small there."""
+    seen = {}
+    for name in names:
+        weight = model.get_submodule(name).get_parameter("weight")
+        rows = torch.randn(64, weight.shape[1])
+        rows[:, ::16] *= 64
+        weight.data[:, ::16] /= 64
+        seen[name] = SeenInput(rows.abs().amax(dim=0), rows)
+    return seen
+
+
 def test_smoothing_by_itself_changes_nothing() -> None:
     family = FAMILIES["z-image"]
+    method = Int8Config(**REFERENCE).linear_method()
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         model = family.make().to(dtype)
         for parameter in model.parameters():
             parameter.data.add_(0.1 * torch.randn_like(parameter))
-        expected = family.run(model)
-        with watched_absmax(model) as absmax:
+        with watched_inputs(model) as seen:
             family.run(model)
-        names = [name for name in absmax if name.startswith("layers.")]
-        names = [name for name in names if "adaLN" not in name]
-        online = smooth(model, names, absmax, 0.5)
+        names = [name for name in seen if name.startswith("layers.") and "adaLN" not in name]
+        seen = plant_outliers(model, names)
+        expected, before = family.run(model), copy.deepcopy(model.state_dict())
+        online = smooth(model, names, seen, 0.5, method)
         assert not online  # every layer's scale went into what comes before it
+        assert all(not torch.equal(before[f"{name}.weight"], model.state_dict()[f"{name}.weight"]) for name in names)
         torch.testing.assert_close(family.run(model), expected, rtol=0, atol=0)
 
 
@@ -94,13 +109,48 @@ def test_what_has_no_fold_is_multiplied_while_running() -> None:
     family = FAMILIES["flux"]
     torch.manual_seed(0)
     model = family.make().float()
-    with watched_absmax(model) as absmax:
-        expected = family.run(model)
-    manifest = quantize_model(model, Int8Config(smoothing=0.5, **REFERENCE), input_absmax=absmax)
+    seen = plant_outliers(model, [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)])
+    expected = family.run(model)
+    manifest = quantize_model(model, Int8Config(smoothing=0.5, **REFERENCE), seen_inputs=seen)
     assert manifest.quantized
     layer = model.get_submodule(family.quantized)
     assert layer.is_smoothed
     assert relative_error(family.run(model), expected) < 0.02
+
+
+def test_layers_that_would_lose_are_left_alone() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 64, bias=False))
+    rows = torch.randn(64, 256)
+    rows[0, 7] = 100.0  # one value of one token: the channel's weights would be made large for the others
+    before = model[0].weight.detach().clone()
+    method = Int8Config(**REFERENCE).linear_method()
+    assert not smooth(model, ["0"], {"0": SeenInput(rows.abs().amax(dim=0), rows)}, 1.0, method)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_the_squared_error_is_that_of_the_layer() -> None:
+    torch.manual_seed(0)
+    x, linear = torch.randn(32, 64), torch.nn.Linear(64, 24, bias=False)
+    method = Int8Config(**REFERENCE).linear_method()
+    with torch.no_grad():
+        exact = x.double() @ linear.weight.double().t()
+        result = quantize_layer(linear, method)(x).double()
+    expected = ((result - exact).square().sum() / exact.square().sum()).item()
+    assert squared_error(x, linear.weight.detach(), method) == pytest.approx(expected, rel=1e-3)
+
+
+def test_some_rows_of_every_call_are_kept() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    calls = [torch.full((2, 50, 4), float(call)) for call in range(100)]
+    with watched_inputs(model) as seen:
+        for x in calls:
+            model(x)
+    assert 32 <= len(seen["0"].rows) <= 128
+    assert seen["0"].absmax.tolist() == [99.0] * 4
+    values, counts = seen["0"].rows[:, 0].unique(return_counts=True)
+    assert values.diff().max() <= 8
+    assert counts.max() <= 2
 
 
 def test_scales_are_powers_of_two_that_even_channels_out() -> None:
@@ -135,12 +185,12 @@ def test_a_model_with_planted_outliers_errs_less_than_half(options: dict[str, An
         plant(omni.transformers()["transformer"])
         return omni
 
-    with watched_absmax((original := planted()).transformers()["transformer"]) as absmax:
+    with watched_inputs((original := planted()).transformers()["transformer"]) as seen:
         exact = latents(original, prompt)
 
     def error(**config: Any) -> float:
         omni = planted()
-        quantize_model(omni.transformers()["transformer"], "int8", input_absmax=absmax, **config)
+        quantize_model(omni.transformers()["transformer"], "int8", seen_inputs=seen, **config)
         return relative_error(latents(omni, prompt), exact)
 
     assert error(**options) < 0.5 * error()
@@ -181,7 +231,7 @@ def test_what_is_no_transform(options: dict[str, Any], message: str) -> None:
 def test_smoothing_needs_prompts() -> None:
     with pytest.raises(ConfigError, match="calibration_prompts"):
         Omni(quantization_config={"method": "int8", "smoothing": 0.5}, device="cpu")
-    with pytest.raises(ConfigError, match="input_absmax"):
+    with pytest.raises(ConfigError, match="seen_inputs"):
         quantize_model(torch.nn.Sequential(torch.nn.Linear(16, 16)), "int8", smoothing=0.5)
     with pytest.raises(ConfigError, match="dynamic"):
         Fp8Config(activation_scheme="static", rotation=16)

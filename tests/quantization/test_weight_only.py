@@ -13,6 +13,7 @@ from lowbit.errors import ConfigError
 from lowbit.quantization import build_quant_config, quantize_model
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.plan import plan_layers, quantized_layers
+from lowbit.quantization.smoothing import SeenInput
 
 MODULATION = {f"transformer_blocks.{block}.{stream}.1" for block in range(2) for stream in ("img_mod", "txt_mod")}
 
@@ -99,7 +100,8 @@ def test_wrong_patterns_are_refused(source: QwenImageTransformer2DModel) -> None
 def test_smoothing_leaves_them_alone(source: QwenImageTransformer2DModel) -> None:
     model = copy.deepcopy(source)
     names = [name for name, layer in source.named_modules() if type(layer) is torch.nn.Linear]
-    absmax = {name: torch.rand(source.get_submodule(name).in_features) + 0.1 for name in names}
-    quantize_model(model, {"method": "int8", "smoothing": 0.5}, input_absmax=absmax)
+    rows = {name: torch.randn(8, source.get_submodule(name).in_features) for name in names}
+    seen = {name: SeenInput(x.abs().amax(dim=0), x) for name, x in rows.items()}
+    quantize_model(model, {"method": "int8", "smoothing": 0.5}, seen_inputs=seen)
     layers = quantized_layers(model)
     assert {name for name, layer in layers.items() if not hasattr(layer, "mul_scale")} == MODULATION

@@ -30,7 +30,7 @@ from lowbit.quantization.calibration import calibration, uncalibrated_layers
 from lowbit.quantization.factory import QuantizationSpec
 from lowbit.quantization.manifest import Manifest
 from lowbit.quantization.plan import quantize_model
-from lowbit.quantization.smoothing import watched_absmax
+from lowbit.quantization.smoothing import watched_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -270,11 +270,11 @@ class Omni:
             return
         parts = self.modules()
         with ExitStack() as stack:
-            absmax = {name: stack.enter_context(watched_absmax(parts[name])) for name in waiting}
+            seen = {name: stack.enter_context(watched_inputs(parts[name])) for name in waiting}
             logger.info("Watching %d prompts for smoothing", len(prompts))
             self.generate(list(prompts), OmniDiffusionSamplingParams(seed=0))
         for name, config in waiting.items():
-            quantize_model(parts[name], config, input_absmax=absmax[name])
+            quantize_model(parts[name], config, seen_inputs=seen[name])
 
     def _calibrate(self, prompts: Sequence[str]) -> None:
         waiting = {name: part for name, part in self.transformers().items() if uncalibrated_layers(part)}

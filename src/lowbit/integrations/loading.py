@@ -86,7 +86,7 @@ def prepare(
     if config.needs_calibration:
         raise ConfigError(
             "smoothing is found on prompts before quantizing: use Omni(..., calibration_prompts=[...]), or"
-            " quantize_model with input_absmax"
+            " quantize_model with seen_inputs"
         )
     plan = plan_layers(model, config)
     if not config.is_serialized or config.weights_from is not None:

@@ -18,7 +18,7 @@ from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.factory import build_quant_config
 from lowbit.quantization.linear import QuantizedLinear
 from lowbit.quantization.manifest import LayerRecord, Manifest
-from lowbit.quantization.smoothing import smooth
+from lowbit.quantization.smoothing import SeenInput, smooth
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def quantize_model(
     quantization: str | Mapping[str, Any] | QuantizationConfig,
     *,
     progress: Callable[[int, int], None] | None = None,
-    input_absmax: Mapping[str, torch.Tensor] | None = None,
+    seen_inputs: Mapping[str, SeenInput] | None = None,
     **options: Any,
 ) -> Manifest:
     """Quantize the linear layers of a model in memory, in place, one at a time.
@@ -155,8 +155,8 @@ def quantize_model(
         model: any module; the layers that its family keeps in high precision stay (see ``lowbit.models``).
         quantization: a method's name, a dictionary with ``method``, or a configuration.
         progress: called with (layers done, layers to do).
-        input_absmax: for ``smoothing``: linear layer's name -> the largest absolute value [K] of each channel of its
-            input on representative prompts (``lowbit.quantization.smoothing.watched_absmax`` keeps them).
+        seen_inputs: for ``smoothing``: linear layer's name -> what its input was like on representative prompts
+            (``lowbit.quantization.smoothing.watched_inputs`` keeps it).
         options: of the method, such as ``ignored_layers=["img_mlp"]``.
 
     Returns:
@@ -171,13 +171,11 @@ def quantize_model(
         raise ConfigError("quantize_model takes one method for one model, not a configuration per component")
     if config.is_serialized:
         raise ConfigError("quantize_model quantizes unquantized weights; load serialized ones with from_pretrained")
-    if config.needs_calibration and input_absmax is None:
-        raise ConfigError("smoothing needs to have seen the layers' inputs: give input_absmax, see watched_absmax")
+    if config.needs_calibration and seen_inputs is None:
+        raise ConfigError("smoothing needs to have seen the layers' inputs: give seen_inputs, see watched_inputs")
     plan = plan_layers(model, config)
     chosen = {name: decision.method for name, decision in plan.items() if decision.method is not None}
-    alpha = getattr(config, "smoothing", None)
-    rounded = [name for name, method in chosen.items() if not method.weight_only]
-    scales = smooth(model, rounded, input_absmax, alpha) if alpha is not None and input_absmax is not None else {}
+    scales = _smooth(model, config, chosen, seen_inputs) if seen_inputs is not None and config.needs_calibration else {}
     for done, (name, method) in enumerate(chosen.items(), start=1):
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
@@ -191,6 +189,15 @@ def quantize_model(
         hook(model)
     logger.info("%s", manifest.summary())
     return manifest
+
+
+def _smooth(
+    model: nn.Module, config: Any, chosen: Mapping[str, LinearMethod], seen: Mapping[str, SeenInput]
+) -> dict[str, torch.Tensor]:
+    names = [name for name, method in chosen.items() if not method.weight_only]
+    # The reference rounds activations too, whatever is fastest on this machine.
+    method = replace(config, smoothing=None, kernel="reference").linear_method()
+    return smooth(model, names, seen, config.smoothing, method)
 
 
 def quantize_layer(
