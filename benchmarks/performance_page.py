@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_model, memory_plan
+
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- table: (?P<file>[\w.]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 KINDS = ("linear", "attention", "other")
@@ -156,11 +158,13 @@ def loading_growth(found: Mapping[str, Any]) -> str:
     return grid(heads, cells)
 
 
-TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+TABLES: Mapping[str, Callable[[Any], str]] = {
     "transformer_step": steps,
     "whole_model": whole,
     "shapes": shapes,
     "growth": growth,
+    "gpu_model": lambda found: gpu_model.table(found["rows"]),
+    "memory_plan": memory_plan.table,
 }
 
 

@@ -210,7 +210,7 @@ MODELS = {
             few_layers={"n_layers": 2, "n_refiner_layers": 1},
         ),
         PublishedModel(
-            "flux.1-dev",
+            "flux",
             "FLUX.1-dev",
             11.9,
             {
@@ -227,7 +227,7 @@ MODELS = {
             few_layers={"num_layers": 1, "num_single_layers": 2},
         ),
         PublishedModel(
-            "wan2.2",
+            "wan",
             "Wan2.2 T2V-A14B",
             14.3,
             {

@@ -17,10 +17,10 @@ PARAMETERS = {
     ("qwen-image", "text_encoder"): 8.29,
     ("z-image", "transformer"): 6.15,
     ("z-image", "text_encoder"): 4.02,
-    ("flux.1-dev", "transformer"): 11.90,
-    ("flux.1-dev", "text_encoder_2"): 4.76,
-    ("wan2.2", "transformer"): 14.29,
-    ("wan2.2", "text_encoder"): 5.68,
+    ("flux", "transformer"): 11.90,
+    ("flux", "text_encoder_2"): 4.76,
+    ("wan", "transformer"): 14.29,
+    ("wan", "text_encoder"): 5.68,
 }
 
 

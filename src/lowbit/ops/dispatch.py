@@ -12,6 +12,8 @@ further scale tensors in some families):
 ``linear(x, packed, weight_scale, ...) -> Tensor``
     the computation.
 
+Those whose kernels read the checkpoint's own layout take the packing from ``lowbit.ops.canonical``.
+
 The attention family has ``supports`` and ``attention`` (``lowbit.ops.attention``) in place of the four.
 
 The module is imported only once a device it serves is asked for, so a vendor's library is never imported without need.

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from lowbit.errors import ConfigError
 from lowbit.ops import fp8
 from lowbit.ops.dispatch import Problem
-from lowbit.quantization.base import LinearMethod, QuantizationConfig
+from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.scales import finite_and_positive, per_channel_scale, per_tensor_scale
-from lowbit.quantization.transforms import check_transforms, with_transforms
+from lowbit.quantization.transforms import TransformableConfig, with_transforms
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from lowbit.quantization.linear import QuantizedLinear
 
 ACTIVATION_SCHEMES = ("dynamic", "static")
@@ -30,23 +28,22 @@ UNCALIBRATED = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fp8Config(QuantizationConfig):
+class Fp8Config(TransformableConfig):
     """Configuration of ``fp8``.
 
     Attributes:
         activation_scheme: ``"dynamic"``: scaled per token while running (per group of columns with
             ``weight_block_size``); ``"static"``: by one scale per layer, from the checkpoint or from calibration.
         weight_block_size: [rows, columns] of a weight block with one scale; ``None`` for one per output channel.
-        smoothing: 0 to 1, as of ``int8``.
-        rotation: size of the rotated groups, as of ``int8``.
         is_checkpoint_fp8_serialized: the checkpoint's weights are FP8 already.
     """
 
     activation_scheme: str = "dynamic"
     weight_block_size: list[int] | None = None
-    smoothing: float | None = None
-    rotation: int | None = None
     is_checkpoint_fp8_serialized: bool = False
+
+    method_name: ClassVar[str] = "fp8"
+    serialized_flag: ClassVar[str] = "is_checkpoint_fp8_serialized"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,11 +51,8 @@ class Fp8Config(QuantizationConfig):
             raise ConfigError(
                 f"fp8 has no activation_scheme {self.activation_scheme!r}; use one of {', '.join(ACTIVATION_SCHEMES)}"
             )
-        if not isinstance(self.is_checkpoint_fp8_serialized, bool):
-            raise ConfigError("is_checkpoint_fp8_serialized must be true or false")
         if self.weight_block_size is not None:
             self._check_block_size(self.weight_block_size)
-        check_transforms(self.smoothing, self.rotation)
         if self.activation_scheme == "static" and (self.smoothing is not None or self.rotation is not None):
             raise ConfigError("smoothing and rotation of fp8 need activation_scheme 'dynamic'")
 
@@ -73,21 +67,6 @@ class Fp8Config(QuantizationConfig):
             )
         object.__setattr__(self, "weight_block_size", list(block_size))
 
-    @classmethod
-    def get_name(cls) -> str:
-        """Return ``"fp8"``."""
-        return "fp8"
-
-    @property
-    def is_serialized(self) -> bool:
-        """Whether the checkpoint's weights are FP8 already."""
-        return self.is_checkpoint_fp8_serialized
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether smoothing is still to be found."""
-        return self.smoothing is not None and not self.is_serialized
-
     def linear_method(self) -> LinearMethod:
         """Return the method with this configuration's scheme, blocks, kernel and transforms."""
         block = None if self.weight_block_size is None else (self.weight_block_size[0], self.weight_block_size[1])
@@ -98,10 +77,6 @@ class Fp8Config(QuantizationConfig):
         """Return W8A16 on the same tensors, without ``input_scale``; neither smoothed nor rotated."""
         block = None if self.weight_block_size is None else (self.weight_block_size[0], self.weight_block_size[1])
         return Fp8WeightOnlyMethod(block)
-
-    def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
-        """Return the configuration to write beside the quantized tensors."""
-        return replace(self, is_checkpoint_fp8_serialized=True, ignored_layers=list(ignored_layers))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` holds; the scheme is always named, for readers that require it."""

@@ -5,45 +5,39 @@ On disk (the layout of vLLM-Omni): ``weight`` int8 [N, K] and ``weight_scale`` f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from lowbit.errors import ConfigError
 from lowbit.ops import int8
 from lowbit.ops.dispatch import AUTO
-from lowbit.quantization.base import LinearMethod, QuantizationConfig
+from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.scales import per_channel_scale
-from lowbit.quantization.transforms import check_transforms, with_transforms
+from lowbit.quantization.transforms import TransformableConfig, with_transforms
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from lowbit.quantization.linear import QuantizedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8Config(QuantizationConfig):
+class Int8Config(TransformableConfig):
     """Configuration of ``int8``.
 
     Attributes:
         activation_scheme: ``"dynamic"``, the only one.
         activation_bits: 8, or 2 to 7 to round activations to fewer bits first: emulated, to see what such activations
             do to quality. It saves nothing.
-        smoothing: 0 to 1: how much of the difference between an input's channels goes to the weight, found on
-            calibration prompts; ``None``: nothing. See ``lowbit.quantization.smoothing``.
-        rotation: multiply groups of this many channels by a Hadamard matrix; ``None``: don't. See
-            ``lowbit.quantization.transforms``.
         is_checkpoint_int8_serialized: the checkpoint's weights are int8 already.
     """
 
     activation_scheme: str = "dynamic"
     activation_bits: int = 8
-    smoothing: float | None = None
-    rotation: int | None = None
     is_checkpoint_int8_serialized: bool = False
+
+    method_name: ClassVar[str] = "int8"
+    serialized_flag: ClassVar[str] = "is_checkpoint_int8_serialized"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,26 +46,8 @@ class Int8Config(QuantizationConfig):
                 f"int8 has no activation_scheme {self.activation_scheme!r}: activations are scaled per token while"
                 " running; use 'dynamic'"
             )
-        check_transforms(self.smoothing, self.rotation)
         if type(self.activation_bits) is not int or not 2 <= self.activation_bits <= 8:
             raise ConfigError(f"activation_bits must be a whole number from 2 to 8, not {self.activation_bits!r}")
-        if not isinstance(self.is_checkpoint_int8_serialized, bool):
-            raise ConfigError("is_checkpoint_int8_serialized must be true or false")
-
-    @classmethod
-    def get_name(cls) -> str:
-        """Return ``"int8"``."""
-        return "int8"
-
-    @property
-    def is_serialized(self) -> bool:
-        """Whether the checkpoint's weights are int8 already."""
-        return self.is_checkpoint_int8_serialized
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether smoothing is still to be found."""
-        return self.smoothing is not None and not self.is_serialized
 
     def linear_method(self) -> LinearMethod:
         """Return the method with this configuration's kernel and transforms."""
@@ -80,10 +56,6 @@ class Int8Config(QuantizationConfig):
     def weight_only_method(self) -> LinearMethod:
         """Return W8A16 on the same tensors; neither smoothed nor rotated, as no activation is rounded."""
         return Int8WeightOnlyMethod()
-
-    def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
-        """Return the configuration to write beside the quantized tensors."""
-        return replace(self, is_checkpoint_int8_serialized=True, ignored_layers=list(ignored_layers))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` holds; the scheme is always named, for readers that require it."""

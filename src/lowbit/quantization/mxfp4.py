@@ -11,9 +11,9 @@ apart by dtype and shape; ``pack_weights`` says which is written.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,13 +21,12 @@ from lowbit.errors import CheckpointError, ConfigError
 from lowbit.ops import mx
 from lowbit.ops.e2m1 import decode_e2m1_pairs, encode_e2m1, pack_nibbles
 from lowbit.ops.fp8 import E4M3
-from lowbit.quantization.base import LinearMethod, QuantizationConfig
-from lowbit.quantization.scales import exponents, finite_and_positive, quantize_by_rows
-from lowbit.quantization.transforms import check_transforms, with_transforms
+from lowbit.quantization.base import LinearMethod
+from lowbit.quantization.mx import MxLinearMethod
+from lowbit.quantization.scales import finite_and_positive, quantize_by_rows
+from lowbit.quantization.transforms import TransformableConfig, with_transforms
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from lowbit.quantization.linear import QuantizedLinear
 
 WEIGHT_ROUNDING = "mse"
@@ -43,24 +42,14 @@ _AT_REST: Mapping[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Fp4Config(QuantizationConfig):
+class _Fp4Config(TransformableConfig):
     """What the two configurations share.
 
     Attributes:
-        smoothing: 0 to 1, as of ``int8``.
-        rotation: size of the rotated groups, as of ``int8``.
         pack_weights: write two weights to a byte; vLLM-Omni 0.30 reads them unpacked, which is the default.
     """
 
-    smoothing: float | None = None
-    rotation: int | None = None
     pack_weights: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.pack_weights, bool):
-            raise ConfigError("pack_weights must be true or false")
-        check_transforms(self.smoothing, self.rotation)
 
     @classmethod
     def _options(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,11 +57,6 @@ class _Fp4Config(QuantizationConfig):
             if name in config and config[name] not in allowed:
                 raise ConfigError(f"{cls.get_name()}: {name}={config[name]!r} is not supported; leave it out")
         return super()._options({name: value for name, value in config.items() if name not in _AT_REST})
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether smoothing is still to be found."""
-        return self.smoothing is not None and not self.is_serialized
 
     def stored_tensors(self, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Return the state dict with weights unpacked to e4m3 [N, K] unless ``pack_weights``."""
@@ -96,22 +80,13 @@ class Mxfp4Config(_Fp4Config):
     require_smooth_scale: bool = False
     is_checkpoint_mxfp4_serialized: bool = False
 
+    method_name: ClassVar[str] = "mxfp4"
+    serialized_flag: ClassVar[str] = "is_checkpoint_mxfp4_serialized"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.is_checkpoint_mxfp4_serialized, bool):
-            raise ConfigError("is_checkpoint_mxfp4_serialized must be true or false")
         if self.require_smooth_scale and not self.is_serialized:
             raise ConfigError("require_smooth_scale is of checkpoints that are MXFP4 already")
-
-    @classmethod
-    def get_name(cls) -> str:
-        """Return ``"mxfp4"``."""
-        return "mxfp4"
-
-    @property
-    def is_serialized(self) -> bool:
-        """Whether the checkpoint's weights are MXFP4 already."""
-        return self.is_checkpoint_mxfp4_serialized
 
     def linear_method(self) -> LinearMethod:
         """Return the method with this configuration's kernel and transforms."""
@@ -119,10 +94,6 @@ class Mxfp4Config(_Fp4Config):
         if self.require_smooth_scale:
             method.optional -= {"mul_scale"}
         return method
-
-    def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
-        """Return the configuration to write beside the quantized tensors."""
-        return replace(self, is_checkpoint_mxfp4_serialized=True, ignored_layers=list(ignored_layers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,29 +109,20 @@ class Mxfp4DualScaleConfig(_Fp4Config):
     num_bf16_fallback_layers: int = 5
     is_checkpoint_serialized: bool = False
 
+    method_name: ClassVar[str] = "mxfp4_dualscale"
+    serialized_flag: ClassVar[str] = "is_checkpoint_serialized"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.is_checkpoint_serialized, bool):
-            raise ConfigError("is_checkpoint_serialized must be true or false")
         if type(self.num_bf16_fallback_layers) is not int or self.num_bf16_fallback_layers < 0:
             raise ConfigError(
                 f"num_bf16_fallback_layers must be a number of blocks, 0 or more, not {self.num_bf16_fallback_layers!r}"
             )
 
     @classmethod
-    def get_name(cls) -> str:
-        """Return ``"mxfp4_dualscale"``."""
-        return "mxfp4_dualscale"
-
-    @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
         """No other library has a method of this name."""
         return True
-
-    @property
-    def is_serialized(self) -> bool:
-        """Whether the checkpoint's weights are MXFP4 with two scales already."""
-        return self.is_checkpoint_serialized
 
     def linear_method(self) -> LinearMethod:
         """Return the method with this configuration's kernel and transforms."""
@@ -180,50 +142,28 @@ class Mxfp4DualScaleConfig(_Fp4Config):
         """Return what to do with ``layer``; ``None`` for ignored ones and those in leading blocks."""
         return None if self.is_leading_block(prefix) else super().get_quant_method(layer, prefix)
 
-    def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
-        """Return the configuration to write beside the quantized tensors."""
-        return replace(self, is_checkpoint_serialized=True, ignored_layers=list(ignored_layers))
 
-
-class Mxfp4LinearMethod(LinearMethod):
+class Mxfp4LinearMethod(MxLinearMethod):
     """MXFP4 W4A4 of a linear layer."""
 
     name = "mxfp4"
-    family = "mx"
-    table = mx.IMPLEMENTATIONS
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register ``weight`` and ``weight_scale``."""
-        layer.register_quantized("weight", (layer.out_features, layer.in_features // 2), torch.uint8)
-        groups = -(-layer.in_features // mx.GROUP_SIZE)
-        layer.register_quantized("weight_scale", (layer.out_features, groups), torch.uint8)
+    def elements(self, layer: QuantizedLinear) -> tuple[tuple[int, int], torch.dtype]:
+        """Return uint8 [N, K / 2]."""
+        return (layer.out_features, layer.in_features // 2), torch.uint8
 
     def refusal(self, layer: torch.nn.Linear) -> str | None:
         """Refuse an odd number of input channels."""
         return "an odd number of input channels" if layer.in_features % 2 else None
 
-    def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Accept unpacked weights, and scales as ``float8_e8m0fnu``."""
-        if name == "weight":
-            tensor = packed_e2m1(layer, tensor)
-        if name == "weight_scale":
-            tensor = exponents(layer, name, tensor)
-        return super().canonical_tensor(layer, name, tensor)
+    def canonical_weight(self, layer: QuantizedLinear, weight: torch.Tensor) -> torch.Tensor:
+        """Accept unpacked weights."""
+        return packed_e2m1(layer, weight)
 
     def quantize_weight(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Quantize [N, K] with the scales of the smallest squared error."""
         packed, scale = quantize_by_rows(weight, lambda rows: mx.quantize_mxfp4(rows, WEIGHT_ROUNDING))
         return {"weight": packed, "weight_scale": scale}
-
-    def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
-        """Return ``weight`` times its groups' scales."""
-        return mx.dequantize_mx(layer.get_parameter("weight"), layer.get_parameter("weight_scale"))
-
-    def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Quantize x and multiply."""
-        assert layer.kernel is not None
-        result: torch.Tensor = layer.kernel.linear(x, layer.weight, layer.get_parameter("weight_scale"), bias)
-        return result
 
 
 class Mxfp4DualScaleLinearMethod(Mxfp4LinearMethod):
@@ -251,18 +191,9 @@ class Mxfp4DualScaleLinearMethod(Mxfp4LinearMethod):
         )
         return {"weight": packed, "weight_scale": scale, "weight_dual_scale": dual_scale.unsqueeze(-1)}
 
-    def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
-        """Return ``weight`` times its groups' scales."""
-        scales = layer.get_parameter("weight_scale"), layer.get_parameter("weight_dual_scale").squeeze(-1)
-        return mx.dequantize_mx(layer.get_parameter("weight"), *scales)
-
-    def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Quantize x and multiply."""
-        assert layer.kernel is not None
-        dual_scale = layer.get_parameter("weight_dual_scale").squeeze(-1)
-        scale = layer.get_parameter("weight_scale")
-        result: torch.Tensor = layer.kernel.linear(x, layer.weight, scale, bias, dual_scale)
-        return result
+    def dual_scale(self, layer: QuantizedLinear) -> torch.Tensor:
+        """Return the second scale, float32 [N, ceil(K / 512)]."""
+        return layer.get_parameter("weight_dual_scale").squeeze(-1)
 
 
 def packed_e2m1(layer: QuantizedLinear, weight: torch.Tensor) -> torch.Tensor:

@@ -7,81 +7,54 @@ magnitude of the input over 6 * 448.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from lowbit.errors import ConfigError
 from lowbit.ops import nvfp4
 from lowbit.ops.fp8 import E4M3
-from lowbit.quantization.base import LinearMethod, QuantizationConfig
+from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.fp8 import ACTIVATION_SCHEMES, UNCALIBRATED
 from lowbit.quantization.scales import finite_and_positive, per_tensor_scale, quantize_by_rows
-from lowbit.quantization.transforms import check_transforms, with_transforms
+from lowbit.quantization.transforms import TransformableConfig, with_transforms
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from lowbit.quantization.linear import QuantizedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
-class NvFp4Config(QuantizationConfig):
+class NvFp4Config(TransformableConfig):
     """Configuration of ``nvfp4``.
 
     Attributes:
         weight_only: leave activations as they are (W4A16).
         activation_scheme: ``"dynamic"``: a global scale per token while running; ``"static"``: one per layer, from the
             checkpoint or from calibration. The scales of the groups are dynamic in both.
-        smoothing: 0 to 1, as of ``int8``.
-        rotation: size of the rotated groups, as of ``int8``.
         is_checkpoint_nvfp4_serialized: the checkpoint's weights are NVFP4 already.
     """
 
     weight_only: bool = False
     activation_scheme: str = "dynamic"
-    smoothing: float | None = None
-    rotation: int | None = None
     is_checkpoint_nvfp4_serialized: bool = False
+
+    method_name: ClassVar[str] = "nvfp4"
+    serialized_flag: ClassVar[str] = "is_checkpoint_nvfp4_serialized"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.activation_scheme not in ACTIVATION_SCHEMES:
             known = ", ".join(ACTIVATION_SCHEMES)
             raise ConfigError(f"nvfp4 has no activation_scheme {self.activation_scheme!r}; use one of {known}")
-        for name in ("weight_only", "is_checkpoint_nvfp4_serialized"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false")
-        check_transforms(self.smoothing, self.rotation)
         changed = self.smoothing is not None or self.rotation is not None
         if self.activation_scheme == "static" and (changed or self.weight_only):
             raise ConfigError("smoothing, rotation and weight_only of nvfp4 need activation_scheme 'dynamic'")
-
-    @classmethod
-    def get_name(cls) -> str:
-        """Return ``"nvfp4"``."""
-        return "nvfp4"
-
-    @property
-    def is_serialized(self) -> bool:
-        """Whether the checkpoint's weights are NVFP4 already."""
-        return self.is_checkpoint_nvfp4_serialized
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether smoothing is still to be found."""
-        return self.smoothing is not None and not self.is_serialized
 
     def linear_method(self) -> LinearMethod:
         """Return the method with this configuration's scheme, kernel and transforms."""
         scheme = "none" if self.weight_only else self.activation_scheme
         return with_transforms(NvFp4LinearMethod(scheme, self.kernel), self.smoothing, self.rotation)
-
-    def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
-        """Return the configuration to write beside the quantized tensors."""
-        return replace(self, is_checkpoint_nvfp4_serialized=True, ignored_layers=list(ignored_layers))
 
 
 class NvFp4LinearMethod(LinearMethod):

@@ -13,18 +13,22 @@ the weight divided by it. ``lowbit.quantization.smoothing`` finds the scales.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import ConfigError
 from lowbit.ops.dispatch import Problem
-from lowbit.quantization.base import LinearMethod
+from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.scales import finite_and_positive
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from lowbit.quantization.linear import QuantizedLinear
 
 ROTATIONS = (4, 16, 64, 256)
@@ -37,6 +41,53 @@ def check_transforms(smoothing: float | None, rotation: int | None) -> None:
         raise ConfigError(f"smoothing must be a number above 0, up to 1, such as 0.5, not {smoothing!r}")
     if rotation is not None and (type(rotation) is not int or rotation not in ROTATIONS):
         raise ConfigError(f"rotation must be one of {', '.join(map(str, ROTATIONS))}, not {rotation!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformableConfig(QuantizationConfig):
+    """What the configurations of methods share that quantize activations while running.
+
+    Attributes:
+        smoothing: 0 to 1: how much of the difference between an input's channels goes to the weight, found on
+            calibration prompts; ``None``: nothing. See ``lowbit.quantization.smoothing``.
+        rotation: multiply groups of this many channels by a Hadamard matrix; ``None``: don't.
+        method_name: as the user spells it.
+        serialized_flag: the option that says of a checkpoint that its weights are quantized already.
+    """
+
+    smoothing: float | None = None
+    rotation: int | None = None
+
+    method_name: ClassVar[str]
+    serialized_flag: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for item in fields(self):
+            if item.type == "bool" and not isinstance(getattr(self, item.name), bool):
+                raise ConfigError(f"{item.name} must be true or false")
+        check_transforms(self.smoothing, self.rotation)
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return the method's name as the user spells it."""
+        return cls.method_name
+
+    @property
+    def is_serialized(self) -> bool:
+        """Whether the checkpoint's weights are quantized already."""
+        flag: bool = getattr(self, self.serialized_flag)
+        return flag
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether smoothing is still to be found."""
+        return self.smoothing is not None and not self.is_serialized
+
+    def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
+        """Return the configuration to write beside the quantized tensors."""
+        changes: dict[str, Any] = {"ignored_layers": list(ignored_layers), self.serialized_flag: True}
+        return replace(self, **changes)
 
 
 @cache

@@ -122,7 +122,7 @@ def test_operator_is_well_formed() -> None:
     packed, scale = quantized(8, 64, None)
     arguments = (torch.randn(5, 64), packed, scale, torch.randn(8))
     checks = ("test_autograd_registration", "test_faketensor")  # torch can't compare e4m3 for the others
-    torch.library.opcheck(weight_only.product_operator, arguments, test_utils=checks)
+    torch.library.opcheck(fp8_weight_only.product_operator, arguments, test_utils=checks)
 
 
 def test_float32_is_never_multiplied_in_less() -> None:
