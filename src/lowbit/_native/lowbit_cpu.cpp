@@ -101,16 +101,18 @@ struct WeightJob {
     const void* weight;  // [columns, depth] codes
     int64_t columns;
     const void* scale;  // one per block of the weight
-    bool scale_is_bfloat16;
+    int scale_type;     // 0 float32, 1 bfloat16, 2 E8M0, 3 e4m3
     const uint8_t* zero_point;  // likewise, of int4; or null: 8
     int64_t block_rows, block_columns;
+    const float* outer_scale;  // multiplied with the scale: one per row and outer_columns, one at all (0), or null
+    int64_t outer_columns;
     const float* bias;  // [columns], or null
     void* output;       // [rows, columns]
     int element_type;
 };
 
 struct WeightKernels {
-    void (*multiply[3])(const WeightJob&, int64_t, int64_t);  // int8, e4m3, int4
+    void (*multiply[4])(const WeightJob&, int64_t, int64_t);  // int8, e4m3, int4, e2m1
     void (*decode_int4)(const WeightJob&, int64_t, int64_t);
     int64_t task_channels;
 };
@@ -464,26 +466,28 @@ LOWBIT_EXPORT void lowbit_attention(const void* query, const void* key, const vo
 #endif
 }
 
-// x [rows, depth] float32 (see WeightJob) times weight [columns, depth] of code_type (0 int8, 1 e4m3, 2 int4: two inputs in
-// a byte, the even one in the lower half) -> output [rows, columns], rounded once. rows <= 64. Scales, and of int4 zero
-// points, are one per block of block_rows x block_columns; of int4 block_rows is 1, block_columns a multiple of 32 that
-// divides depth, and of each 32 activations the even ones come first, then the odd ones.
+// x [rows, depth] float32 (see WeightJob) times weight [columns, depth] of code_type (0 int8, 1 e4m3, 2 int4, 3 e2m1; of
+// the last two two inputs in a byte, the even one in the lower half) -> output [rows, columns], rounded once. rows <= 64.
+// Scales, and of int4 zero points, are one per block of block_rows x block_columns; of int4 block_rows is 1, block_columns
+// a multiple of 32 that divides depth, and of each 32 activations the even ones come first, then the odd ones; of e2m1
+// block_rows is 1, depth and block_columns are even.
 LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_stride, int64_t depth, const void* weight,
-                                      int code_type, int64_t columns, const void* scale, int scale_is_bfloat16,
+                                      int code_type, int64_t columns, const void* scale, int scale_type,
                                       const uint8_t* zero_point, int64_t block_rows, int64_t block_columns,
-                                      const float* bias, void* output, int element_type, int threads) {
-    const WeightJob job{x,          rows,       x_stride,      depth, weight, columns,     scale, scale_is_bfloat16 != 0,
-                        zero_point, block_rows, block_columns, bias,  output, element_type};
+                                      const float* outer_scale, int64_t outer_columns, const float* bias, void* output,
+                                      int element_type, int threads) {
+    const WeightJob job{x,          rows,       x_stride,      depth,       weight,        columns, scale,  scale_type,
+                        zero_point, block_rows, block_columns, outer_scale, outer_columns, bias,    output, element_type};
     const int64_t tasks = blocks(columns, selected_weight->task_channels);
     run(selected_weight->multiply[code_type], job, tasks, columns * depth / 4 * (4 + rows) / 4, threads);
 }
 
 // int4 [columns, depth] -> float32 [columns, depth], of each 32 inputs the even ones first, then the odd ones.
 LOWBIT_EXPORT void lowbit_int4_decode(const void* weight, int64_t columns, int64_t depth, const void* scale,
-                                      int scale_is_bfloat16, const uint8_t* zero_point, int64_t group_size,
-                                      float* output, int threads) {
-    const WeightJob job{nullptr,    0, 0,          depth,   weight, columns, scale, scale_is_bfloat16 != 0,
-                        zero_point, 1, group_size, nullptr, output, 0};
+                                      int scale_type, const uint8_t* zero_point, int64_t group_size, float* output,
+                                      int threads) {
+    const WeightJob job{nullptr,    0, 0,          depth,   weight, columns, scale,  scale_type,
+                        zero_point, 1, group_size, nullptr, 0,      nullptr, output, 0};
     run(selected_weight->decode_int4, job, columns, columns * depth, threads);
 }
 

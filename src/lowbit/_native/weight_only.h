@@ -56,9 +56,33 @@ LOWBIT_INLINE float total(Lanes value) {
     return lanes[0];
 }
 
+// 2 to the power of code - 127; NaN for 255. The smallest is below float32's normal numbers.
+LOWBIT_INLINE float widen_e8m0(uint32_t code) {
+    return as_float(code == 255 ? 0x7fc00000u : code == 0 ? 0x00400000u : code << 23);
+}
+
+LOWBIT_INLINE float widen_e4m3(uint32_t code) {
+    E4M3 value{static_cast<uint8_t>(code)};
+    float wide;
+    decode(&value, 1, 1.0f, &wide);
+    return wide;
+}
+
 LOWBIT_INLINE float scale_at(const WeightJob& job, int64_t index) {
-    return job.scale_is_bfloat16 ? widen(static_cast<const BFloat16*>(job.scale)[index])
-                                 : static_cast<const float*>(job.scale)[index];
+    switch (job.scale_type) {
+        case 0: return static_cast<const float*>(job.scale)[index];
+        case 1: return widen(static_cast<const BFloat16*>(job.scale)[index]);
+        case 2: return widen_e8m0(static_cast<const uint8_t*>(job.scale)[index]);
+        default: return widen_e4m3(static_cast<const uint8_t*>(job.scale)[index]);
+    }
+}
+
+// Of the block that begins at an input of a channel: its scale times the outer one.
+LOWBIT_INLINE float scale_at(const WeightJob& job, int64_t index, int64_t channel, int64_t input) {
+    const float scale = scale_at(job, index);
+    if (!job.outer_scale) return scale;
+    if (!job.outer_columns) return scale * job.outer_scale[0];
+    return scale * job.outer_scale[channel * blocks(job.depth, job.outer_columns) + input / job.outer_columns];
 }
 
 LOWBIT_INLINE void decode_codes(const Int8* input, int64_t count, float scale, float* output) {
@@ -133,17 +157,20 @@ LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t f
     int64_t scale = channel / job.block_rows * blocks(job.depth, job.block_columns) + block;
     for (int64_t done = 0; done < count; ++scale, left = job.block_columns) {
         const int64_t part = smaller(left, count - done);
-        decode_codes(codes + done, part, scale_at(job, scale), output + done);
+        decode_codes(codes + done, part, scale_at(job, scale, channel, first + done), output + done);
         done += part;
     }
 }
 
 struct Int4 {};  // two in a byte, the even input in the lower half
+struct E2M1 {};  // likewise
 
 template <typename Code>
 constexpr int kBits = 8;
 template <>
 constexpr int kBits<Int4> = 4;
+template <>
+constexpr int kBits<E2M1> = 4;
 
 // Of each 32 inputs the even ones, then the odd ones.
 LOWBIT_INLINE void decode_group(const uint8_t* codes, int64_t count, float zero, float scale, float* output) {
@@ -175,6 +202,19 @@ LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t f
         const int64_t part = smaller(left, count - done);
         const float zero = job.zero_point ? job.zero_point[group] : 8.0f;
         decode_group(codes + done / 2, part, zero, scale_at(job, group), output + done);
+        done += part;
+    }
+}
+
+// As above, in the inputs' own order.
+LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output,
+                                E2M1) {
+    const uint8_t* codes = static_cast<const uint8_t*>(job.weight) + (channel * job.depth + first) / 2;
+    int64_t block = first / job.block_columns, left = (block + 1) * job.block_columns - first;
+    int64_t group = channel * blocks(job.depth, job.block_columns) + block;
+    for (int64_t done = 0; done < count; ++group, left = job.block_columns) {
+        const int64_t part = smaller(left, count - done);
+        decode_nibbles(codes + done / 2, part / 2, scale_at(job, group, channel, first + done), output + done);
         done += part;
     }
 }
@@ -263,7 +303,7 @@ void decode_int4(const WeightJob& job, int64_t first, int64_t last) {
 }
 
 const WeightKernels weight_kernels = {
-    {multiply_weight<Int8>, multiply_weight<E4M3>, multiply_weight<Int4>},
+    {multiply_weight<Int8>, multiply_weight<E4M3>, multiply_weight<Int4>, multiply_weight<E2M1>},
     decode_int4,
     kTaskChannels,
 };

@@ -113,8 +113,8 @@ def compare(
                 reference_attention_quantization, "--reference-attention-quantization"
             ),
             model=reference_model or model,
-            quantization_config=options.quantization_spec(
-                reference_quantization, reference_quantization_config_json, reference_ignored_layers
+            quantization_config=_quantization(
+                "reference", reference_quantization, reference_quantization_config_json, reference_ignored_layers
             ),
             **common,
         ),
@@ -124,8 +124,11 @@ def compare(
                 candidate_attention_quantization, "--candidate-attention-quantization"
             ),
             model=candidate_model or model,
-            quantization_config=options.quantization_spec(
-                candidate_quantization, candidate_quantization_config_json, candidate_ignored_layers or ignored_layers
+            quantization_config=_quantization(
+                "candidate",
+                candidate_quantization,
+                candidate_quantization_config_json,
+                candidate_ignored_layers or ignored_layers,
             ),
             calibration_prompts=tuple(calibration_prompt or ()),
             cache_backend=candidate_cache_backend,
@@ -194,3 +197,10 @@ def _show(found: Any) -> None:
         typer.echo(f"{'layer':20} {error:12.6g} relative_l2   {name}")
     for verdict in found.verdicts:
         typer.echo(str(verdict))
+
+
+def _quantization(side: str, method: str | None, config: str | None, ignored_layers: str | None) -> Any:
+    option = f"--{side}-quantization"
+    return options.quantization_spec(
+        method, config, ignored_layers, method_option=option, config_option=f"{option}-config-json"
+    )

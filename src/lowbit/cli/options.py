@@ -73,25 +73,37 @@ def quantization_spec(
     kernel: str | None = None,
     gguf_model: str | None = None,
     gguf_type: str | None = None,
+    method_option: str = "--quantization",
+    config_option: str = "--quantization-config",
 ) -> Any:
     """Combine the command line's options to what ``build_quant_config`` takes.
+
+    Args:
+        method: a method's name, of the option ``method_option``.
+        config: JSON or a file of it, of ``config_option``.
+        ignored_layers: patterns between commas.
+        kernel: an implementation's name.
+        gguf_model: where a GGUF file is.
+        gguf_type: a GGUF type to quantize to.
+        method_option: what the user typed for ``method``, for messages.
+        config_option: what the user typed for ``config``, for messages.
 
     Raises:
         ConfigError: JSON that can't be read, or options that nothing applies to.
     """
-    spec: Any = read_json(config) if config is not None else None
+    spec: Any = read_json(config, config_option) if config is not None else None
     options: dict[str, Any] = {}
     if ignored_layers is not None:
         options["ignored_layers"] = [name.strip() for name in ignored_layers.split(",") if name.strip()]
     given = {"kernel": kernel, "gguf_model": gguf_model, "gguf_type": gguf_type}
     options.update({name: value for name, value in given.items() if value is not None})
     if isinstance(spec, dict) and method is not None and ("method" in spec or "quant_method" in spec):
-        raise ConfigError("Give the method in --quantization or in --quantization-config, not in both")
+        raise ConfigError(f"Give the method in {method_option} or in {config_option}, not in both")
     if method is not None:
         spec = {"method": method, **(spec or {})}
     if options and (spec is None or (method or "").lower() == "none"):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-        raise ConfigError(f"{names} needs --quantization")
+        raise ConfigError(f"{names} needs {method_option}")
     if options and not ("method" in spec or "quant_method" in spec):
         raise ConfigError(f"With a configuration per component, write {', '.join(options)} into it")
     return {**spec, **options} if options else spec

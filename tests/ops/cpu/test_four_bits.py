@@ -89,6 +89,29 @@ def test_agrees_with_float64(
         assert ((result.double() - exact).abs() <= BOUNDS[dtype] * (exact.abs() + size / 4) + 1e-7).all()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 64])
+@pytest.mark.parametrize("columns", [32, 1046])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_few_rows_on_every_isa(kind: str, columns: int, rows: int, isa: int) -> None:
+    layer = Layer(kind, 19, columns)
+    x, bias = torch.randn(rows, columns), torch.randn(19)
+    assert weight_only.has_few_rows(x)
+    weight = layer.weight().double()
+    exact, size = x.double() @ weight.t() + bias, x.double().abs() @ weight.abs().t()
+    assert ((layer.linear(x, bias).double() - exact).abs() <= 2e-6 * (exact.abs() + size)).all()
+
+
+@pytest.mark.parametrize("kind", ["mxfp8", "mxfp4", "nvfp4"])
+def test_every_scale_code_in_products_of_few_rows(kind: str, isa: int) -> None:
+    layer = Layer(kind, 256, 32)
+    packed, scale, *rest = layer.tensors
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(scale.shape).contiguous()
+    layer.tensors = (packed, codes.view(scale.dtype), *rest)
+    x = torch.zeros(1, 32)
+    x[0, 5] = 1.0  # one product a channel, so that there is nothing to round
+    assert same(layer.linear(x), (x.double() * layer.weight().double()).sum(dim=1).float()[None])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["mxfp8", "mxfp4", "dualscale"])
 @pytest.mark.parametrize("first", [0, 5, 64])

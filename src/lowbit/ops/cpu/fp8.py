@@ -63,7 +63,7 @@ def fp8_weight_only_mm(
     """Return ``x @ (packed * weight_scale).T + bias`` [M, N] in the dtype of ``x`` [M, K]."""
     weight_scale = weight_scale.contiguous()
     if has_few_rows(x):
-        return multiply_few_rows(x, packed, weight_scale, bias, _block(packed, weight_scale, weight_block_size))
+        return multiply_few_rows(x, packed, "e4m3", weight_scale, bias, _block(packed, weight_scale, weight_block_size))
 
     def decode(first: int, weight: torch.Tensor) -> None:
         decode_rows(packed, weight_scale, weight_block_size, first, weight)

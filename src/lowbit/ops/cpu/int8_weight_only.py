@@ -15,7 +15,7 @@ def int8_weight_only_mm(
     """Multiply as ``lowbit.ops.int8_weight_only.int8_weight_only_mm`` does, with sums in float32."""
     weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
     if has_few_rows(x):
-        return multiply_few_rows(x, weight, weight_scale, bias, (1, weight.shape[1]))
+        return multiply_few_rows(x, weight, "int8", weight_scale, bias, (1, weight.shape[1]))
 
     def decode(first: int, output: torch.Tensor) -> None:
         last = first + output.shape[0]

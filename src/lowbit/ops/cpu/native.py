@@ -43,7 +43,22 @@ _SIGNATURES = {
     ),
     "lowbit_attention": (*[_pointer] * 5, _int, _pointer, _pointer, ctypes.c_float, *[_int] * 3),
     "lowbit_weight_only": (
-        *(_pointer, _size, _size, _size, _pointer, _int, _size, _pointer, _int, _pointer, _size, _size),
+        *(
+            _pointer,
+            _size,
+            _size,
+            _size,
+            _pointer,
+            _int,
+            _size,
+            _pointer,
+            _int,
+            _pointer,
+            _size,
+            _size,
+            _pointer,
+            _size,
+        ),
         *(_pointer, _pointer, _int, _int),
     ),
     "lowbit_int4_decode": (_pointer, _size, _size, _pointer, _int, _pointer, _size, _pointer, _int),
@@ -302,29 +317,39 @@ MOST_ROWS = 64
 """Rows that ``weight_only_product`` takes."""
 
 ROW_PADDING = 16
-WEIGHT_TYPES = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.uint8: 2}
+WEIGHT_TYPES = {"int8": 0, "e4m3": 1, "int4": 2, "e2m1": 3}
+SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float8_e4m3fn: 3}
 
 
 def weight_only_product(
     x: torch.Tensor,
     weight: torch.Tensor,
+    weight_type: str,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     output: torch.Tensor,
     block_size: tuple[int, int],
     zero_point: torch.Tensor | None = None,
+    outer_scale: torch.Tensor | None = None,
+    outer_columns: int = 0,
 ) -> None:
     """Write ``x @ ((weight - zero_point) * scale).T + bias`` to ``output``, summed in float32 and rounded once.
 
     Args:
         x: [M, K] float32, M at most ``MOST_ROWS``; each row followed by zeros up to a multiple of ``ROW_PADDING``. For
             int4 in the order of ``w4a16.split_pairs``.
-        weight: dense int8 or e4m3 [N, K], or uint8 [N, K / 2]: two int4 in a byte, the even input in the lower half.
-        scale: dense float32, of int4 also bfloat16, one element per block of the weight.
+        weight: dense int8 or e4m3 [N, K]; int4 or e2m1 as uint8 [N, K / 2]: two in a byte, the even input in the lower
+            half.
+        weight_type: a key of ``WEIGHT_TYPES``.
+        scale: dense, one element per block of the weight: float32, of int4 also bfloat16, else also E8M0 as uint8 and
+            e4m3.
         bias: dense float32, one element per output channel, or ``None``.
         output: written: dense [M, N] float32, bfloat16 or float16.
-        block_size: rows and columns of a block; of int4 one row and a multiple of 32 columns that divides K.
+        block_size: rows and columns of a block; of int4 one row and a multiple of 32 columns that divides K, of e2m1
+            one row and an even number of columns.
         zero_point: of int4: dense uint8, like ``scale``; ``None``: 8.
+        outer_scale: dense float32, not of int4: multiplied with the scales: [], or [N, ceil(K / outer_columns)].
+        outer_columns: that share an outer scale, a multiple of the block's; 0: all.
     """
     rows, depth = x.shape
     assert rows <= MOST_ROWS
@@ -334,11 +359,14 @@ def weight_only_product(
     assert weight.is_contiguous()
     assert scale.is_contiguous()
     assert zero_point is None or zero_point.is_contiguous()
+    outer_scales = output.shape[1] * -(-depth // outer_columns) if outer_columns else 1
+    assert outer_scale is None or outer_scale.numel() == outer_scales
     assert output.is_contiguous()
     _library().lowbit_weight_only(
-        x.data_ptr(), rows, x.stride(0), depth, weight.data_ptr(), WEIGHT_TYPES[weight.dtype], output.shape[1],
-        scale.data_ptr(), scale.dtype == torch.bfloat16, None if zero_point is None else zero_point.data_ptr(),
-        *block_size, _address(bias), output.data_ptr(), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
+        x.data_ptr(), rows, x.stride(0), depth, weight.data_ptr(), WEIGHT_TYPES[weight_type], output.shape[1],
+        scale.data_ptr(), SCALE_TYPES[scale.dtype], None if zero_point is None else zero_point.data_ptr(),
+        *block_size, _address(outer_scale), outer_columns, _address(bias), output.data_ptr(),
+        ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -354,7 +382,7 @@ def decode_int4(
     assert scale.is_contiguous()
     assert output.is_contiguous()
     _library().lowbit_int4_decode(
-        packed.data_ptr(), rows, depth, scale.data_ptr(), scale.dtype == torch.bfloat16,
+        packed.data_ptr(), rows, depth, scale.data_ptr(), SCALE_TYPES[scale.dtype],
         None if zero_point is None else zero_point.data_ptr(), group_size, output.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 

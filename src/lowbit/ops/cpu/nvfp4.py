@@ -1,6 +1,6 @@
 """NVFP4 weights on CPUs, with activations left as they are: no CPU multiplies e2m1.
 
-The weight is decoded a block of output channels at a time and multiplied in the precision that this CPU is fastest in.
+See ``lowbit.ops.cpu.weight_only`` for how.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from lowbit.ops import nvfp4
 from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu.fp4 import decode_fp4
-from lowbit.ops.cpu.weight_only import multiply_decoded, supports
+from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows, supports
 from lowbit.ops.nvfp4_weight_only import linear
 
 __all__ = ["linear", "nvfp4_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
@@ -25,6 +25,9 @@ def nvfp4_weight_only_mm(
     global_scale: torch.Tensor,
 ) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K]; the weight as in ``ops.nvfp4.linear``."""
+    if has_few_rows(x):
+        block, outer = (1, nvfp4.GROUP_SIZE), global_scale.reshape(1)
+        return multiply_few_rows(x, packed, "e2m1", weight_scale.contiguous(), bias, block, outer_scale=outer)
 
     def decode(first: int, weight: torch.Tensor) -> None:
         rows = slice(first, first + weight.shape[0])

@@ -29,7 +29,7 @@ def w4a16_mm(
     if is_native:
         x = w4a16.split_pairs(x)
         if has_few_rows(x):
-            return multiply_few_rows(x, packed, weight_scale, bias, (1, group_size), zero_point)
+            return multiply_few_rows(x, packed, "int4", weight_scale, bias, (1, group_size), zero_point)
 
     def decode(first: int, weight: torch.Tensor) -> None:
         part = slice(first, first + weight.shape[0])

@@ -33,10 +33,13 @@ def has_few_rows(x: torch.Tensor) -> bool:
 def multiply_few_rows(
     x: torch.Tensor,
     weight: torch.Tensor,
+    weight_type: str,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     block_size: tuple[int, int],
     zero_point: torch.Tensor | None = None,
+    outer_scale: torch.Tensor | None = None,
+    outer_columns: int = 0,
 ) -> torch.Tensor:
     """Return ``native.weight_only_product`` [M, N] in the dtype of ``x`` [M, K]."""
     features = weight.shape[0]
@@ -46,7 +49,9 @@ def multiply_few_rows(
     if columns % native.ROW_PADDING or values.stride() != (columns, 1):
         values = pad(values, (0, -columns % native.ROW_PADDING)).contiguous()[:, :columns]
     bias = None if bias is None else bias.float().contiguous()
-    native.weight_only_product(values, weight, scale, bias, output, block_size, zero_point)
+    native.weight_only_product(
+        values, weight, weight_type, scale, bias, output, block_size, zero_point, outer_scale, outer_columns
+    )
     return output
 
 
