@@ -96,7 +96,7 @@ struct ProductJob {
 constexpr int64_t kMostRows = 64;
 
 struct WeightJob {
-    const float* x;  // [rows, depth], rows x_stride apart and filled with zeros up to a multiple of 16
+    const float* x;  // [rows, depth], rows x_stride apart and filled with zeros up to a multiple of 32
     int64_t rows, x_stride, depth;
     const void* weight;  // [columns, depth] codes
     int64_t columns;
@@ -104,7 +104,8 @@ struct WeightJob {
     int scale_type;     // 0 float32, 1 bfloat16, 2 E8M0, 3 e4m3
     const uint8_t* zero_point;  // likewise, of int4; or null: 8
     int64_t block_rows, block_columns;
-    const float* outer_scale;  // multiplied with the scale: one per row and outer_columns, one at all (0), or null
+    const float* outer_scale;  // multiplied with the scale: one per row and outer_columns (of 512 or a
+                               // multiple), one at all (0), or null
     int64_t outer_columns;
     const float* bias;  // [columns], or null
     void* output;       // [rows, columns]

@@ -2,6 +2,7 @@
 //
 // A task is kTaskChannels output channels. Up to kChunk inputs of each are decoded to float32 into the first-level cache
 // and multiplied there by all rows, four at a time: memory is read at the size of the codes, and every sum is float32.
+// With AVX-512 up to four rows are multiplied by what is decoded in registers.
 // What a code stands for is (code - zero) * scale rounded to float32, as in the references.
 
 #if defined(LOWBIT_AVX512)
@@ -271,9 +272,177 @@ LOWBIT_INLINE void write_result(const WeightJob& job, int64_t row, int64_t colum
     else narrow(value, static_cast<Half*>(job.output)[at]);
 }
 
+#if defined(LOWBIT_AVX512)
+constexpr int64_t kStep = 16;  // inputs of a register
+constexpr int64_t kDirectRows = 4;
+
+// Whether a register's inputs always have one scale.
+LOWBIT_INLINE bool has_even_blocks(const WeightJob& job) {
+    return job.block_columns % kStep == 0 || job.block_columns >= job.depth;
+}
+
+// Scales of consecutive blocks.
+LOWBIT_INLINE void load_scales(const WeightJob& job, int64_t index, int64_t count, float* scales) {
+    const auto* codes = static_cast<const uint8_t*>(job.scale) + index;  // of the types of a byte
+    if (job.scale_type == 3) return decode_codes(reinterpret_cast<const E4M3*>(codes), count, 1.0f, scales);
+    if (job.scale_type == 2)
+        for (int64_t i = 0; i < count; ++i) scales[i] = widen_e8m0(codes[i]);
+    else
+        for (int64_t i = 0; i < count; ++i) scales[i] = scale_at(job, index + i);
+}
+
+// For each register of inputs [first, first + count) of a channel, where a chunk begins: its scale, of int4 its zero point.
+LOWBIT_INLINE void spread_scales(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* scales,
+                                 float* zeros) {
+    const int64_t steps = blocks(count, kStep), per_row = blocks(job.depth, job.block_columns);
+    const int64_t row = channel / job.block_rows * per_row;
+    float outer = 1.0f;
+    if (job.outer_scale)
+        outer = job.outer_scale[job.outer_columns ? channel * blocks(job.depth, job.outer_columns) + first / job.outer_columns : 0];
+    float found[kChunk / kStep];
+    const int64_t block = first / job.block_columns, within = first - block * job.block_columns;
+    load_scales(job, row + block, blocks(within + count, job.block_columns), found);
+    const uint8_t* zero_points = job.zero_point ? job.zero_point + row + block : nullptr;
+    if (within + count <= job.block_columns) {
+        for (int64_t step = 0; step < steps; ++step) scales[step] = found[0] * outer;
+        for (int64_t step = 0; zeros && step < steps; ++step) zeros[step] = zero_points ? zero_points[0] : 8.0f;
+    } else if (kChunk % job.block_columns == 0) {  // as here most often, and without branches in the loop
+        int shift = 0;
+        while (kStep << shift < job.block_columns) ++shift;
+        for (int64_t step = 0; step < steps; ++step) scales[step] = found[step >> shift] * outer;
+        for (int64_t step = 0; zeros && step < steps; ++step) zeros[step] = zero_points ? zero_points[step >> shift] : 8.0f;
+    } else {
+        int64_t at = 0, left = job.block_columns - within;
+        for (int64_t step = 0; step < steps; ++step, left -= kStep) {
+            if (left <= 0) ++at, left += job.block_columns;
+            scales[step] = found[at] * outer;
+            if (zeros) zeros[step] = zero_points ? zero_points[at] : 8.0f;
+        }
+    }
+    scales[steps] = 0.0f;  // of the half that a last pair of registers may lack
+    if (zeros) zeros[steps] = 0.0f;
+}
+
+template <typename Code>
+LOWBIT_INLINE const Code* channel_codes(const WeightJob& job, int64_t channel) {
+    return reinterpret_cast<const Code*>(static_cast<const uint8_t*>(job.weight) + channel * job.depth * kBits<Code> / 8);
+}
+
+LOWBIT_INLINE __mmask32 first_inputs(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1u; }
+
+// Two registers of inputs [i, i + 32) of a channel, unscaled; codes beyond the last of `left` are 0.
+LOWBIT_INLINE void decode_steps(const Int8* codes, int64_t i, int64_t left, const float*, Lanes* values) {
+    const __m256i bytes = _mm256_maskz_loadu_epi8(first_inputs(left), codes + i);
+    values[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+    values[1] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+}
+
+LOWBIT_INLINE void decode_steps(const E4M3* codes, int64_t i, int64_t left, const float*, Lanes* values) {
+    const __m256i bytes = _mm256_maskz_loadu_epi8(first_inputs(left), codes + i), magnitude = _mm256_set1_epi8(0x7f);
+    const uint32_t not_numbers = _mm256_cmpeq_epi8_mask(_mm256_and_si256(bytes, magnitude), magnitude);
+    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7),
+                                          _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
+    const Lanes exponent = _mm512_set1_ps(256.0f), nan = _mm512_set1_ps(as_float(0x7fc00000u));
+    values[0] = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), exponent);
+    values[1] = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), exponent);
+    if (not_numbers) {
+        values[0] = _mm512_mask_mov_ps(values[0], static_cast<__mmask16>(not_numbers), nan);
+        values[1] = _mm512_mask_mov_ps(values[1], static_cast<__mmask16>(not_numbers >> 16), nan);
+    }
+}
+
+LOWBIT_INLINE __m128i load_pairs(const void* codes, int64_t i, int64_t left) {
+    const auto mask = static_cast<__mmask16>(first_inputs(left >= 32 ? 16 : (left + 1) / 2));
+    return _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(codes) + i / 2);
+}
+
+LOWBIT_INLINE void decode_steps(const Int4* codes, int64_t i, int64_t left, const float* zeros, Lanes* values) {
+    const __m512i pairs = _mm512_cvtepu8_epi32(load_pairs(codes, i, left));
+    const __m512i low = _mm512_and_si512(pairs, _mm512_set1_epi32(15));
+    values[0] = _mm512_sub_ps(_mm512_cvtepi32_ps(low), _mm512_set1_ps(zeros[0]));
+    values[1] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(pairs, 4)), _mm512_set1_ps(zeros[1]));
+}
+
+LOWBIT_INLINE void decode_steps(const E2M1* codes, int64_t i, int64_t left, const float*, Lanes* values) {
+    const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f,
+                                        -3.0f, -4.0f, -6.0f);
+    const __m256i pairs = _mm256_cvtepu8_epi16(load_pairs(codes, i, left));
+    // The odd input's code goes to the lower half of the next byte; what is above it is not looked at.
+    const __m256i bytes = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
+    values[0] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(bytes)), table);
+    values[1] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(bytes, 1)), table);
+}
+
+// Inputs [first, first + count) of a channel, where a chunk begins, to output float32.
+template <typename Code>
+LOWBIT_INLINE void decode_to(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output) {
+    if (!has_even_blocks(job)) return decode_chunk(job, channel, first, count, output, Code{});
+    float scales[kChunk / kStep + 1], zeros[kChunk / kStep + 1];
+    const Code* codes = channel_codes<Code>(job, channel);
+    spread_scales(job, channel, first, count, scales, kBits<Code> == 4 ? zeros : nullptr);
+    for (int64_t i = 0; i < count; i += 2 * kStep) {
+        Lanes values[2];
+        decode_steps(codes, first + i, count - i, zeros + i / kStep, values);
+        for (int step = 0; step < 2; ++step)
+            store_lanes(output + i + step * kStep, _mm512_mul_ps(values[step], _mm512_set1_ps(scales[i / kStep + step])));
+    }
+}
+
+// One output channel of up to kDirectRows rows: decoded in registers, as storing to the cache would take longer.
+template <typename Code, int Rows>
+LOWBIT_INLINE void multiply_channel(const WeightJob& job, int64_t channel) {
+    Lanes sums[Rows][2];
+    for (int row = 0; row < Rows; ++row) sums[row][0] = sums[row][1] = zero_lanes();
+    const Code* codes = channel_codes<Code>(job, channel);
+    float scales[kChunk / kStep + 1], zeros[kChunk / kStep + 1];
+    for (int64_t first = 0; first < job.depth; first += kChunk) {
+        const int64_t count = smaller(kChunk, job.depth - first);
+        spread_scales(job, channel, first, count, scales, kBits<Code> == 4 ? zeros : nullptr);
+        for (int64_t i = 0; i < count; i += 2 * kStep) {
+            Lanes values[2];
+            decode_steps(codes, first + i, count - i, zeros + i / kStep, values);
+            for (int step = 0; step < 2; ++step) {
+                const Lanes weights = _mm512_mul_ps(values[step], _mm512_set1_ps(scales[i / kStep + step]));
+                for (int row = 0; row < Rows; ++row)
+                    sums[row][step] = multiply_add(load_lanes(job.x + row * job.x_stride + first + i + step * kStep), weights,
+                                                   sums[row][step]);
+            }
+        }
+    }
+    for (int row = 0; row < Rows; ++row)
+        write_result(job, row, channel, total(_mm512_add_ps(sums[row][0], sums[row][1])));
+}
+
+template <typename Code>
+bool multiply_direct(const WeightJob& job, int64_t first, int64_t last) {
+    if (job.rows > kDirectRows || !has_even_blocks(job)) return false;
+    last = smaller(last * kTaskChannels, job.columns);
+    for (int64_t channel = first * kTaskChannels; channel < last; ++channel) {
+        switch (job.rows) {
+            case 1: multiply_channel<Code, 1>(job, channel); break;
+            case 2: multiply_channel<Code, 2>(job, channel); break;
+            case 3: multiply_channel<Code, 3>(job, channel); break;
+            case 4: multiply_channel<Code, 4>(job, channel); break;
+        }
+    }
+    return true;
+}
+#else
+template <typename Code>
+LOWBIT_INLINE void decode_to(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output) {
+    decode_chunk(job, channel, first, count, output, Code{});
+}
+
+template <typename Code>
+bool multiply_direct(const WeightJob&, int64_t, int64_t) {
+    return false;
+}
+#endif
+
 // Groups [first, last) of kTaskChannels output channels.
 template <typename Code>
 void multiply_weight(const WeightJob& job, int64_t first, int64_t last) {
+    if (multiply_direct<Code>(job, first, last)) return;
     alignas(64) float decoded[kTaskChannels * kChunk];
     Lanes sums[kMostRows * kTaskChannels];
     for (int64_t task = first; task < last; ++task) {
@@ -285,7 +454,7 @@ void multiply_weight(const WeightJob& job, int64_t first, int64_t last) {
                 float* to = decoded + channel * kChunk;
                 const int64_t present = channel < columns ? count : 0;
                 prefetch_codes(job, column + channel, input, count, kBits<Code>);
-                if (present) decode_chunk(job, column + channel, input, count, to, Code{});
+                if (present) decode_to<Code>(job, column + channel, input, count, to);
                 for (int64_t i = present; i < padded; ++i) to[i] = 0.0f;
             }
             add_rows(job, input, padded, decoded, sums);

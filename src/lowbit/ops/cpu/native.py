@@ -316,7 +316,7 @@ def attention(
 MOST_ROWS = 64
 """Rows that ``weight_only_product`` takes."""
 
-ROW_PADDING = 16
+ROW_PADDING = 32
 WEIGHT_TYPES = {"int8": 0, "e4m3": 1, "int4": 2, "e2m1": 3}
 SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float8_e4m3fn: 3}
 
@@ -349,7 +349,7 @@ def weight_only_product(
             one row and an even number of columns.
         zero_point: of int4: dense uint8, like ``scale``; ``None``: 8.
         outer_scale: dense float32, not of int4: multiplied with the scales: [], or [N, ceil(K / outer_columns)].
-        outer_columns: that share an outer scale, a multiple of the block's; 0: all.
+        outer_columns: that share an outer scale, a multiple of 512; 0: all.
     """
     rows, depth = x.shape
     assert rows <= MOST_ROWS
@@ -361,6 +361,7 @@ def weight_only_product(
     assert zero_point is None or zero_point.is_contiguous()
     outer_scales = output.shape[1] * -(-depth // outer_columns) if outer_columns else 1
     assert outer_scale is None or outer_scale.numel() == outer_scales
+    assert outer_columns % 512 == 0
     assert output.is_contiguous()
     _library().lowbit_weight_only(
         x.data_ptr(), rows, x.stride(0), depth, weight.data_ptr(), WEIGHT_TYPES[weight_type], output.shape[1],
