@@ -158,6 +158,60 @@ def loading_growth(found: Mapping[str, Any]) -> str:
     return grid(heads, cells)
 
 
+def loading(found: Mapping[str, Any]) -> str:
+    """Return the table of ``benchmarks.load_memory``."""
+    heads = ["loaded as", "load s", "BF16 GB/s", "weights GB", "peak anonymous over them MB", "to the end of a step s"]
+    cells = []
+    for run in found["runs"]:
+        is_quantized = "bf16_gb_converted_per_second" in run and not run["method"].endswith("-serialized")
+        cells.append(
+            [
+                run["method"],
+                f"{run['load_seconds']:.2f}",
+                f"{run['bf16_gb_converted_per_second']:.2f}" if is_quantized else "",
+                f"{run['model_bytes'] / 1e9:.2f}" if "model_bytes" in run else "",
+                f"{run['peak_over_model_bytes'] / 1e6:,.0f}" if is_quantized else "",
+                f"{run['seconds_to_end_of_first_step']:.1f}" if "seconds_to_end_of_first_step" in run else "",
+            ]
+        )
+    return f"A checkpoint of {found['checkpoint_bytes'] / 1e9:.1f} GB in BF16. {about(found)}\n\n{grid(heads, cells)}"
+
+
+def attentions(found: Mapping[str, Any]) -> str:
+    """Return the table of ``benchmarks.attention``."""
+    names = list(found["results"][0]["times"])
+    titles = [name.replace("_", " ") for name in names]
+    heads = ["tokens", *(f"{title} ms" for title in titles), *(f"{title} error" for title in titles)]
+    rows = [
+        [
+            f"{row['tokens']:,}",
+            *(f"{row['times'][name]['median_ms']:,.0f}" for name in names),
+            *(f"{row['relative_error'][name]:.2g}" for name in names),
+        ]
+        for row in found["results"]
+    ]
+    first = found["results"][0]
+    return f"{first['heads']} heads of {first['head_dim']}. {about(found)}\n\n{grid(heads, rows)}"
+
+
+def methods(found: Mapping[str, Any]) -> str:
+    """Return the table of ``benchmarks.linear_methods``."""
+    ways = list(found["results"][0]["speedup"])
+    heads = ["method", "kernel", "bytes of BF16", "M x K x N", "ms", *(f"over {way}" for way in ways)]
+    rows = [
+        [
+            row["method"],
+            row["kernel"],
+            f"{row['bytes_of_bf16']:.0%}",
+            f"{row['m']} x {row['k']} x {row['n']}",
+            f"{row['times']['quantized']['median_ms']:.2f}",
+            *(f"{row['speedup'][way]:.2f}" for way in ways),
+        ]
+        for row in found["results"]
+    ]
+    return f"{about(found)}\n\n{grid(heads, rows)}"
+
+
 TABLES: Mapping[str, Callable[[Any], str]] = {
     "transformer_step": steps,
     "whole_model": whole,
@@ -165,6 +219,9 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "growth": growth,
     "gpu_model": lambda found: gpu_model.table(found["rows"]),
     "memory_plan": memory_plan.table,
+    "load_memory": loading,
+    "attention": attentions,
+    "linear_methods": methods,
 }
 
 
