@@ -137,7 +137,9 @@ def read_json(text: str, option: str = "--quantization-config") -> dict[str, Any
     return value
 
 
-def read_prompts(prompts: Sequence[str] | None, file: Path | None, default: Sequence[str] = ()) -> list[str]:
+def read_prompts(
+    prompts: Sequence[str] | None, file: Path | None, default: Sequence[str] = (), option: str = "--prompts-file"
+) -> list[str]:
     """Return the prompts of the command line and of the file, in this order, or else the default ones.
 
     Raises:
@@ -146,16 +148,14 @@ def read_prompts(prompts: Sequence[str] | None, file: Path | None, default: Sequ
     found = list(prompts or ())
     if file is not None:
         if not file.is_file():
-            raise ConfigError(f"--prompts-file: there is no file {file}")
+            raise ConfigError(f"{option}: there is no file {file}")
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
-            raise ConfigError(f"--prompts-file: {file} is not UTF-8 text") from error
+            raise ConfigError(f"{option}: {file} is not UTF-8 text") from error
         found += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not found and file is None:
         found = list(default)
     if not found:
-        raise ConfigError(
-            f"--prompts-file: {file} holds no prompt" if file else "Give a prompt: --prompt or --prompts-file"
-        )
+        raise ConfigError(f"{option}: {file} holds no prompt" if file else "Give a prompt: --prompt or --prompts-file")
     return found

@@ -6,21 +6,27 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
 
 from lowbit.cli import options
 from lowbit.errors import ConfigError
+from lowbit.evaluation.model_card import model_card, read_validation
 from lowbit.quantization.factory import build_quant_config
 from lowbit.quantization.gguf import GgufConfig
+
+if TYPE_CHECKING:
+    from lowbit.engine import Omni
 
 EXAMPLES = """Examples:
 
   lowbit quantize --quantization int8 --output ./embedded-int8
 
   lowbit quantize --model Tongyi-MAI/Z-Image-Turbo -q int8 --output ./z-image-int8
+
+  lowbit quantize --model ./z-image -q int8 --validation-json z-image-int8.json --output ./z-image-int8
 
   lowbit quantize --model ./z-image -q gguf --gguf-type Q4_K --output z-image-Q4_K.gguf
 """
@@ -35,12 +41,24 @@ def quantize(
     gguf_type: options.GgufType = None,
     dtype: options.Dtype = "bfloat16",
     device: options.Device = None,
-    calibration_prompt: Annotated[
-        list[str] | None, typer.Option(help="For FP8's static activation scheme; may be given several times.")
+    calibration_prompt: options.CalibrationPrompts = None,
+    calibration_prompts: Annotated[
+        Path | None, typer.Option(help="A text file with a calibration prompt per line.")
+    ] = None,
+    validation_json: Annotated[
+        list[Path] | None,
+        typer.Option(help="What lowbit validate wrote, for the model card; may be given several times."),
     ] = None,
 ) -> None:
-    """Quantize a pipeline and write it, in diffusers' format with vLLM-Omni's tensors; or one GGUF file."""
+    """Quantize a pipeline and write it, in diffusers' format with vLLM-Omni's tensors; or one GGUF file.
+
+    A folder gets a model card, README.md.
+    """
     target = check_new_folder(output)
+    validations = [read_validation(file) for file in validation_json or ()]
+    prompts = list(calibration_prompt or ())
+    if calibration_prompts:
+        prompts = options.read_prompts(prompts, calibration_prompts, option="--calibration-prompts")
     spec = options.quantization_spec(quantization, quantization_config, ignored_layers, gguf_type=gguf_type)
     if spec is None:
         raise ConfigError("Say how to quantize: --quantization or --quantization-config")
@@ -49,12 +67,10 @@ def quantize(
         return
     from lowbit.engine import Omni
 
-    omni = Omni(
-        model, quantization_config=spec, dtype=dtype, device=device, calibration_prompts=calibration_prompt or ()
-    )
+    omni = Omni(model, quantization_config=spec, dtype=dtype, device=device, calibration_prompts=prompts)
     for manifest in omni.manifests.values():
         typer.echo(f"quantized   {manifest.summary()}")
-    write_folder(omni, target)
+    write_folder(omni, target, model_card(target.name, model, omni.manifests, validations))
     typer.echo(f"wrote       {target}")
 
 
@@ -102,11 +118,12 @@ def check_new_folder(path: str) -> Path:
     return target
 
 
-def write_folder(omni: object, target: Path) -> None:
-    """Save the pipeline under a temporary name and rename it, so that no half of it is ever found at ``target``."""
+def write_folder(omni: Omni, target: Path, card: str) -> None:
+    """Save pipeline and model card under a temporary name and rename it: no half of it is ever found at ``target``."""
     temporary = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}."))
     try:
-        omni.save_pretrained(str(temporary))  # type: ignore[attr-defined]
+        omni.save_pretrained(str(temporary))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         temporary.chmod(0o755)
         temporary.rename(target)
     except BaseException:
