@@ -114,14 +114,17 @@ class ModelOptConfig(QuantizationConfig):
         is_checkpoint = "producer" in options or "config_groups" in options
         if is_checkpoint and "quant_algo" not in options:
             raise ConfigError("modelopt: the configuration names no quant_algo")
-        for group in (options.get("config_groups") or {}).values():
+        groups = options.get("config_groups") or {}
+        if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+            raise ConfigError(f"modelopt: config_groups must map names to dictionaries, not {groups!r:.200}")
+        for group in groups.values():
             options.setdefault("lora_rank", group.get("lora_rank"))
         options = {name: value for name, value in options.items() if name not in _UNREAD and value is not None}
         options.pop("pre_quant_scale", None)
         if is_checkpoint:
             options["is_checkpoint_modelopt_serialized"] = True
             for name in ("ignore", "exclude_modules"):
-                options[name] = [_whole_name(pattern) for pattern in options.get(name) or ()] or None
+                options[name] = _whole_names(name, options.get(name) or [])
         return super().from_config({name: value for name, value in options.items() if value is not None})
 
     @property
@@ -196,6 +199,12 @@ _WIDTHS = {
     "NVFP4_SVD": (4, nvfp4.GROUP_SIZE),
     "MXFP8": (8, mx.GROUP_SIZE),
 }
+
+
+def _whole_names(option: str, patterns: Any) -> list[str] | None:
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"modelopt: {option} must be a list of layer names or patterns, not {patterns!r:.200}")
+    return [_whole_name(pattern) for pattern in patterns] or None
 
 
 def _whole_name(pattern: str) -> str:
