@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 import re
 from collections import Counter
@@ -69,9 +68,8 @@ def _show_machine() -> None:
         for method in SUPPORTED_QUANTIZATION_METHODS:
             typer.echo(f"\n{method} on {device}:")
             chosen = config_class(method)().linear_method()
-            table = importlib.import_module(f"lowbit.ops.{chosen.family}").IMPLEMENTATIONS
             scheme, weight_format = chosen.activation_scheme, chosen.weight_format
-            _show_kernels(table, Problem(device, torch.bfloat16, 1024, 1024, scheme, None, weight_format))
+            _show_kernels(chosen.table, Problem(device, torch.bfloat16, 1024, 1024, scheme, None, weight_format))
         for kind in attention.KINDS:
             typer.echo(f"\n{kind} attention on {device}:")
             problem = attention.AttentionProblem(device, torch.bfloat16, kind, 128)

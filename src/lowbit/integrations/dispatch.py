@@ -12,6 +12,7 @@ from typing import Any
 from lowbit.errors import ConfigError
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.factory import (
+    ON_REGISTRATION,
     SUPPORTED_QUANTIZATION_METHODS,
     build_quant_config,
     canonical_name,
@@ -35,10 +36,18 @@ def connect(auto: ModuleType, from_dict_owner: type, factory: type, quantizer: t
     """
     configs, quantizers = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
     theirs = frozenset(name for name, kind in configs.items() if not issubclass(kind, QuantizationConfig))
-    for method in SUPPORTED_QUANTIZATION_METHODS:
+
+    def add(method: str, kind: type[QuantizationConfig]) -> None:
         # A pipeline's configuration takes only classes of the table, so those of a name in use get another.
         name = f"lowbit-{method}" if method in theirs else method
-        configs[name], quantizers[name] = config_class(method), quantizer
+        configs[name], quantizers[name] = kind, quantizer
+
+    for method in SUPPORTED_QUANTIZATION_METHODS:
+        try:
+            add(method, config_class(method))
+        except ConfigError as error:  # of another package; this library must stay importable
+            logger.warning("%s", error)
+    ON_REGISTRATION[auto.__name__] = add
 
     def from_dict(original: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
         return _build(config) if claims(config, theirs) else original(config, *args, **kwargs)

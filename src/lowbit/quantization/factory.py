@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 from lowbit.errors import ConfigError
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
 
-# Method -> (module, configuration class), imported when asked for.
-_METHODS: dict[str, tuple[str, str]] = {
+logger = logging.getLogger(__name__)
+
+# Method -> (module, configuration class), imported when asked for; or the class, of a method added while running.
+_METHODS: dict[str, tuple[str, str] | type[QuantizationConfig]] = {
     "int8": ("lowbit.quantization.int8", "Int8Config"),
     "fp8": ("lowbit.quantization.fp8", "Fp8Config"),
     "gguf": ("lowbit.quantization.gguf", "GgufConfig"),
@@ -22,7 +27,14 @@ _METHODS: dict[str, tuple[str, str]] = {
     "modelopt": ("lowbit.quantization.modelopt", "ModelOptConfig"),
 }
 
-SUPPORTED_QUANTIZATION_METHODS: tuple[str, ...] = tuple(_METHODS)
+# Grows when a method is registered.
+SUPPORTED_QUANTIZATION_METHODS: list[str] = list(_METHODS)
+
+# Installed packages name their methods here: ``method = "module:ConfigurationClass"``.
+ENTRY_POINTS = "lowbit.quantization_methods"
+
+# Called with each method's name and class that is registered, by the name of whoever wants to know.
+ON_REGISTRATION: dict[str, Callable[[str, type[QuantizationConfig]], None]] = {}
 
 AnyQuantizationConfig = QuantizationConfig | ComponentQuantizationConfig
 QuantizationSpec = str | Mapping[str, Any] | AnyQuantizationConfig | None
@@ -45,9 +57,74 @@ def config_class(method: str) -> type[QuantizationConfig]:
     if known is None:
         supported = ", ".join(SUPPORTED_QUANTIZATION_METHODS)
         raise ConfigError(f"Unknown quantization method: {method!r}. Supported methods: {supported}")
-    module, name = _METHODS[known]
-    found: type[QuantizationConfig] = getattr(importlib.import_module(module), name)
-    return found
+    entry = _METHODS[known]
+    if isinstance(entry, type):
+        return entry
+    module, name = entry
+    try:
+        found: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"Quantization method {known!r}: can't import {module}:{name} ({error})") from error
+    _check_config_class(known, found)
+    _METHODS[known] = found
+    return found  # type: ignore[no-any-return]
+
+
+def register_quantization_method(name: str, config_class: type[QuantizationConfig]) -> None:
+    """Add a method that another package brings, for everything that takes a method's name or reads checkpoints.
+
+    The command line starts without that package; for it, and for checkpoints in a fresh process, the package names the
+    class in its entry points ``lowbit.quantization_methods`` instead of calling this.
+
+    Args:
+        name: of the method, as ``config_class.get_name()`` returns it.
+        config_class: its configuration, whose ``linear_method()`` says what becomes of a linear layer.
+
+    Raises:
+        ConfigError: the name is in use, or the class is no ``QuantizationConfig`` that can be made.
+    """
+    _check_name(name)
+    _check_config_class(name, config_class)
+    _add(name, config_class)
+    for inform in ON_REGISTRATION.values():
+        inform(name, config_class)
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name.strip() or _normalize(name) in ("none", "component"):
+        raise ConfigError(f"{name!r} can't be the name of a quantization method")
+    known = canonical_name(name)
+    if known is not None:
+        raise ConfigError(f"There is a quantization method {known!r} already: choose another name than {name!r}")
+
+
+def _check_config_class(name: str, config_class: object) -> None:
+    if not (isinstance(config_class, type) and issubclass(config_class, QuantizationConfig)):
+        raise ConfigError(f"Quantization method {name!r} needs a class derived from QuantizationConfig: {config_class}")
+    if inspect.isabstract(config_class):
+        missing = ", ".join(sorted(config_class.__abstractmethods__))
+        raise ConfigError(f"Quantization method {name!r}: {config_class.__name__} does not define {missing}")
+    if config_class.get_name() != name:
+        raise ConfigError(
+            f"Quantization method {name!r}: get_name() of {config_class.__name__} returns {config_class.get_name()!r};"
+            " checkpoints would name a method that does not exist"
+        )
+
+
+def _add(name: str, entry: tuple[str, str] | type[QuantizationConfig]) -> None:
+    _METHODS[name] = entry
+    SUPPORTED_QUANTIZATION_METHODS.append(name)
+
+
+def _add_installed() -> None:
+    """Add the methods that installed packages name; their modules are imported when asked for."""
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            _check_name(point.name)
+        except ConfigError as error:
+            logger.warning("Not added: entry point %s of %s: %s", point.name, point.value, error)
+        else:
+            _add(point.name, (point.module, point.attr))
 
 
 def build_quant_config(spec: QuantizationSpec, **kwargs: Any) -> AnyQuantizationConfig | None:
@@ -134,3 +211,6 @@ def _refuse_options(options: Mapping[str, Any], what: str) -> None:
 
 def _normalize(name: str) -> str:
     return name.strip().lower().replace("_", "-")
+
+
+_add_installed()
