@@ -65,13 +65,13 @@ def supports(problem: Problem) -> str | None:
 
 
 def pack_weight(weight: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
-    return weight.t().contiguous()
+    return weight.t().contiguous().unsqueeze(0)
 
 
 def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    return packed.t().contiguous()
+    return packed[0].t().contiguous()
 
 
 def linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    result = x.float() @ (packed.float() * scale)
+    result = x.float() @ (packed[0].float() * scale)
     return (result if bias is None else result + bias).to(x.dtype)

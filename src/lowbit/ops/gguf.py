@@ -10,13 +10,25 @@ from __future__ import annotations
 import torch
 
 from lowbit.errors import UnsupportedError
+from lowbit.ops.canonical import pack_weight, supports, unpack_weight
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.gguf_decode import DECODERS
 from lowbit.ops.gguf_encode import ENCODERS
 from lowbit.ops.gguf_types import BLOCK_TYPES, BlockType, block_type
 from lowbit.ops.library import define_operator, register_kernel_lazily
 
-__all__ = ["BLOCK_TYPES", "IMPLEMENTATIONS", "QUANTIZABLE_TYPES", "BlockType", "gguf_dequantize", "gguf_quantize"]
+__all__ = [
+    "BLOCK_TYPES",
+    "IMPLEMENTATIONS",
+    "QUANTIZABLE_TYPES",
+    "BlockType",
+    "gguf_dequantize",
+    "gguf_quantize",
+    "linear",
+    "pack_weight",
+    "supports",
+    "unpack_weight",
+]
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", "lowbit.ops.triton.gguf", frozenset({"cuda", "xpu"})),
