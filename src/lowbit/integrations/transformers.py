@@ -146,11 +146,12 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.preparation is not None
         layers = self.preparation.layers
         absent = [name for layer in layers.values() for name in _missing(layer)]
+        missing = [name for name in absent if not self.preparation.may_be_absent(name)]
         for name in absent:
             found = self.preparation.find(name)
             if found is not None and found[1] in found[0].method.optional and self.pre_quantized:
                 found[0].drop_tensor(found[1])
-        loading.check_loaded(model, [name for name in absent if not self.preparation.may_be_absent(name)])
+        loading.check_loaded(model, missing)
         for layer in layers.values():
             _settle(layer, self.pre_quantized)
             layer.owns_weight = not self.pre_quantized
