@@ -89,6 +89,8 @@ def test_adapters_act_as_on_the_weights_that_the_layers_stand_for(name: str, met
         assert relative_error(found, expected) < allowed
         assert relative_error(expected, plain_base) > 2 * allowed, "the adapter is too weak to see"
 
+    model.disable_lora()
+    assert torch.equal(family.run(model), base)
     pipeline.unload_lora_weights()
     assert same_bytes(model.state_dict(), before)
     assert torch.equal(family.run(model), base)
