@@ -86,7 +86,7 @@ def test_their_checkpoints_are_theirs(backend: str) -> None:
 def test_a_missing_package_is_named(backend: str) -> None:
     if backends.is_installed(backend):
         pytest.skip(f"{backend} is installed")
-    with pytest.raises(UnsupportedError, match=rf"{backend} is not installed: pip install 'lowbit\\[{backend}\\]'"):
+    with pytest.raises(UnsupportedError, match=rf"{backend} is not installed: pip install 'lowbit\[{backend}\]'"):
         Omni(quantization=backend, device="cpu")
 
 
