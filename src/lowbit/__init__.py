@@ -16,6 +16,7 @@ _PUBLIC = {
     "OmniRequestOutput": "lowbit.outputs",
     "build_quant_config": "lowbit.quantization",
     "quantize_model": "lowbit.quantization",
+    "register_quantization_method": "lowbit.quantization",
 }
 
 __all__ = [  # noqa: PLE0604, the table above holds strings

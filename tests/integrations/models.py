@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from diffusers import (
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from lowbit.quantization import Fp8Config, Int8Config
+from lowbit.quantization import Fp8Config, Int8Config, QuantizationConfig, build_quant_config, quantize_model
+from lowbit.quantization.calibration import calibration
+from lowbit.quantization.smoothing import watched_inputs
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,51 @@ CONFIGS = {
     "fp8-block": Fp8Config(weight_block_size=[128, 128]),
 }
 
+# Every method with the options that change what a layer holds or computes.
+METHODS: dict[str, dict[str, Any]] = {
+    "int8": {"method": "int8"},
+    "int8-onednn": {"method": "int8", "kernel": "onednn"},
+    "int8-reference": {"method": "int8", "kernel": "reference"},
+    "int8-smoothing-rotation": {"method": "int8", "smoothing": 0.5, "rotation": 16, "kernel": "reference"},
+    "fp8": {"method": "fp8"},
+    "fp8-reference": {"method": "fp8", "kernel": "reference"},
+    "fp8-static": {"method": "fp8", "activation_scheme": "static", "kernel": "reference"},
+    "fp8-block": {"method": "fp8", "weight_block_size": [32, 32]},
+    "fp8-rotation": {"method": "fp8", "rotation": 16, "kernel": "reference"},
+    "mxfp8": {"method": "mxfp8"},
+    "mxfp8-reference": {"method": "mxfp8", "kernel": "reference"},
+    "mxfp4": {"method": "mxfp4"},
+    "mxfp4-rotation": {"method": "mxfp4", "rotation": 16, "kernel": "reference"},
+    "mxfp4_dualscale": {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0, "kernel": "reference"},
+    "nvfp4": {"method": "nvfp4"},
+    "nvfp4-smoothing": {"method": "nvfp4", "smoothing": 0.5, "kernel": "reference"},
+    "nvfp4-weight_only": {"method": "nvfp4", "weight_only": True},
+    "gguf-Q8_0": {"method": "gguf", "gguf_type": "Q8_0"},
+    "gguf-Q4_0": {"method": "gguf", "gguf_type": "Q4_0"},
+}
+
+
+def quantized_model(family: Family, method: str) -> Any:
+    """A small model of the family, in BF16, quantized in memory with a method of ``METHODS``."""
+    return copy.deepcopy(_quantized_model(family, method))
+
+
+@functools.cache
+def _quantized_model(family: Family, method: str) -> Any:
+    torch.manual_seed(0)
+    model = family.make().to(torch.bfloat16).eval().requires_grad_(False)
+    config = build_quant_config(METHODS[method])
+    assert isinstance(config, QuantizationConfig)
+    seen = None
+    if config.needs_calibration:
+        with watched_inputs(model) as seen:
+            family.run(model)
+    quantize_model(model, config, seen_inputs=seen)
+    if METHODS[method].get("activation_scheme") == "static":
+        with calibration(model):
+            family.run(model)
+    return model
+
 
 def save(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
     model.to(dtype).save_pretrained(folder, **options)
@@ -179,6 +228,15 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def stored_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def same_bytes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two state dicts hold the same tensors, to the bit and whatever their dtypes."""
+    return found.keys() == expected.keys() and all(
+        found[name].dtype == tensor.dtype
+        and torch.equal(found[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
+        for name, tensor in expected.items()
+    )
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -23,6 +23,7 @@ from lowbit.quantization.plan import quantize_layer
 CONFIGS = [
     Int8Config(),
     Int8Config(kernel="reference"),
+    Int8Config(kernel="onednn"),
     Fp8Config(kernel="reference"),
     Fp8Config(),
     Fp8Config(weight_block_size=[128, 128], kernel="reference"),
@@ -101,6 +102,11 @@ class TestEveryMethod:
         layer.register_forward_hook(lambda *_: seen.append(1))
         layer(torch.randn(2, 200).to(torch.bfloat16))
         assert seen == [1]
+
+    def test_is_traced_whole(self, config: QuantizationConfig) -> None:
+        layer, x = quantized(config), torch.randn(2, 200).to(torch.bfloat16)
+        traced = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(traced(x), layer(x))
 
 
 def _source() -> nn.Linear:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lowbit.benchmarking.machine import version
 from lowbit.errors import ConfigError
+from lowbit.integrations.backends import is_plain
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,7 @@ def quantize_with_peer(peer: str, model: nn.Module, names: Sequence[str], dtype:
     """
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     PEERS[peer].quantize(model, names, dtype)
-    quantized = {name for name in linear if not _is_plain(model.get_submodule(name))}
+    quantized = {name for name in linear if not is_plain(model.get_submodule(name))}
     if quantized != set(names):
         wrong = sorted(quantized ^ set(names))
         raise RuntimeError(f"{peer} quantized {len(quantized)} layers instead of {len(names)}; they differ in {wrong}")
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Tell whether a layer still has an ordinary floating-point weight."""
-    weight = module.weight
-    return type(module) is nn.Linear and type(weight) is nn.Parameter and weight.data.is_floating_point()

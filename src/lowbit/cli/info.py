@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 import re
 from collections import Counter
@@ -20,6 +19,7 @@ from lowbit.models import FAMILIES, family_of
 from lowbit.ops import attention
 from lowbit.ops.cpu import native
 from lowbit.ops.dispatch import AnyProblem, Implementation, Problem, verdicts
+from lowbit.quantization.backends import BACKENDS, BackendConfig
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS, build_quant_config, config_class
 from lowbit.quantization.plan import plan_layers
@@ -69,14 +69,22 @@ def _show_machine() -> None:
         for method in SUPPORTED_QUANTIZATION_METHODS:
             typer.echo(f"\n{method} on {device}:")
             chosen = config_class(method)().linear_method()
-            table = importlib.import_module(f"lowbit.ops.{chosen.family}").IMPLEMENTATIONS
             scheme, weight_format = chosen.activation_scheme, chosen.weight_format
-            _show_kernels(table, Problem(device, torch.bfloat16, 1024, 1024, scheme, None, weight_format))
+            _show_kernels(chosen.table, Problem(device, torch.bfloat16, 1024, 1024, scheme, None, weight_format))
         for kind in attention.KINDS:
             typer.echo(f"\n{kind} attention on {device}:")
             problem = attention.AttentionProblem(device, torch.bfloat16, kind, 128)
             _show_kernels(attention.IMPLEMENTATIONS, problem)
+    _show_backends()
     typer.echo("\nmodel families with known defaults: " + ", ".join(family.name for family in FAMILIES))
+
+
+def _show_backends() -> None:
+    from lowbit.integrations.backends import is_installed
+
+    typer.echo("\nother libraries, through diffusers and transformers:")
+    for backend in BACKENDS:
+        typer.echo(f"  {backend:18} {'installed' if is_installed(backend) else 'not installed'}")
 
 
 def _show_kernels(table: Sequence[Implementation], problem: AnyProblem) -> None:
@@ -115,19 +123,36 @@ def _show_model(model: str, spec: Any) -> None:
         raise ConfigError("Nothing to quantize: give --quantization or --quantization-config")
 
 
-def _show_component(name: str, class_name: str, skeleton: torch.nn.Module, config: QuantizationConfig) -> None:
-    plan = plan_layers(skeleton, config)
+def _show_component(
+    name: str, class_name: str, skeleton: torch.nn.Module, config: QuantizationConfig | BackendConfig
+) -> None:
+    fates = _fates(skeleton, config)
     groups: Counter[tuple[str, str]] = Counter()
-    for layer, decision in plan.items():
-        what = decision.method.name if decision.method else f"kept: {decision.reason}"
-        groups[re.sub(r"(?<=\.)\d+(?=\.)", "*", layer), what] += 1
-    weights = {layer: skeleton.get_parameter(f"{layer}.weight").numel() for layer in plan}
-    quantized = sum(weights[layer] for layer, decision in plan.items() if decision.method)
+    for layer, (method, reason) in fates.items():
+        groups[re.sub(r"(?<=\.)\d+(?=\.)", "*", layer), method or f"kept: {reason}"] += 1
+    weights = {layer: skeleton.get_parameter(f"{layer}.weight").numel() for layer in fates}
+    quantized = sum(weights[layer] for layer, (method, _) in fates.items() if method)
     typer.echo(f"{name}: {class_name}, {sum(weights.values()) / 1e6:,.1f} M weights in linear layers,")
     typer.echo(f"  of which {config.get_name()} takes {quantized / max(1, sum(weights.values())):.1%}")
     width = max(len(layer) for layer, _ in groups)
     for (layer, what), count in groups.items():
         typer.echo(f"  {layer:{width}}  x{count:<4} {what}")
+    if isinstance(config, BackendConfig):
+        typer.echo(f"  {config.backend} is asked to; what it did is in the manifest of Omni")
     family = family_of(class_name)
     if family and family.note:
         typer.echo(f"  {family.name}: {family.note}")
+
+
+def _fates(skeleton: torch.nn.Module, config: QuantizationConfig | BackendConfig) -> dict[str, tuple[str, str]]:
+    """Return linear layer -> (method, reason to keep it); one of them is empty."""
+    if isinstance(config, BackendConfig):
+        from lowbit.integrations.backends import kept_by_name, route_of
+
+        through = route_of(type(skeleton).__module__.split(".", maxsplit=1)[0])
+        return {
+            layer: ("" if reason else f"{config.backend} ({through})", reason)
+            for layer, reason in kept_by_name(skeleton, config).items()
+        }
+    plan = plan_layers(skeleton, config)
+    return {layer: (each.method.name if each.method else "", each.reason) for layer, each in plan.items()}

@@ -12,6 +12,7 @@ import typer
 from lowbit.cache import CACHE_BACKENDS
 from lowbit.errors import ConfigError
 from lowbit.ops.attention import KINDS, check_kind
+from lowbit.quantization.backends import BACKENDS
 from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS
 
 Model = Annotated[
@@ -20,7 +21,9 @@ Model = Annotated[
 ]
 Quantization = Annotated[
     str | None,
-    typer.Option("--quantization", "-q", help=f"Method: {', '.join(SUPPORTED_QUANTIZATION_METHODS)}, none."),
+    typer.Option(
+        "--quantization", "-q", help=f"Method: {', '.join([*SUPPORTED_QUANTIZATION_METHODS, *BACKENDS])}, none."
+    ),
 ]
 QuantizationConfigText = Annotated[
     str | None,

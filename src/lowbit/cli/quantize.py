@@ -14,6 +14,8 @@ from tqdm import tqdm
 from lowbit.cli import options
 from lowbit.errors import ConfigError
 from lowbit.evaluation.model_card import model_card, read_validation
+from lowbit.quantization.backends import BackendConfig
+from lowbit.quantization.component import ComponentQuantizationConfig
 from lowbit.quantization.factory import build_quant_config
 from lowbit.quantization.gguf import GgufConfig
 
@@ -65,6 +67,7 @@ def quantize(
     if target.suffix == ".gguf":
         write_gguf_file(model, spec, target)
         return
+    refuse_other_backends(spec)
     from lowbit.engine import Omni
 
     omni = Omni(model, quantization_config=spec, dtype=dtype, device=device, calibration_prompts=prompts)
@@ -72,6 +75,20 @@ def quantize(
         typer.echo(f"quantized   {manifest.summary()}")
     write_folder(omni, target, model_card(target.name, model, omni.manifests, validations))
     typer.echo(f"wrote       {target}")
+
+
+def refuse_other_backends(spec: Any) -> None:
+    """Raise ``ConfigError`` for methods of other libraries: their own tools write their checkpoints."""
+    config = build_quant_config(spec)
+    parts = [config]
+    if isinstance(config, ComponentQuantizationConfig):
+        parts = [*config.component_configs.values(), config.default_config]
+    others = sorted({part.backend for part in parts if isinstance(part, BackendConfig)})
+    if others:
+        raise ConfigError(
+            f"lowbit writes checkpoints of its own methods, not of {', '.join(others)}: use save_pretrained of"
+            " Omni(...).pipeline, which writes what diffusers' backend can"
+        )
 
 
 def write_gguf_file(model: str | None, spec: Any, target: Path) -> None:

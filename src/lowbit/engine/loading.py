@@ -14,6 +14,7 @@ from lowbit.engine.config import OmniDiffusionConfig, parse_attention
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
+from lowbit.quantization.backends import BackendConfig
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
 from lowbit.quantization.factory import AnyQuantizationConfig
@@ -33,11 +34,13 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.quantizers import PipelineQuantizationConfig
 
+    from lowbit.integrations import backends
     from lowbit.integrations.preflight import check_pipeline
 
     source = resolve_model(config.model)
     components = read_components(source)
     chosen = {name: found for name, found in routed(config).items() if not found.needs_calibration}
+    others = backends.prepare(source, components, _other_backends(config, components))
     foreign = {name: chosen.pop(name) for name in list(chosen) if chosen[name].weights_from is not None}
     device = config.device
     if Path(source).is_dir():
@@ -49,12 +52,20 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
         "use_safetensors": True,
         "trust_remote_code": config.trust_remote_code,
     }
-    if chosen:
-        arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping=dict(chosen))
+    if chosen or others:
+        objects = {name: request.config_object for name, request in others.items()}
+        arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping={**chosen, **objects})
     if device is not None and str(device) != "cpu":
         arguments["device_map"] = str(device)  # each tensor goes to the device by itself, not the model through memory
     arguments.update(_load_foreign(config, source, components, foreign))
-    return DiffusionPipeline.from_pretrained(source, **arguments)
+    pipeline = DiffusionPipeline.from_pretrained(source, **arguments)
+    backends.record(pipeline, others)
+    return pipeline
+
+
+def _other_backends(config: OmniDiffusionConfig, components: ComponentIndex) -> dict[str, BackendConfig]:
+    found = route(config.quantization, components)
+    return {name: each for name, each in found.items() if isinstance(each, BackendConfig)}
 
 
 def _load_foreign(
@@ -94,8 +105,9 @@ def _separate_configs(folder: Path, chosen: Mapping[str, QuantizationConfig]) ->
 
 
 def routed(config: OmniDiffusionConfig) -> dict[str, QuantizationConfig]:
-    """Return component -> configuration for the components of ``config``'s model that are to be quantized."""
-    return route(config.quantization, read_components(resolve_model(config.model)))
+    """Return component -> configuration for the components of ``config``'s model that lowbit is to quantize."""
+    found = route(config.quantization, read_components(resolve_model(config.model)))
+    return {name: each for name, each in found.items() if isinstance(each, QuantizationConfig)}
 
 
 def resolve_model(model: str | None) -> str:
@@ -156,7 +168,9 @@ def read_components(source: str) -> ComponentIndex:
     }
 
 
-def route(config: AnyQuantizationConfig | None, components: ComponentIndex) -> dict[str, QuantizationConfig]:
+def route(
+    config: AnyQuantizationConfig | None, components: ComponentIndex
+) -> dict[str, QuantizationConfig | BackendConfig]:
     """Return component -> configuration for the components to quantize.
 
     A plain method, and the default of a configuration per component, go to the diffusion transformers.

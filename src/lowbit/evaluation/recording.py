@@ -28,10 +28,12 @@ from lowbit.errors import ConfigError
 from lowbit.evaluation.layers import Watch, block_errors, blocks, layer_errors, linear_layers, probe_steps
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.integrations.attention import check_attention
+from lowbit.integrations.backends import kept_by_name
 from lowbit.integrations.skeleton import empty_component
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME
 from lowbit.ops.cpu.features import processor_name
+from lowbit.quantization.backends import BackendConfig
 from lowbit.quantization.factory import build_quant_config
 from lowbit.quantization.plan import plan_layers
 
@@ -93,7 +95,11 @@ class Side:
                 f"smoothing of the {self.name} is found by watching it generate: give --calibration-prompt"
             )
         for name, config in chosen.items():
-            plan_layers(empty_component(source, name, *components[name]), config)
+            skeleton = empty_component(source, name, *components[name])
+            if isinstance(config, BackendConfig):
+                kept_by_name(skeleton, config)
+            else:
+                plan_layers(skeleton, config)
         transformers = [name for name, entry in components.items() if is_diffusion_transformer(*entry)]
         for name in route_attention(self.attention_quantization, components, transformers):
             check_attention(empty_component(source, name, *components[name]))

@@ -24,7 +24,6 @@ from lowbit.evaluation.comparison import write_text
 from lowbit.evaluation.recording import Task, generate
 from lowbit.models.embedded import EMBEDDED_NAME
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
-from lowbit.quantization.component import ComponentQuantizationConfig
 from lowbit.quantization.factory import build_quant_config
 from lowbit.quantization.plan import plan_layers, quantize_layer
 
@@ -91,8 +90,8 @@ def one_method(spec: Any) -> QuantizationConfig:
         ConfigError: none, one per component, one of a checkpoint that is quantized already, or one with smoothing.
     """
     config = build_quant_config(spec)
-    if config is None or isinstance(config, ComponentQuantizationConfig):
-        raise ConfigError(f"Give one quantization method for the diffusion transformers, not {spec!r}")
+    if not isinstance(config, QuantizationConfig):
+        raise ConfigError(f"Give one of lowbit's own quantization methods for the diffusion transformers, not {spec!r}")
     if config.is_serialized:
         raise ConfigError(f"{spec!r} describes a checkpoint that is quantized already; give the unquantized one")
     if config.needs_calibration:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
@@ -10,8 +9,10 @@ from types import ModuleType
 from typing import Any
 
 from lowbit.errors import ConfigError
+from lowbit.integrations.overrides import override
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.factory import (
+    ON_REGISTRATION,
     SUPPORTED_QUANTIZATION_METHODS,
     build_quant_config,
     canonical_name,
@@ -35,10 +36,18 @@ def connect(auto: ModuleType, from_dict_owner: type, factory: type, quantizer: t
     """
     configs, quantizers = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
     theirs = frozenset(name for name, kind in configs.items() if not issubclass(kind, QuantizationConfig))
-    for method in SUPPORTED_QUANTIZATION_METHODS:
+
+    def add(method: str, kind: type[QuantizationConfig]) -> None:
         # A pipeline's configuration takes only classes of the table, so those of a name in use get another.
         name = f"lowbit-{method}" if method in theirs else method
-        configs[name], quantizers[name] = config_class(method), quantizer
+        configs[name], quantizers[name] = kind, quantizer
+
+    for method in SUPPORTED_QUANTIZATION_METHODS:
+        try:
+            add(method, config_class(method))
+        except ConfigError as error:  # of another package; this library must stay importable
+            logger.warning("%s", error)
+    ON_REGISTRATION[auto.__name__] = add
 
     def from_dict(original: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
         return _build(config) if claims(config, theirs) else original(config, *args, **kwargs)
@@ -56,9 +65,9 @@ def connect(auto: ModuleType, from_dict_owner: type, factory: type, quantizer: t
             return original(stored, requested, **kwargs)
         return merge_configs(stored, requested)
 
-    _override(from_dict_owner, "from_dict", from_dict)
-    _override(factory, "from_config", from_config)
-    _override(factory, "merge_quantization_configs", merge)
+    override(from_dict_owner, "from_dict", from_dict)
+    override(factory, "from_config", from_config)
+    override(factory, "merge_quantization_configs", merge)
 
 
 def claims(config: object, theirs: Collection[str] = ()) -> bool:
@@ -134,17 +143,3 @@ def _build(config: Any) -> QuantizationConfig:
     built = build_quant_config(config)
     assert isinstance(built, QuantizationConfig)
     return built
-
-
-def _override(owner: type, name: str, ours: Callable[..., Any]) -> None:
-    """Replace the classmethod ``owner.name`` by ``ours``, which gets the original as its first argument; once."""
-    original = getattr(owner, name)
-    if hasattr(original, "_lowbit_original"):
-        return
-
-    @functools.wraps(original)
-    def method(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return ours(original, *args, **kwargs)
-
-    method._lowbit_original = original  # type: ignore[attr-defined]
-    setattr(owner, name, classmethod(method))

@@ -1,7 +1,8 @@
-"""Registering lowbit with diffusers and transformers once they are imported, without importing them.
+"""Registering lowbit with diffusers, transformers, accelerate and peft once they are imported, without importing them.
 
-Either library keeps its quantizers in a module ``<library>.quantizers.auto``. If that module is there already, lowbit
-registers at once; if not, a finder on ``sys.meta_path`` waits for it and registers when it has been executed.
+The first two keep their quantizers in a module ``<library>.quantizers.auto``. If that module is there already, lowbit
+registers at once; if not, a finder on ``sys.meta_path`` waits for it and registers when it has been executed. The same
+goes for the modules that bring adapters to layers and that move layers' parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from types import ModuleType
 _PLUGINS = {
     "diffusers.quantizers.auto": "lowbit.integrations.diffusers",
     "transformers.quantizers.auto": "lowbit.integrations.transformers",
+    "diffusers.loaders.lora_pipeline": "lowbit.integrations.lora",
+    "diffusers.loaders.peft": "lowbit.integrations.lora",
+    "peft.tuners.lora.layer": "lowbit.integrations.lora",
+    "peft.tuners.lycoris_utils": "lowbit.integrations.lora",
+    "accelerate.hooks": "lowbit.integrations.offloading",
+    "diffusers.hooks.group_offloading": "lowbit.integrations.offloading",
 }
 
 

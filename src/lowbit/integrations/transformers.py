@@ -119,6 +119,16 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
             return 1
         return param.element_size()
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Return what to cast a quantized checkpoint's tensor to: quantized data, whatever type it is in, to nothing.
+
+        A checkpoint may hold it in another type than the layer does: unpacked codes, scales as ``float8_e8m0fnu``.
+        """
+        names = getattr(converter, "target_patterns", ())
+        if self.preparation is not None and any(self.preparation.find(name) is not None for name in names):
+            return None
+        return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
+
     def get_quantize_ops(self) -> QuantizeOnLoad:
         """Return what to do with a weight that is to be quantized."""
         return QuantizeOnLoad(self)
@@ -146,11 +156,12 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.preparation is not None
         layers = self.preparation.layers
         absent = [name for layer in layers.values() for name in _missing(layer)]
+        missing = [name for name in absent if not self.preparation.may_be_absent(name)]
         for name in absent:
             found = self.preparation.find(name)
             if found is not None and found[1] in found[0].method.optional and self.pre_quantized:
                 found[0].drop_tensor(found[1])
-        loading.check_loaded(model, [name for name in absent if not self.preparation.may_be_absent(name)])
+        loading.check_loaded(model, missing)
         for layer in layers.values():
             _settle(layer, self.pre_quantized)
             layer.owns_weight = not self.pre_quantized

@@ -2,7 +2,11 @@
 
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
-from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS, build_quant_config
+from lowbit.quantization.factory import (
+    SUPPORTED_QUANTIZATION_METHODS,
+    build_quant_config,
+    register_quantization_method,
+)
 from lowbit.quantization.fp8 import Fp8Config
 from lowbit.quantization.gguf import GgufConfig
 from lowbit.quantization.int8 import Int8Config
@@ -33,4 +37,5 @@ __all__ = [
     "build_quant_config",
     "plan_layers",
     "quantize_model",
+    "register_quantization_method",
 ]

@@ -261,16 +261,11 @@ class LinearMethod(ABC):
             UnsupportedError: no kernel can run the layer; lists every reason.
         """
         weight = layer.get_parameter("weight")
-        implementation = select(self.family, self.table, self.problem(layer, weight.device), self.kernel)
-        module = implementation.load()
-        layer.replace_tensor("weight", module.pack_weight(weight.data, overwrite=layer.owns_weight))
-        layer.implementation, layer.kernel = implementation, module
+        layer.take_kernel(select(self.family, self.table, self.problem(layer, weight.device), self.kernel))
 
     def restore_weights(self, layer: QuantizedLinear) -> None:
         """Undo ``process_weights_after_loading``: bring the weight back to the checkpoint's layout."""
-        if layer.kernel is not None:
-            layer.replace_tensor("weight", layer.kernel.unpack_weight(layer.get_parameter("weight").data))
-            layer.implementation = layer.kernel = None
+        layer.leave_kernel()
 
 
 def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:

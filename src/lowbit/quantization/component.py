@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import ConfigError
+from lowbit.quantization.backends import BackendConfig
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 
 
@@ -21,15 +22,15 @@ class ComponentQuantizationConfig:
         default_config: for components that are not named.
     """
 
-    component_configs: Mapping[str, QuantizationConfig | None] = field(default_factory=dict)
-    default_config: QuantizationConfig | None = None
+    component_configs: Mapping[str, QuantizationConfig | BackendConfig | None] = field(default_factory=dict)
+    default_config: QuantizationConfig | BackendConfig | None = None
 
     @classmethod
     def get_name(cls) -> str:
         """Return ``"component"``."""
         return "component"
 
-    def resolve(self, prefix: str) -> QuantizationConfig | None:
+    def resolve(self, prefix: str) -> QuantizationConfig | BackendConfig | None:
         """Return the configuration for a component or for a layer inside it.
 
         ``"transformer"`` takes ``transformer.blocks.0`` and not ``transformer_2``; the longest match wins.

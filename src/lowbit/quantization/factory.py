@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import Any
 
 from lowbit.errors import ConfigError
+from lowbit.quantization.backends import BACKENDS, BackendConfig
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
 
-# Method -> (module, configuration class), imported when asked for.
-_METHODS: dict[str, tuple[str, str]] = {
+logger = logging.getLogger(__name__)
+
+# Method -> (module, configuration class), imported when asked for; or the class, of a method added while running.
+_METHODS: dict[str, tuple[str, str] | type[QuantizationConfig]] = {
     "int8": ("lowbit.quantization.int8", "Int8Config"),
     "fp8": ("lowbit.quantization.fp8", "Fp8Config"),
     "gguf": ("lowbit.quantization.gguf", "GgufConfig"),
@@ -22,9 +28,16 @@ _METHODS: dict[str, tuple[str, str]] = {
     "modelopt": ("lowbit.quantization.modelopt", "ModelOptConfig"),
 }
 
-SUPPORTED_QUANTIZATION_METHODS: tuple[str, ...] = tuple(_METHODS)
+# Grows when a method is registered.
+SUPPORTED_QUANTIZATION_METHODS: list[str] = list(_METHODS)
 
-AnyQuantizationConfig = QuantizationConfig | ComponentQuantizationConfig
+# Installed packages name their methods here: ``method = "module:ConfigurationClass"``.
+ENTRY_POINTS = "lowbit.quantization_methods"
+
+# Called with each method's name and class that is registered, by the name of whoever wants to know.
+ON_REGISTRATION: dict[str, Callable[[str, type[QuantizationConfig]], None]] = {}
+
+AnyQuantizationConfig = QuantizationConfig | BackendConfig | ComponentQuantizationConfig
 QuantizationSpec = str | Mapping[str, Any] | AnyQuantizationConfig | None
 
 _METHOD_KEYS = ("method", "quant_method")
@@ -32,7 +45,11 @@ _METHOD_KEYS = ("method", "quant_method")
 
 def canonical_name(method: str) -> str | None:
     """Return the name of a method as it is listed; case and ``-`` or ``_`` do not matter. ``None`` for others."""
-    return next((name for name in SUPPORTED_QUANTIZATION_METHODS if _normalize(name) == _normalize(method)), None)
+    return _listed(method, SUPPORTED_QUANTIZATION_METHODS)
+
+
+def _listed(name: str, names: Sequence[str]) -> str | None:
+    return next((listed for listed in names if _normalize(listed) == _normalize(name)), None)
 
 
 def config_class(method: str) -> type[QuantizationConfig]:
@@ -43,11 +60,76 @@ def config_class(method: str) -> type[QuantizationConfig]:
     """
     known = canonical_name(method)
     if known is None:
-        supported = ", ".join(SUPPORTED_QUANTIZATION_METHODS)
+        supported = ", ".join([*SUPPORTED_QUANTIZATION_METHODS, *BACKENDS])
         raise ConfigError(f"Unknown quantization method: {method!r}. Supported methods: {supported}")
-    module, name = _METHODS[known]
-    found: type[QuantizationConfig] = getattr(importlib.import_module(module), name)
-    return found
+    entry = _METHODS[known]
+    if isinstance(entry, type):
+        return entry
+    module, name = entry
+    try:
+        found: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"Quantization method {known!r}: can't import {module}:{name} ({error})") from error
+    _check_config_class(known, found)
+    _METHODS[known] = found
+    return found  # type: ignore[no-any-return]
+
+
+def register_quantization_method(name: str, config_class: type[QuantizationConfig]) -> None:
+    """Add a method that another package brings, for everything that takes a method's name or reads checkpoints.
+
+    The command line starts without that package; for it, and for checkpoints in a fresh process, the package names the
+    class in its entry points ``lowbit.quantization_methods`` instead of calling this.
+
+    Args:
+        name: of the method, as ``config_class.get_name()`` returns it.
+        config_class: its configuration, whose ``linear_method()`` says what becomes of a linear layer.
+
+    Raises:
+        ConfigError: the name is in use, or the class is no ``QuantizationConfig`` that can be made.
+    """
+    _check_name(name)
+    _check_config_class(name, config_class)
+    _add(name, config_class)
+    for inform in ON_REGISTRATION.values():
+        inform(name, config_class)
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name.strip() or _normalize(name) in ("none", "component"):
+        raise ConfigError(f"{name!r} can't be the name of a quantization method")
+    known = _listed(name, [*SUPPORTED_QUANTIZATION_METHODS, *BACKENDS])
+    if known is not None:
+        raise ConfigError(f"There is a quantization method {known!r} already: choose another name than {name!r}")
+
+
+def _check_config_class(name: str, config_class: object) -> None:
+    if not (isinstance(config_class, type) and issubclass(config_class, QuantizationConfig)):
+        raise ConfigError(f"Quantization method {name!r} needs a class derived from QuantizationConfig: {config_class}")
+    if inspect.isabstract(config_class):
+        missing = ", ".join(sorted(config_class.__abstractmethods__))
+        raise ConfigError(f"Quantization method {name!r}: {config_class.__name__} does not define {missing}")
+    if config_class.get_name() != name:
+        raise ConfigError(
+            f"Quantization method {name!r}: get_name() of {config_class.__name__} returns {config_class.get_name()!r};"
+            " checkpoints would name a method that does not exist"
+        )
+
+
+def _add(name: str, entry: tuple[str, str] | type[QuantizationConfig]) -> None:
+    _METHODS[name] = entry
+    SUPPORTED_QUANTIZATION_METHODS.append(name)
+
+
+def _add_installed() -> None:
+    """Add the methods that installed packages name; their modules are imported when asked for."""
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            _check_name(point.name)
+        except ConfigError as error:
+            logger.warning("Not added: entry point %s of %s: %s", point.name, point.value, error)
+        else:
+            _add(point.name, (point.module, point.attr))
 
 
 def build_quant_config(spec: QuantizationSpec, **kwargs: Any) -> AnyQuantizationConfig | None:
@@ -57,7 +139,7 @@ def build_quant_config(spec: QuantizationSpec, **kwargs: Any) -> AnyQuantization
         spec: one of
 
             * ``None`` or ``"none"``: no quantization
-            * a method's name: ``"int8"``
+            * a method's name: ``"int8"``, or that of another library's backend: ``"torchao"``
             * a dictionary with ``method`` (or ``quant_method``) and its options
             * a dictionary from components to any of these: ``{"transformer": "fp8", "vae": None, "default": "int8"}``
             * a configuration, returned as it is
@@ -72,11 +154,11 @@ def build_quant_config(spec: QuantizationSpec, **kwargs: Any) -> AnyQuantization
     if spec is None or (isinstance(spec, str) and _normalize(spec) == "none"):
         _refuse_options(kwargs, "no quantization")
         return None
-    if isinstance(spec, QuantizationConfig | ComponentQuantizationConfig):
+    if isinstance(spec, QuantizationConfig | BackendConfig | ComponentQuantizationConfig):
         _refuse_options(kwargs, "a configuration object")
         return spec
     if isinstance(spec, str):
-        return config_class(spec).from_config(kwargs)
+        return _from_options(spec, kwargs)
     if not isinstance(spec, Mapping):
         raise ConfigError(
             f"A quantization configuration is a method's name, a dictionary or a configuration, not {spec!r}"
@@ -87,7 +169,7 @@ def build_quant_config(spec: QuantizationSpec, **kwargs: Any) -> AnyQuantization
     return _from_component_dict(spec)
 
 
-def _from_method_dict(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> QuantizationConfig | None:
+def _from_method_dict(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> QuantizationConfig | BackendConfig | None:
     names = {spec[key] for key in _METHOD_KEYS if isinstance(spec.get(key), str)}
     if any(key in spec and spec[key] is not None and not isinstance(spec[key], str) for key in _METHOD_KEYS):
         raise ConfigError(f"The quantization method must be a name: {dict(spec)}")
@@ -100,16 +182,21 @@ def _from_method_dict(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Qua
     twice = [key for key in kwargs if key in spec and spec[key] != kwargs[key]]
     if twice:
         raise ConfigError(f"Options given twice with different values: {', '.join(twice)}")
-    return config_class(method).from_config({**spec, **kwargs})
+    return _from_options(method, {**spec, **kwargs})
+
+
+def _from_options(method: str, options: Mapping[str, Any]) -> QuantizationConfig | BackendConfig:
+    backend = _listed(method, BACKENDS)
+    return config_class(method).from_config(options) if backend is None else BackendConfig.from_config(backend, options)
 
 
 def _from_component_dict(spec: Mapping[str, Any]) -> ComponentQuantizationConfig:
     if not spec or not all(_is_component_value(value) for value in spec.values()):
         raise ConfigError(
             "A quantization dictionary must have a 'method' key, or map components to methods or configurations"
-            f" (methods: {', '.join(SUPPORTED_QUANTIZATION_METHODS)}); got {dict(spec)}"
+            f" (methods: {', '.join([*SUPPORTED_QUANTIZATION_METHODS, *BACKENDS])}); got {dict(spec)}"
         )
-    configs: dict[str, QuantizationConfig | None] = {}
+    configs: dict[str, QuantizationConfig | BackendConfig | None] = {}
     for name, value in spec.items():
         config = build_quant_config(value)
         if isinstance(config, ComponentQuantizationConfig):
@@ -121,10 +208,10 @@ def _from_component_dict(spec: Mapping[str, Any]) -> ComponentQuantizationConfig
 
 def _is_component_value(value: Any) -> bool:
     if isinstance(value, str):
-        return _normalize(value) in {"none", *(_normalize(method) for method in SUPPORTED_QUANTIZATION_METHODS)}
+        return _listed(value, ["none", *SUPPORTED_QUANTIZATION_METHODS, *BACKENDS]) is not None
     if isinstance(value, Mapping):
         return any(key in value for key in _METHOD_KEYS)
-    return value is None or isinstance(value, QuantizationConfig)
+    return value is None or isinstance(value, QuantizationConfig | BackendConfig)
 
 
 def _refuse_options(options: Mapping[str, Any], what: str) -> None:
@@ -134,3 +221,6 @@ def _refuse_options(options: Mapping[str, Any], what: str) -> None:
 
 def _normalize(name: str) -> str:
     return name.strip().lower().replace("_", "-")
+
+
+_add_installed()

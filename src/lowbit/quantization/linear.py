@@ -18,8 +18,8 @@ class QuantizedLinear(nn.Linear):
     """An ``nn.Linear`` whose parameters are those of a quantized checkpoint and whose method computes it.
 
     Being an ``nn.Linear``, LoRA, hooks and ``torch.compile`` treat it as one. ``state_dict`` holds the checkpoint's
-    tensors whatever layout the kernel reads. ``to(dtype)`` leaves quantized tensors and scales alone; ``to(device)``
-    takes the kernel of the new device at the next use.
+    tensors whatever layout the kernel reads. ``to(dtype)`` leaves quantized tensors and scales alone. Wherever the
+    weight is at the next use, by ``to(device)`` or moved by others, the layer takes a kernel of that device.
 
     Attributes:
         prefix: full name in the model, for messages.
@@ -27,6 +27,10 @@ class QuantizedLinear(nn.Linear):
         compute_dtype: of the activations it expects.
         implementation: the table's entry of its kernel, ``None`` before the first use on a device.
         kernel: the module of that implementation.
+        kernel_device: that the kernel was chosen for.
+        is_packed: the weight is in the kernel's layout and not in the checkpoint's.
+        is_offloaded: others (hooks that offload) put the parameters in place and take them away: they stay in the
+            checkpoint's layout, and a kernel with another one packs at every use.
         expected: shape and dtype of each of the checkpoint's tensors.
         owns_weight: nothing else uses the memory of the weight, so that packing may overwrite it.
         is_smoothed: its input is to be multiplied by ``mul_scale``.
@@ -55,6 +59,9 @@ class QuantizedLinear(nn.Linear):
         self.prefix = prefix
         self.implementation: Implementation | None = None
         self.kernel: ModuleType | None = None
+        self.kernel_device: torch.device | None = None
+        self.is_packed = self.is_offloaded = False
+        self.packed_layout = torch.strided
         self.owns_weight = False
         self.is_smoothed = False
         self.rotation_matrix = None
@@ -121,11 +128,61 @@ class QuantizedLinear(nn.Linear):
         if self.kernel is None:
             self.method.process_weights_after_loading(self)
 
+    def take_kernel(self, implementation: Implementation) -> None:
+        """Compute with ``implementation`` from now on, and bring the weight to its layout unless others move it."""
+        kernel, weight = implementation.load(), self.get_parameter("weight").data
+        if not self.is_offloaded:
+            packed = kernel.pack_weight(weight, overwrite=self.owns_weight)
+            if packed is not weight:
+                self.replace_tensor("weight", packed)
+            self.is_packed, self.packed_layout = True, packed.layout
+        self.implementation, self.kernel, self.kernel_device = implementation, kernel, weight.device
+
+    def leave_kernel(self) -> None:
+        """Bring the weight back to the checkpoint's layout, and choose a kernel anew at the next use."""
+        if self.is_packed:
+            weight = self.get_parameter("weight").data
+            unpacked = weight if self._is_canonical(weight) else self._unpacked()
+            if unpacked is not weight:
+                self.replace_tensor("weight", unpacked)
+        self.implementation = self.kernel = self.kernel_device = None
+        self.is_packed, self.packed_layout = False, torch.strided
+
+    def let_others_move(self) -> None:
+        """Keep the parameters in the checkpoint's layout from now on, whatever the kernel: see ``is_offloaded``."""
+        self.method.restore_weights(self)
+        self.is_offloaded = True
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute x [..., K] -> [..., N] in ``x.dtype``."""
-        if self.kernel is None:
+        if self.kernel is None or self._is_moved():
+            self.method.restore_weights(self)
             self.method.process_weights_after_loading(self)
-        return self.method.apply(self, x, self.bias)
+        return self._compute_offloaded(x) if self.is_offloaded else self.method.apply(self, x, self.bias)
+
+    def _is_moved(self) -> bool:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight.device != self.kernel_device or weight.layout != self.packed_layout
+
+    def _is_canonical(self, weight: torch.Tensor) -> bool:
+        # A kernel whose layout is not the checkpoint's packs to another shape, dtype or kind of tensor.
+        return weight.layout == torch.strided and (tuple(weight.shape), weight.dtype) == self.expected["weight"]
+
+    def _compute_offloaded(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute with a weight packed for this use alone; what others put in place stays as it is."""
+        assert self.kernel is not None
+        parameter = self._parameters["weight"]
+        assert parameter is not None
+        weight = parameter.data
+        packed = self.kernel.pack_weight(weight)
+        if packed is weight:
+            return self.method.apply(self, x, self.bias)
+        self.replace_tensor("weight", packed)
+        try:
+            return self.method.apply(self, x, self.bias)
+        finally:
+            self._parameters["weight"] = parameter
 
     def quantized_bytes(self) -> int:
         """Return the bytes of the quantized tensors, in the checkpoint's layout."""
@@ -159,17 +216,22 @@ class QuantizedLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold the checkpoint's layout and choose their kernel anew.
-        state = {**self.__dict__, "implementation": None, "kernel": None}
-        if self.kernel is not None:
-            weight = self.kernel.unpack_weight(self.get_parameter("weight").data)
-            state["_parameters"] = {**self._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+        anew = {"implementation": None, "kernel": None, "kernel_device": None}
+        state = {**self.__dict__, **anew, "is_packed": False, "packed_layout": torch.strided}
+        if self.is_packed:
+            weight = nn.Parameter(self._unpacked(), requires_grad=False)
+            state["_parameters"] = {**self._parameters, "weight": weight}
         return state
+
+    def _unpacked(self) -> torch.Tensor:
+        assert self.kernel is not None
+        unpacked: torch.Tensor = self.kernel.unpack_weight(self.get_parameter("weight").data)
+        return unpacked
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.kernel is not None:
-            packed = self.get_parameter("weight").data
-            destination[prefix + "weight"] = self.kernel.unpack_weight(packed)
+        if self.is_packed:
+            destination[prefix + "weight"] = self._unpacked()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.method.restore_weights(self)

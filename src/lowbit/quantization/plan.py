@@ -168,7 +168,9 @@ def quantize_model(
     """
     config = build_quant_config(quantization, **options)
     if not isinstance(config, QuantizationConfig):
-        raise ConfigError("quantize_model takes one method for one model, not a configuration per component")
+        raise ConfigError(
+            "quantize_model takes one of lowbit's own methods, not a configuration per component or another library's"
+        )
     if config.is_serialized:
         raise ConfigError("quantize_model quantizes unquantized weights; load serialized ones with from_pretrained")
     if config.needs_calibration and seen_inputs is None:

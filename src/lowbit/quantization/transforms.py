@@ -177,8 +177,8 @@ class TransformedMethod(LinearMethod):
         group = self._group(layer.in_features)
         device = layer.get_parameter("weight").device
         layer.rotation_matrix = hadamard(group, layer.compute_dtype, device) if group > 1 else None
-        is_scaled = "mul_scale" in layer.quantized_names
-        layer.is_smoothed = is_scaled and bool((layer.get_parameter("mul_scale") != 1).any())
+        scale = layer.get_parameter("mul_scale") if "mul_scale" in layer.quantized_names else None
+        layer.is_smoothed = scale is not None and (scale.is_meta or bool((scale != 1).any()))
 
     def apply(self, layer: QuantizedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
         """Change x and let the other method compute."""

@@ -1,0 +1,81 @@
+"""Folders that lowbit wrote, in a process that does nothing but ``import lowbit``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit import Omni
+
+METHODS = {
+    "int8": {"method": "int8"},
+    "fp8": {"method": "fp8"},
+    "mxfp8": {"method": "mxfp8"},
+    "mxfp4": {"method": "mxfp4"},
+    "mxfp4_dualscale": {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 1},
+    "nvfp4": {"method": "nvfp4"},
+    "gguf": {"method": "gguf", "gguf_type": "Q8_0"},
+}
+TOKENS = torch.arange(3, 11)[None]
+
+CHILD = """
+import json, sys
+import lowbit
+import torch
+from diffusers import DiffusionPipeline
+from transformers import AutoModel
+
+tokens = torch.arange(3, 11)[None]
+results = {}
+for folder in sys.argv[1:]:
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    encoder = AutoModel.from_pretrained(folder + "/text_encoder", dtype=torch.bfloat16)
+    with torch.no_grad():
+        hidden = [model(tokens).last_hidden_state.double().sum().item() for model in (encoder, pipeline.text_encoder)]
+    results[folder] = {
+        "layers": {
+            name: sum(type(layer).__name__ == "QuantizedLinear" for layer in model.modules())
+            for name, model in (("transformer", pipeline.transformer), ("text_encoder", encoder))
+        },
+        "methods": sorted({layer.method for layer in pipeline.transformer.lowbit_manifest.quantized}),
+        "hidden": hidden,
+        "transformer": sum(float(each.float().sum()) for each in pipeline.transformer.state_dict().values()),
+    }
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Omni]]:
+    made = {}
+    for name, spec in METHODS.items():
+        omni = Omni(quantization_config={"transformer": spec, "text_encoder": {**spec}}, device="cpu")
+        folder = tmp_path_factory.mktemp("written") / name
+        omni.save_pretrained(str(folder))
+        made[name] = (folder, omni)
+    return made
+
+
+def test_plain_from_pretrained_works(folders: dict[str, tuple[Path, Omni]]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD, *(str(folder) for folder, _ in folders.values())],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    for name, (folder, omni) in folders.items():
+        loaded = found[str(folder)]
+        assert loaded["layers"] == {part: len(made.quantized) for part, made in omni.manifests.items()}, name
+        assert loaded["methods"] == sorted({layer.method for layer in omni.manifests["transformer"].quantized})
+        with torch.no_grad():
+            hidden = omni.pipeline.text_encoder(TOKENS).last_hidden_state.double().sum().item()
+        assert loaded["hidden"] == [hidden, hidden], name
+        tensors = omni.pipeline.transformer.state_dict().values()
+        assert loaded["transformer"] == sum(float(each.float().sum()) for each in tensors), name
