@@ -40,6 +40,14 @@ GgufModel = Annotated[
 GgufType = Annotated[
     str | None, typer.Option("--gguf-type", help="For gguf: the type to quantize to, such as Q8_0 or Q4_K.")
 ]
+ComfyUiModel = Annotated[
+    str | None,
+    typer.Option("--comfyui-model", help="For comfyui: a file or owner/repo/file.safetensors with the weights."),
+]
+SvdQuantModel = Annotated[
+    str | None,
+    typer.Option("--svdquant-model", help="For svdquant: nunchaku's file, or owner/repo/file.safetensors."),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of what is not quantized: bfloat16, float16 or float32.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, xpu... Default: an accelerator if there is one.")
@@ -70,11 +78,15 @@ def quantization_spec(
     method: str | None,
     config: str | None,
     ignored_layers: str | None = None,
-    kernel: str | None = None,
-    gguf_model: str | None = None,
-    gguf_type: str | None = None,
+    **given: str | None,
 ) -> Any:
     """Combine the command line's options to what ``build_quant_config`` takes.
+
+    Args:
+        method: ``--quantization``.
+        config: ``--quantization-config``.
+        ignored_layers: ``--ignored-layers``.
+        given: other options of methods, by name, such as ``kernel``.
 
     Raises:
         ConfigError: JSON that can't be read, or options that nothing applies to.
@@ -83,7 +95,6 @@ def quantization_spec(
     options: dict[str, Any] = {}
     if ignored_layers is not None:
         options["ignored_layers"] = [name.strip() for name in ignored_layers.split(",") if name.strip()]
-    given = {"kernel": kernel, "gguf_model": gguf_model, "gguf_type": gguf_type}
     options.update({name: value for name, value in given.items() if value is not None})
     if isinstance(spec, dict) and method is not None and ("method" in spec or "quant_method" in spec):
         raise ConfigError("Give the method in --quantization or in --quantization-config, not in both")
