@@ -50,7 +50,7 @@ def quantize(
         list[str] | None, typer.Option(help="For FP8's static activation scheme; may be given several times.")
     ] = None,
 ) -> None:
-    """Quantize a pipeline and write it, in diffusers' format with vLLM-Omni's tensors; or one file of GGUF's or ComfyUI's."""
+    """Quantize a pipeline and write it, in diffusers' format with vLLM-Omni's tensors; or one GGUF or ComfyUI file."""
     target = check_new_folder(output)
     spec = options.quantization_spec(quantization, quantization_config, ignored_layers, gguf_type=gguf_type)
     if spec is None:

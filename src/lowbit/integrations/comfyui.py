@@ -184,7 +184,8 @@ def read_layers(file: SafetensorsFile) -> tuple[dict[str, StoredLayer], dict[str
         layer, _, tensor = short.rpartition(".")
         grouped.setdefault(layer, {})[_ALIASES.get(tensor, tensor)] = stored
     declared = _declared(file, grouped)
-    layers, problems = {}, []
+    layers: dict[str, StoredLayer] = {}
+    problems: list[str] = []
     for name, tensors in grouped.items():
         try:
             layer = _layer(file, name, tensors, declared.get(name))
@@ -196,7 +197,7 @@ def read_layers(file: SafetensorsFile) -> tuple[dict[str, StoredLayer], dict[str
     problems += [f"{METADATA} names {name}, which the file lacks" for name in declared.keys() - layers.keys()]
     if problems:
         raise CheckpointError("\n  ".join([f"{file.path}: {len(problems)} problems", *sorted(problems)]))
-    taken = {stored for layer in layers.values() for stored in layer.names.values()}
+    taken = {stored for found in layers.values() for stored in found.names.values()}
     plain = {short: stored for short, stored in names.items() if stored not in taken and short != _LEGACY}
     return layers, plain
 

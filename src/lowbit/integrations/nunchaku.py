@@ -68,9 +68,9 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
     file = open_safetensors(resolve_safetensors("svdquant_model", config.svdquant_model))
     reader = _Reader(file, layout, model)
     reader.check()
-    config = replace(
-        config, precision=reader.precision, rank=reader.rank, quantized_layers=sorted(reader.quantized_layers)
-    )
+    ranks = reader.ranks
+    most_common = Counter(ranks.values()).most_common(1)[0][0]
+    config = replace(config, precision=reader.precision, rank=most_common, quantized_layers=dict(ranks))
     return ForeignWeights(str(file.path), config, reader.tensors(config))
 
 
@@ -159,27 +159,22 @@ class _Reader:
         found = [source for source, _ in self.places.values()]
         return {source.name: source for source in [*found, *(s for group in self.joined.values() for s in group)]}
 
-    @property
-    def quantized_layers(self) -> list[str]:
-        """The W4A4 layers of the model."""
-        return [*(layer for layer, (source, _) in self.places.items() if not source.is_awq), *self.joined]
+    @cached_property
+    def ranks(self) -> Mapping[str, int]:
+        """W4A4 layer of the model -> its rank."""
+        single = {layer: (source,) for layer, (source, _) in self.places.items() if not source.is_awq}
+        groups: Mapping[str, tuple[Source, ...]] = {**single, **self.joined}
+        return {layer: sum(self._rank(source) for source in group) for layer, group in groups.items()}
+
+    def _rank(self, source: Source) -> int:
+        shape = self._header(f"{source.name}.proj_down").shape
+        return shape[-1] if shape else 0
 
     @cached_property
     def precision(self) -> str:
         """Of the file's W4A4 layers: told by the dtype of their scales."""
         dtypes = {self._header(f"{s.name}.wscales").dtype for s in self.sources.values() if not s.is_awq}
         return "nvfp4" if dtypes == {"F8_E4M3"} else "int4"
-
-    @cached_property
-    def rank(self) -> int:
-        """The most common rank."""
-        ranks = Counter(
-            header.shape[-1] for s in self.sources.values() if not s.is_awq and (header := self._down(s)).shape
-        )
-        return max(ranks.most_common(1)[0][0], 1) if ranks else 1
-
-    def _down(self, source: Source) -> TensorHeader:
-        return self._header(f"{source.name}.proj_down")
 
     def _header(self, name: str) -> TensorHeader:
         found = self.names.get(name)
@@ -194,7 +189,7 @@ class _Reader:
         problems = [*self._metadata_problems()]
         for source in self.sources.values():
             problems += self._awq_problems(source) if source.is_awq else self._problems(source)
-        if not self.quantized_layers:
+        if not self.ranks:
             problems.append(f"no 4-bit layer of {type(self.model).__name__}: this is not a file of nunchaku's")
         if problems:
             raise CheckpointError("\n  ".join([f"{self.file.path}: {len(problems)} problems", *problems]))
@@ -215,10 +210,13 @@ class _Reader:
         rows, columns = _padded(source.rows), _padded(source.columns)
         kind = PRECISIONS[self.precision]
         scales = ("F8_E4M3",) if self.precision == "nvfp4" else _FLOATS
-        rank = self._down(source).shape[-1] if self._down(source).shape else 0
+        rank = self._rank(source)
+        # The scales of 16 columns are padded to whole tiles, those of 64 to the weight's columns: two tiles.
+        tile = nunchaku.TILE_COLUMNS
+        scaled = -(-source.columns // tile) * tile if self.precision == "nvfp4" else columns
         needed: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
             "qweight": ((rows, columns // 2), ("I8", "U8")),
-            "wscales": ((columns // kind.group_size, rows), scales),
+            "wscales": ((scaled // kind.group_size, rows), scales),
             "smooth_factor": ((columns,), _FLOATS),
             "proj_down": ((columns, rank), _FLOATS),
             "proj_up": ((rows, rank), _FLOATS),
@@ -305,7 +303,7 @@ class _Reader:
     def _shape(self, name: str, layer: str, group: tuple[Source, ...]) -> tuple[int, ...]:
         """Of a W4A4 tensor of the model: of the weight that of its values."""
         rows, columns = self.linear[layer].out_features, self.linear[layer].in_features
-        rank = sum(self._down(source).shape[-1] for source in group)
+        rank = sum(self._rank(source) for source in group)
         return {
             "qweight": (rows, columns),
             "wscales": (columns // PRECISIONS[self.precision].group_size, rows),

@@ -70,7 +70,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     """
     refuse_pickles([path])
     headers = read_headers([path])
-    opened = safe_open(str(path), framework="pt")
+    opened: Any = safe_open(str(path), framework="pt")
     return SafetensorsFile(path, headers, dict(opened.metadata() or {}), opened)
 
 

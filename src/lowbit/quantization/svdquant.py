@@ -61,14 +61,15 @@ class SvdQuantConfig(QuantizationConfig):
         smoothing: 0 to 1, as of ``int8``.
         svdquant_model: nunchaku's file that the weights come from: a local file or ``owner/repo/file.safetensors``.
             Other components come from the base model.
-        quantized_layers: of weights that are quantized already: the layers that are; found in the checkpoint.
+        quantized_layers: of weights that are quantized already: layer -> its rank, ``None`` for ``rank``; found in the
+            checkpoint.
     """
 
     rank: int = 32
     precision: str = "nvfp4"
     smoothing: float | None = None
     svdquant_model: str | None = None
-    quantized_layers: list[str] | None = None
+    quantized_layers: dict[str, int | None] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,15 +120,17 @@ class SvdQuantConfig(QuantizationConfig):
 
         vLLM-Omni's ``modules_to_not_convert`` are parts of names, so that they can't tell one layer from another.
         """
-        layers = sorted(name.removesuffix(_WEIGHT) for name in tensor_names if name.endswith(_WEIGHT))
-        return replace(self, quantized_layers=layers, smoothing=None) if layers else self
+        layers = [name.removesuffix(_WEIGHT) for name in tensor_names if name.endswith(_WEIGHT)]
+        return replace(self, quantized_layers=dict.fromkeys(layers), smoothing=None) if layers else self
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethod | None:
         """Return what to do with ``layer``; of a checkpoint, its tensors have said which layers are quantized."""
         if self.quantized_layers is None:
             return super().get_quant_method(layer, prefix)
         is_taken = prefix in self.quantized_layers and not (self.svdquant_model and self.is_ignored(prefix))
-        return self.linear_method() if is_taken and isinstance(layer, torch.nn.Linear) else None
+        if not is_taken or not isinstance(layer, torch.nn.Linear):
+            return None
+        return SvdQuantLinearMethod(self.precision, self.quantized_layers[prefix] or self.rank, self.kernel)
 
     def kept_reason(self, name: str) -> str:
         """Return why a layer is left as it is."""
@@ -270,7 +273,9 @@ class SvdQuantLinearMethod(LinearMethod):
             )
         super().process_weights_after_loading(layer)
         layer.is_smoothed = bool((layer.get_parameter("smooth_factor") != 1).any())
-        layer.has_channel_scales = "wcscales" in layer.quantized_names and bool((layer.wcscales != 1).any())
+        layer.has_channel_scales = "wcscales" in layer.quantized_names and bool(
+            (layer.get_parameter("wcscales") != 1).any()
+        )
 
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Compute both products and add them and the bias."""
