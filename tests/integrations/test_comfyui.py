@@ -360,7 +360,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(metadata=json_values, marker=json_values)
 def test_any_json_gives_an_error_of_ours_or_loads(small: Model, metadata: Any, marker: Any) -> None:
     self_made = copy.copy(small)

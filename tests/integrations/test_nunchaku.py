@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -225,9 +230,8 @@ def test_every_layer_is_what_its_packed_tensors_stand_for(name: str, precision: 
     for key, expected in written.expected.items():
         layer = quantized.get(key.rpartition(".")[0])
         if layer is not None and key.endswith(".weight"):
-            copy = QuantizedLinear.like(layer, layer.method, key, torch.float32)
-            copy.load_state_dict(layer.state_dict(), assign=True)
-            tensor = copy.method.dequantize_weight(copy)
+            layer.method.restore_weights(layer)
+            tensor = layer.method.dequantize_weight(layer)
         else:
             tensor = found[key]
         assert (tensor.double() - expected).norm() <= 1e-6 * expected.norm(), key
@@ -342,3 +346,40 @@ def test_wrong_metadata_models_and_files_are_refused(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(2, 2)}, written.path)
     with pytest.raises(CheckpointError, match="no 4-bit layer"):
         written.load()
+
+
+def test_refiners_that_are_not_quantized_are_split(tmp_path: Path) -> None:
+    """With skip_refiners they have nunchaku's names and their own weights."""
+    written = Written("z-image", "int4", tmp_path)
+    found = {}
+    for key, tensor in written.tensors.items():
+        if not key.startswith("noise_refiner.0.feed_forward"):
+            found[key] = tensor
+    own = {name: torch.randn(512, 192) for name in ("w1", "w3")} | {"w2": torch.randn(192, 512)}
+    found["noise_refiner.0.feed_forward.net.0.proj.weight"] = torch.cat([own["w3"], own["w1"]])
+    found["noise_refiner.0.feed_forward.net.2.weight"] = own["w2"]
+    written.tensors = found
+    written.save()
+    loaded = written.load().noise_refiner[0].feed_forward
+    for name, tensor in own.items():
+        assert torch.equal(loaded.get_parameter(f"{name}.weight"), tensor), name
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return Written("qwen-image", "int4", tmp_path_factory.mktemp("fuzz"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_mutated_headers_give_an_error_of_ours_or_load(small: Written, data: st.DataObject) -> None:
+    content = small.path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = bytearray(content[8 : 8 + size])
+    for _ in range(data.draw(st.integers(1, 4))):
+        header[data.draw(st.integers(0, size - 1))] = data.draw(st.sampled_from([*b'0123456789"{}[],:FUI_x', 0, 255]))
+    changed = copy.copy(small)
+    changed.path = small.path.with_name("mutated.safetensors")
+    changed.path.write_bytes(content[:8] + bytes(header) + content[8 + size :])
+    with suppress(CheckpointError, UnsupportedError, ConfigError):
+        changed.load()

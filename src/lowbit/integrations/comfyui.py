@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -181,8 +182,8 @@ def read_layers(file: SafetensorsFile) -> tuple[dict[str, StoredLayer], dict[str
     names = strip_prefix(file.headers)
     grouped: dict[str, dict[str, str]] = {}
     for short, stored in names.items():
-        layer, _, tensor = short.rpartition(".")
-        grouped.setdefault(layer, {})[_ALIASES.get(tensor, tensor)] = stored
+        prefix, _, tensor = short.rpartition(".")
+        grouped.setdefault(prefix, {})[_ALIASES.get(tensor, tensor)] = stored
     declared = _declared(file, grouped)
     layers: dict[str, StoredLayer] = {}
     problems: list[str] = []
@@ -261,7 +262,7 @@ def _rotation(declared: Mapping[str, Any]) -> int | None:
     # Some writers nest the options.
     nested = declared.get("params")
     options = {**(nested if isinstance(nested, dict) else {}), **declared}
-    if options.get("convrot", False) is False:
+    if not options.get("convrot"):
         return None
     size = options.get("convrot_groupsize", 256)
     if type(size) is not int:
@@ -296,6 +297,14 @@ class _Reader:
     config: ComfyUiConfig
     model: nn.Module
 
+    @cached_property
+    def modules(self) -> Mapping[str, nn.Module]:
+        return dict(self.model.named_modules())
+
+    @cached_property
+    def expected(self) -> Mapping[str, torch.Tensor]:
+        return self.model.state_dict()
+
     def layer_format(self, name: str, parts: Sequence[Rows]) -> LayerFormat | None:
         """Return the format that a tensor of the model is in as a layer's weight; ``None``: it is decoded.
 
@@ -304,7 +313,7 @@ class _Reader:
         """
         layer, _, parameter = name.rpartition(".")
         sources = self._sources(parts)
-        module = dict(self.model.named_modules()).get(layer) if parameter == "weight" else None
+        module = self.modules.get(layer) if parameter == "weight" else None
         if type(module) is not nn.Linear or None in sources or self.config.is_ignored(layer):
             return None
         formats = {source.format for source in sources if source is not None}
@@ -367,7 +376,7 @@ class _Reader:
         """Return the rows and columns of a weight without padding, as far as the model tells."""
         rows, columns = sum(part.last - part.first for part in parts), source.columns
         padding = _PADDING.get(source.format.format, 1)
-        expected = self.model.state_dict().get(name)
+        expected = self.expected.get(name)
         if expected is not None and expected.ndim == 2:
             if len(parts) == 1 and -(-expected.shape[0] // padding) * padding == rows:
                 rows = expected.shape[0]

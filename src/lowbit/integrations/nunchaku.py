@@ -233,7 +233,8 @@ class _Reader:
         return problems
 
     def _awq_problems(self, source: Source) -> list[str]:
-        groups = max(source.columns // nunchaku.AWQ_GROUP_SIZE, self._header(f"{source.name}.wscales").shape[0])
+        stored = self._header(f"{source.name}.wscales").shape or (0,)
+        groups = max(source.columns // nunchaku.AWQ_GROUP_SIZE, stored[0])  # beyond is padding
         scales = ((groups, source.rows), _FLOATS)
         needed: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
             "qweight": ((source.rows // 4, source.columns // 2), ("I32",)),
@@ -407,7 +408,7 @@ def _padded(extent: int) -> int:
 
 def _rows(name: str, tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
     if name in _SHARED:
-        return tensor
+        return tensor.clone()  # of each layer its own: safetensors does not write memory that tensors share
     return tensor[:, first:last].contiguous() if name == "wscales" else tensor[first:last].contiguous()
 
 
