@@ -99,10 +99,12 @@ class ComfyUiConfig(QuantizationConfig):
         comfyui_model: the file that the weights come from: a local file or ``owner/repo/file.safetensors``. Other
             components come from the base model.
         layer_formats: of weights that are quantized already: layer -> the attributes of ``LayerFormat``.
+        is_checkpoint_comfyui_serialized: the checkpoint's weights are quantized already.
     """
 
     comfyui_model: str | None = None
     layer_formats: dict[str, dict[str, Any]] | None = None
+    is_checkpoint_comfyui_serialized: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,12 +128,13 @@ class ComfyUiConfig(QuantizationConfig):
     @property
     def is_serialized(self) -> bool:
         """Whether the weights are quantized already, in the checkpoint or in ``comfyui_model``."""
-        return self.layer_formats is not None or self.comfyui_model is not None
+        is_known = self.layer_formats is not None or self.comfyui_model is not None
+        return is_known or self.is_checkpoint_comfyui_serialized
 
     def of_checkpoint(self, tensor_names: Collection[str]) -> Self:
         """Take layers with a scale as those that are quantized, where the configuration does not list them."""
         scales = sorted(name for name in tensor_names if name.endswith(".weight_scale"))
-        if self.is_serialized or not scales:
+        if self.layer_formats is not None or self.comfyui_model is not None or not scales:
             return self
         formats = {name.removesuffix(".weight_scale"): {"format": WRITTEN} for name in scales}
         return replace(self, layer_formats=formats)
@@ -160,4 +163,6 @@ class ComfyUiConfig(QuantizationConfig):
 
     def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
         """Return the configuration to write beside the quantized tensors."""
-        return replace(self, comfyui_model=None, ignored_layers=list(ignored_layers))
+        return replace(
+            self, comfyui_model=None, is_checkpoint_comfyui_serialized=True, ignored_layers=list(ignored_layers)
+        )

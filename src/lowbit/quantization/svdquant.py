@@ -63,6 +63,8 @@ class SvdQuantConfig(QuantizationConfig):
             Other components come from the base model.
         quantized_layers: of weights that are quantized already: layer -> its rank, ``None`` for ``rank``; found in the
             checkpoint.
+        is_checkpoint_svdquant_serialized: the checkpoint's weights are quantized already; not written, as vLLM-Omni
+            refuses other keys than its own, but told by ``quant_method`` beside ``modules_to_not_convert``.
     """
 
     rank: int = 32
@@ -70,6 +72,7 @@ class SvdQuantConfig(QuantizationConfig):
     smoothing: float | None = None
     svdquant_model: str | None = None
     quantized_layers: dict[str, int | None] | None = None
+    is_checkpoint_svdquant_serialized: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,12 +101,16 @@ class SvdQuantConfig(QuantizationConfig):
         # vLLM-Omni's option; like there, only its value at rest is read.
         if config.get("act_unsigned", False) is not False:
             raise ConfigError(f"svdquant: act_unsigned={config['act_unsigned']!r} is not supported; leave it out")
-        return super()._options({name: value for name, value in config.items() if name != "act_unsigned"})
+        options = super()._options({name: value for name, value in config.items() if name != "act_unsigned"})
+        if "quant_method" in config and "modules_to_not_convert" in config:
+            options.setdefault("is_checkpoint_svdquant_serialized", True)
+        return options
 
     @property
     def is_serialized(self) -> bool:
         """Whether the weights are quantized already, in the checkpoint or in ``svdquant_model``."""
-        return self.quantized_layers is not None or self.svdquant_model is not None
+        is_known = self.quantized_layers is not None or self.svdquant_model is not None
+        return is_known or self.is_checkpoint_svdquant_serialized
 
     @property
     def weights_from(self) -> str | None:
@@ -143,7 +150,12 @@ class SvdQuantConfig(QuantizationConfig):
     def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
         """Return the configuration to write beside the quantized tensors."""
         return replace(
-            self, svdquant_model=None, smoothing=None, quantized_layers=None, ignored_layers=list(ignored_layers)
+            self,
+            svdquant_model=None,
+            smoothing=None,
+            quantized_layers=None,
+            is_checkpoint_svdquant_serialized=True,
+            ignored_layers=list(ignored_layers),
         )
 
     def to_dict(self) -> dict[str, Any]:
