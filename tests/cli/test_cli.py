@@ -139,3 +139,14 @@ def test_a_gguf_file_is_written_and_generated_with(tmp_path: Path) -> None:
     other = lowbit("quantize", "-q", "int8", "-o", "other.gguf", cwd=tmp_path)
     assert "the method is int8: use --quantization gguf" in other.stderr
     assert not (tmp_path / "other.gguf").exists()
+
+
+def test_a_comfyui_file_is_written_and_generated_with(tmp_path: Path) -> None:
+    written = lowbit("quantize", "-q", "comfyui", "-o", "model.safetensors", cwd=tmp_path)
+    assert written.returncode == 0, written.stderr
+    assert "layers comfyui float8_e4m3fn" in written.stdout
+    arguments = ("-q", "comfyui", "--comfyui-model", "model.safetensors", "--output", "picture.png", "--steps", "2")
+    result = lowbit("generate", "a red circle", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    other = lowbit("quantize", "-q", "int8", "-o", "other.safetensors", cwd=tmp_path)
+    assert "the method is int8: use --quantization comfyui" in other.stderr

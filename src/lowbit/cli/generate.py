@@ -34,6 +34,8 @@ def generate(
     ignored_layers: options.IgnoredLayers = None,
     gguf_model: options.GgufModel = None,
     gguf_type: options.GgufType = None,
+    comfyui_model: options.ComfyUiModel = None,
+    svdquant_model: options.SvdQuantModel = None,
     kernel: options.Kernel = None,
     output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "output.png",
     steps: Annotated[
@@ -68,7 +70,16 @@ def generate(
         negative_prompt=negative_prompt,
         num_outputs_per_prompt=num_images_per_prompt,
     )
-    spec = options.quantization_spec(quantization, quantization_config, ignored_layers, kernel, gguf_model, gguf_type)
+    spec = options.quantization_spec(
+        quantization,
+        quantization_config,
+        ignored_layers,
+        kernel=kernel,
+        gguf_model=gguf_model,
+        gguf_type=gguf_type,
+        comfyui_model=comfyui_model,
+        svdquant_model=svdquant_model,
+    )
     from lowbit.engine import Omni
 
     omni = Omni(

@@ -43,6 +43,8 @@ def info(
     ignored_layers: options.IgnoredLayers = None,
     gguf_model: options.GgufModel = None,
     gguf_type: options.GgufType = None,
+    comfyui_model: options.ComfyUiModel = None,
+    svdquant_model: options.SvdQuantModel = None,
 ) -> None:
     """Show which kernels run here and why not the others; of a MODEL, what would be quantized and why not the rest."""
     if model is None:
@@ -50,7 +52,16 @@ def info(
     else:
         method = None if quantization_config is not None else quantization
         _show_model(
-            model, options.quantization_spec(method, quantization_config, ignored_layers, None, gguf_model, gguf_type)
+            model,
+            options.quantization_spec(
+                method,
+                quantization_config,
+                ignored_layers,
+                gguf_model=gguf_model,
+                gguf_type=gguf_type,
+                comfyui_model=comfyui_model,
+                svdquant_model=svdquant_model,
+            ),
         )
 
 

@@ -43,6 +43,14 @@ GgufModel = Annotated[
 GgufType = Annotated[
     str | None, typer.Option("--gguf-type", help="For gguf: the type to quantize to, such as Q8_0 or Q4_K.")
 ]
+ComfyUiModel = Annotated[
+    str | None,
+    typer.Option("--comfyui-model", help="For comfyui: a file or owner/repo/file.safetensors with the weights."),
+]
+SvdQuantModel = Annotated[
+    str | None,
+    typer.Option("--svdquant-model", help="For svdquant: nunchaku's file, or owner/repo/file.safetensors."),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of what is not quantized: bfloat16, float16 or float32.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, xpu... Default: an accelerator if there is one.")
@@ -73,11 +81,9 @@ def quantization_spec(
     method: str | None,
     config: str | None,
     ignored_layers: str | None = None,
-    kernel: str | None = None,
-    gguf_model: str | None = None,
-    gguf_type: str | None = None,
     method_option: str = "--quantization",
     config_option: str = "--quantization-config",
+    **given: str | None,
 ) -> Any:
     """Combine the command line's options to what ``build_quant_config`` takes.
 
@@ -85,11 +91,9 @@ def quantization_spec(
         method: a method's name, of the option ``method_option``.
         config: JSON or a file of it, of ``config_option``.
         ignored_layers: patterns between commas.
-        kernel: an implementation's name.
-        gguf_model: where a GGUF file is.
-        gguf_type: a GGUF type to quantize to.
         method_option: what the user typed for ``method``, for messages.
         config_option: what the user typed for ``config``, for messages.
+        given: other options of methods, by name, such as ``kernel``.
 
     Raises:
         ConfigError: JSON that can't be read, or options that nothing applies to.
@@ -98,7 +102,6 @@ def quantization_spec(
     options: dict[str, Any] = {}
     if ignored_layers is not None:
         options["ignored_layers"] = [name.strip() for name in ignored_layers.split(",") if name.strip()]
-    given = {"kernel": kernel, "gguf_model": gguf_model, "gguf_type": gguf_type}
     options.update({name: value for name, value in given.items() if value is not None})
     if isinstance(spec, dict) and method is not None and ("method" in spec or "quant_method" in spec):
         raise ConfigError(f"Give the method in {method_option} or in {config_option}, not in both")

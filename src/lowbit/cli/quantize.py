@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import tempfile
@@ -15,12 +16,20 @@ from lowbit.cli import options
 from lowbit.errors import ConfigError
 from lowbit.evaluation.model_card import model_card, read_validation
 from lowbit.quantization.backends import BackendConfig
+from lowbit.quantization.base import QuantizationConfig
+from lowbit.quantization.comfyui import ComfyUiConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
 from lowbit.quantization.factory import build_quant_config
 from lowbit.quantization.gguf import GgufConfig
 
 if TYPE_CHECKING:
     from lowbit.engine import Omni
+
+# Suffix -> the method that writes such files, and the module and the function that do.
+_SINGLE_FILES: dict[str, tuple[type[QuantizationConfig], str, str]] = {
+    ".gguf": (GgufConfig, "lowbit.integrations.gguf_export", "export_gguf"),
+    ".safetensors": (ComfyUiConfig, "lowbit.integrations.comfyui_export", "export_comfyui"),
+}
 
 EXAMPLES = """Examples:
 
@@ -31,11 +40,13 @@ EXAMPLES = """Examples:
   lowbit quantize --model ./z-image -q int8 --validation-json z-image-int8.json --output ./z-image-int8
 
   lowbit quantize --model ./z-image -q gguf --gguf-type Q4_K --output z-image-Q4_K.gguf
+
+  lowbit quantize --model ./z-image -q comfyui --output z-image-fp8.safetensors
 """
 
 
 def quantize(
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder to create, or a .gguf file.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to create, or a .gguf or .safetensors file.")],
     model: options.Model = None,
     quantization: options.Quantization = None,
     quantization_config: options.QuantizationConfigText = None,
@@ -52,7 +63,7 @@ def quantize(
         typer.Option(help="What lowbit validate wrote, for the model card; may be given several times."),
     ] = None,
 ) -> None:
-    """Quantize a pipeline and write it, in diffusers' format with vLLM-Omni's tensors; or one GGUF file.
+    """Quantize a pipeline and write it, in diffusers' format with vLLM-Omni's tensors; or one GGUF or ComfyUI file.
 
     A folder gets a model card, README.md.
     """
@@ -64,8 +75,8 @@ def quantize(
     spec = options.quantization_spec(quantization, quantization_config, ignored_layers, gguf_type=gguf_type)
     if spec is None:
         raise ConfigError("Say how to quantize: --quantization or --quantization-config")
-    if target.suffix == ".gguf":
-        write_gguf_file(model, spec, target)
+    if target.suffix in _SINGLE_FILES:
+        write_single_file(model, spec, target)
         return
     refuse_other_backends(spec)
     from lowbit.engine import Omni
@@ -91,33 +102,37 @@ def refuse_other_backends(spec: Any) -> None:
         )
 
 
-def write_gguf_file(model: str | None, spec: Any, target: Path) -> None:
-    """Write the transformer of ``model`` as a GGUF file.
+def write_single_file(model: str | None, spec: Any, target: Path) -> None:
+    """Write the transformer of ``model`` as one file, in the format that its suffix stands for.
 
     Raises:
-        ConfigError: another method than gguf, or several components.
+        ConfigError: a method that does not write such files, or several components.
     """
     from lowbit.engine.loading import local_component, read_components, resolve_model, route
-    from lowbit.integrations.gguf_export import export_gguf
 
+    kind, module, function = _SINGLE_FILES[target.suffix]
     source = resolve_model(model)
     components = read_components(source)
     chosen = route(build_quant_config(spec), components)
     if len(chosen) != 1:
         raise ConfigError(
             f"{target} holds one component, and {', '.join(chosen)} are to be quantized: name one with"
-            ' --quantization-config \'{"transformer": {"method": "gguf", "gguf_type": "Q4_K"}}\''
+            f' --quantization-config \'{{"transformer": {{"method": "{kind.get_name()}", ...}}}}\''
         )
     name, config = next(iter(chosen.items()))
-    if not isinstance(config, GgufConfig):
-        raise ConfigError(f"{target} is a GGUF file, and the method is {config.get_name()}: use --quantization gguf")
+    if not isinstance(config, kind):
+        raise ConfigError(
+            f"{target} would be a {target.suffix} file, and the method is {config.get_name()}: use --quantization"
+            f" {kind.get_name()}"
+        )
     with tqdm(desc="writing", unit="tensor", leave=False) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total, bar.n = total, done
             bar.refresh()
 
-        manifest = export_gguf(local_component(source, name), components[name][1], config, target, show)
+        export = getattr(importlib.import_module(module), function)
+        manifest = export(local_component(source, name), components[name][1], config, target, show)
     typer.echo(f"quantized   {manifest.summary()}")
     typer.echo(f"wrote       {target}")
 

@@ -28,6 +28,8 @@ def validate(
     ignored_layers: options.IgnoredLayers = None,
     gguf_model: options.GgufModel = None,
     gguf_type: options.GgufType = None,
+    comfyui_model: options.ComfyUiModel = None,
+    svdquant_model: options.SvdQuantModel = None,
     kernel: options.Kernel = None,
     attention_quantization: options.AttentionQuantization = None,
     calibration_prompt: options.CalibrationPrompts = None,
@@ -48,7 +50,16 @@ def validate(
     from lowbit.evaluation.report import write_report
     from lowbit.evaluation.validation import HEADER, row, validation_plan
 
-    spec = options.quantization_spec(quantization, quantization_config, ignored_layers, kernel, gguf_model, gguf_type)
+    spec = options.quantization_spec(
+        quantization,
+        quantization_config,
+        ignored_layers,
+        kernel=kernel,
+        gguf_model=gguf_model,
+        gguf_type=gguf_type,
+        comfyui_model=comfyui_model,
+        svdquant_model=svdquant_model,
+    )
     if spec is None:
         raise ConfigError("Give the method to validate: --quantization")
     json_file = comparison.check_output_file(output_json, "--output-json") if output_json else None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import struct
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import BinaryIO
 import torch
 
 from lowbit.errors import UnsupportedError
+from lowbit.formats.atomic import replace_when_written
 from lowbit.formats.gguf import ARRAY, DEFAULT_ALIGNMENT, LARGEST_DIMENSIONS, MAGIC, STRING
 from lowbit.ops.gguf_types import block_type
 
@@ -65,29 +64,19 @@ def write_gguf(
     Raises:
         UnsupportedError: a name or a shape that the format does not hold.
     """
-    path = Path(path)
     for tensor in tensors:
         if len(tensor.name.encode()) > LONGEST_NAME or not 1 <= len(tensor.shape) <= LARGEST_DIMENSIONS:
             raise UnsupportedError(f"{tensor.name} {list(tensor.shape)}: a name or a shape that GGUF does not hold")
-    descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            _write_header(file, metadata, tensors)
-            for done, tensor in enumerate(tensors, start=1):
-                _pad(file)
-                raw = tensor.make()
-                assert raw.numel() == tensor.bytes, tensor.name
-                raw.contiguous().view(-1).numpy().tofile(file)
-                if progress is not None:
-                    progress(done, len(tensors))
+    with replace_when_written(path) as file:
+        _write_header(file, metadata, tensors)
+        for done, tensor in enumerate(tensors, start=1):
             _pad(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            raw = tensor.make()
+            assert raw.numel() == tensor.bytes, tensor.name
+            raw.contiguous().view(-1).numpy().tofile(file)
+            if progress is not None:
+                progress(done, len(tensors))
+        _pad(file)
 
 
 def _write_header(file: BinaryIO, metadata: Mapping[str, Value], tensors: Sequence[TensorToWrite]) -> None:

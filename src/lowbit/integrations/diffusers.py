@@ -85,7 +85,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Replace the linear layers and check the checkpoint's tensors against the result."""
-        config = loading.resolve_serialized(self.quantization_config, self.loaded_keys)
+        config = self.quantization_config.of_checkpoint(self.loaded_keys)
         self.quantization_config, self.pre_quantized = config, config.is_serialized
         self.preparation = loading.prepare(
             model,
@@ -164,10 +164,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         assert self.preparation is not None
         if self.progress is not None:
             self.progress.close()
-        for layer in self.preparation.layers.values():
-            for name in layer.method.optional:
-                if layer.get_parameter(name).is_meta:
-                    layer.drop_tensor(name)
+        loading.drop_absent(self.preparation.layers.values())
         loading.check_loaded(model)
         loading.finish(model, self.preparation)
         model.register_to_config(quantization_config=loading.serialized_config(model))  # type: ignore[operator]

@@ -24,7 +24,11 @@ from lowbit.integrations.diffusers import attach
 from lowbit.quantization.base import QuantizationConfig
 
 # Method -> module with open_weights.
-_READERS = {"gguf": "lowbit.integrations.gguf"}
+_READERS = {
+    "gguf": "lowbit.integrations.gguf",
+    "svdquant": "lowbit.integrations.nunchaku",
+    "comfyui": "lowbit.integrations.comfyui",
+}
 
 
 class ForeignTensor(Protocol):
@@ -129,7 +133,9 @@ def load_weights(
     expected = model.state_dict()
     _check(model, preparation, weights, expected)
     for name, empty in expected.items():
-        tensor = weights.tensors[name]
+        tensor = weights.tensors.get(name)
+        if tensor is None:
+            continue  # optional
         found = preparation.find(name)
         if found is not None:
             layer, parameter = found
@@ -139,6 +145,7 @@ def load_weights(
         kept = torch.float32 if set(float32) & set(name.split(".")) else dtype
         value = tensor.decoded().reshape(empty.shape).to(kept if empty.is_floating_point() else empty.dtype)
         set_module_tensor_to_device(model, name, device, value=value, dtype=value.dtype)
+    loading.drop_absent(preparation.layers.values())
     model.to(device)  # buffers that no checkpoint has
     loading.check_loaded(model)
     loading.finish(model, preparation)
@@ -153,7 +160,7 @@ def _check(
     expected: Mapping[str, torch.Tensor],
 ) -> None:
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    missing = sorted({*(expected.keys() - weights.tensors.keys())})
+    missing = sorted(name for name in expected.keys() - weights.tensors.keys() if not preparation.may_be_absent(name))
     unexpected = sorted(
         name for name in weights.tensors.keys() - expected.keys() if not any(re.search(p, name) for p in ignored)
     )

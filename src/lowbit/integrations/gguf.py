@@ -14,6 +14,7 @@ from torch import nn
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.formats.gguf import GgufFile, GgufTensor, open_gguf
 from lowbit.integrations.foreign import ForeignWeights
+from lowbit.integrations.hub import download, first_line
 from lowbit.integrations.single_file import Rows, find_recipe, strip_prefix
 from lowbit.ops.gguf import dequantize_operator
 from lowbit.quantization.base import QuantizationConfig
@@ -37,6 +38,7 @@ ARCHITECTURES: Mapping[str, tuple[str, ...]] = {
 TEXT_ARCHITECTURES = ("t5", "t5encoder", "llama", "qwen2vl", "qwen3", "qwen3vl", "gemma2", "gemma3")
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
+_OPTION = "gguf_model"
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+\.gguf)")
 _HUB_TYPE = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+)")
 
@@ -187,10 +189,10 @@ def resolve_gguf_model(name: str) -> Path:
             f"gguf_model: there is no file {name}, and it has not the form owner/repo/file.gguf or owner/repo:Q4_K_M"
         )
     if by_file is not None:
-        return _download(*by_file.groups())
+        return download(_OPTION, *by_file.groups())
     assert by_type is not None
     repository, kind = by_type.groups()
-    return _download(repository, choose_file(list_files(repository), repository, kind))
+    return download(_OPTION, repository, choose_file(list_files(repository), repository, kind))
 
 
 def choose_file(files: Sequence[str], repository: str, kind: str) -> str:
@@ -222,17 +224,4 @@ def list_files(repository: str) -> list[str]:
     try:
         return list(HfApi().list_repo_files(repository))
     except Exception as error:  # of the network or of the Hub: many kinds, all with a message
-        raise ConfigError(f"gguf_model: can't list {repository}: {_first_line(error)}") from error
-
-
-def _download(repository: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, file))
-    except Exception as error:  # of the network or of the Hub: many kinds, all with a message
-        raise ConfigError(f"gguf_model: can't get {file} of {repository}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{_OPTION}: can't list {repository}: {first_line(error)}") from error

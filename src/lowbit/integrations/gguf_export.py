@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import nn
 
-from lowbit.errors import ConfigError, UnsupportedError
+from lowbit.errors import ConfigError
 from lowbit.formats.gguf_writer import TensorToWrite, Value, write_gguf
-from lowbit.integrations.checks import TensorHeader, read_headers, read_json, weight_files
-from lowbit.integrations.reference_names import LAYOUTS, Fused, Layout, reference_tensors
-from lowbit.integrations.single_file import Rows, find_recipe
-from lowbit.integrations.skeleton import empty_component
-from lowbit.models.patterns import matches_any
+from lowbit.integrations.checks import TensorHeader
+from lowbit.integrations.reference_names import Fused, Layout
+from lowbit.integrations.single_file_export import SMALL_TENSOR, fused_shape, prepare_export, read_fused
 from lowbit.ops.gguf import quantize_operator
 from lowbit.ops.gguf_types import BLOCK_TYPES
 from lowbit.quantization.gguf import GgufConfig, GgufLinearMethod
 from lowbit.quantization.manifest import LayerRecord, Manifest
-from lowbit.quantization.plan import Plan, plan_layers
+from lowbit.quantization.plan import Plan
 
-# Tensors that small stay in float32 (ComfyUI-GGUF's convention), as do those with one dimension.
-SMALL_TENSOR = 1024
 QUANTIZATION_VERSION = 2  # of ggml's blocks
 # general.file_type, llama.cpp's numbers of "mostly" that type.
 FILE_TYPES: Mapping[str, int] = {
@@ -68,58 +61,13 @@ def export_gguf(
         CheckpointError: its files are damaged.
     """
     folder = Path(folder)
-    layout = LAYOUTS.get(class_name)
-    if layout is None:
-        raise UnsupportedError(f"The layout of GGUF files of {class_name} is not known. Known: {', '.join(LAYOUTS)}")
     if config.gguf_type is None:
         raise ConfigError("Say which type to write: gguf_type (--gguf-type), such as Q4_K")
-    if read_json(folder / "config.json").get("quantization_config") is not None:
-        raise ConfigError(f"{folder} is quantized already; export from the unquantized model")
-    model = empty_component(str(folder.parent), folder.name, "diffusers", class_name)
-    headers = read_headers(weight_files(folder))
-    plan = _with_float32_modules(plan_layers(model, config), model)
-    fused = reference_tensors(layout, model.state_dict())
-    _check_layout(model, layout, fused)
+    layout, plan, headers, fused = prepare_export(folder, class_name, config)
     types = {name: _type_of(tensor, plan, headers) for name, tensor in fused.items()}
     tensors = [_to_write(name, fused[name], types[name], headers) for name in fused]
     write_gguf(path, _metadata(layout, config.gguf_type, folder), tensors, progress)
     return _manifest(class_name, plan, fused, types, headers)
-
-
-def _with_float32_modules(plan: Plan, model: nn.Module) -> Plan:
-    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return {
-        name: replace(decision, method=None, reason="float32 module") if matches_any(kept, name) else decision
-        for name, decision in plan.items()
-    }
-
-
-def _check_layout(model: nn.Module, layout: Layout, fused: Mapping[str, Fused]) -> None:
-    """Convert the names back as diffusers does, and see that every row comes to its place.
-
-    Raises:
-        UnsupportedError: it does not: this version of diffusers has other names.
-    """
-    shapes = {name: tensor.shape[0] for name, tensor in model.state_dict().items()}
-    recipe, missing = find_recipe(
-        model, {name: sum(shapes[part] for part in tensor.parts) for name, tensor in fused.items()}
-    )
-    wrong = sorted(set(shapes) ^ set(recipe))
-    for name, tensor in fused.items():
-        first = 0
-        for part in tensor.parts:
-            height = shapes[part]
-            rows: tuple[Rows, ...] = (Rows(name, first, first + height),)
-            if tensor.swapped:
-                rows = (Rows(name, height // 2, height), Rows(name, 0, height // 2))
-            if recipe.get(part) != rows:
-                wrong.append(part)
-            first += height
-    if wrong or missing:
-        raise UnsupportedError(
-            f"{layout.architecture}: diffusers reads single files of {type(model).__name__} in another way than lowbit"
-            f" writes them: {', '.join(sorted({*wrong, *missing})[:8])}"
-        )
 
 
 def _type_of(tensor: Fused, plan: Plan, headers: Mapping[str, TensorHeader]) -> str:
@@ -137,23 +85,13 @@ def _type_of(tensor: Fused, plan: Plan, headers: Mapping[str, TensorHeader]) -> 
 
 
 def _to_write(name: str, fused: Fused, weight_type: str, headers: Mapping[str, TensorHeader]) -> TensorToWrite:
-    first = headers[fused.parts[0]].shape
-    shape = (sum(headers[part].shape[0] for part in fused.parts), *first[1:])
+    shape = fused_shape(fused, headers)
 
     def make() -> torch.Tensor:
-        values = torch.cat([_read(headers[part], part) for part in fused.parts])
-        if fused.swapped:
-            values = torch.cat(values.chunk(2)[::-1])
-        raw: torch.Tensor = quantize_operator(values.reshape(-1, shape[-1]), weight_type)
+        raw: torch.Tensor = quantize_operator(read_fused(fused, headers).reshape(-1, shape[-1]), weight_type)
         return raw
 
     return TensorToWrite(name, weight_type, shape, make)
-
-
-def _read(header: TensorHeader, name: str) -> torch.Tensor:
-    with safe_open(str(header.file), framework="pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(name)
-    return tensor
 
 
 def _metadata(layout: Layout, weight_type: str, folder: Path) -> dict[str, Value]:

@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AUTOMATIC_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-SCALE_SUFFIXES = (".weight_scale", ".weight_scale_inv")
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,10 @@ class Preparation:
 
     def find(self, tensor_name: str) -> tuple[QuantizedLinear, str] | None:
         """Return the layer and its parameter that ``tensor_name`` names, if it is quantized data or becomes such."""
-        prefix, _, name = tensor_name.rpartition(".")
+        prefix, _, stored_name = tensor_name.rpartition(".")
         layer = self.layers.get(prefix)
-        return (layer, name) if layer is not None and name in layer.quantized_names else None
+        name = layer.parameter_of(stored_name) if layer is not None else None
+        return (layer, name) if layer is not None and name is not None else None
 
     def is_made_here(self, tensor_name: str) -> bool:
         """Tell whether quantizing makes this tensor, so that no unquantized checkpoint has it."""
@@ -124,16 +124,6 @@ def _is_for_other_device(method: LinearMethod, device: torch.device) -> bool:
     return device.type == "cpu" and bool(named) and not named[0].devices & {"cpu", *ANY_DEVICE}
 
 
-def resolve_serialized(config: QuantizationConfig, tensor_names: Iterable[str]) -> QuantizationConfig:
-    """Return ``config`` as that of a quantized checkpoint if the tensors are quantized but it does not say so.
-
-    Some writers leave out ``is_checkpoint_int8_serialized``.
-    """
-    if config.is_serialized or not any(name.endswith(SCALE_SUFFIXES) for name in tensor_names):
-        return config
-    return config.as_serialized(config.ignored_layers or [])
-
-
 def weight_bytes(layer: QuantizedLinear, headers: Mapping[str, Any]) -> int:
     """Return the bytes of a layer's unquantized weight: as its checkpoint's header says, else in the compute dtype.
 
@@ -169,6 +159,14 @@ def first_device(device_map: object) -> torch.device | None:
     return None if device in (None, *AUTOMATIC_DEVICE_MAPS) else torch.device(device)
 
 
+def drop_absent(layers: Iterable[QuantizedLinear]) -> None:
+    """Let layers do without the optional tensors that did not arrive."""
+    for layer in layers:
+        for name in layer.method.optional & set(layer.quantized_names):
+            if layer.get_parameter(name).is_meta:
+                layer.drop_tensor(name)
+
+
 def check_loaded(model: nn.Module, missing: Iterable[str] = ()) -> None:
     """Check that everything arrived.
 
@@ -200,6 +198,7 @@ def finish(model: nn.Module, preparation: Preparation) -> Manifest:
     Sets ``model.lowbit_manifest`` and ``model.lowbit_config``, as ``quantize_model`` does.
     """
     for layer in preparation.layers.values():
+        layer.awaits_unquantized = False
         if not _is_for_other_device(layer.method, layer.weight.device):
             layer.process_weights_after_loading()
     manifest = replace(make_manifest(model, preparation.plan), notes=_expert_notes(model))

@@ -161,7 +161,7 @@ def _check_diffusers_model(
         rename(headers)  # the attention layers of old checkpoints have other names
     preparation = None
     if quantization is not None:
-        config = loading.resolve_serialized(quantization, headers)
+        config = quantization.of_checkpoint(headers)
         preparation = loading.prepare(model, config, torch.bfloat16, device=device)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     check_tensors(model, preparation, headers, ignored=ignored)

@@ -235,7 +235,7 @@ def reference_tensors(layout: Layout, names: Collection[str]) -> dict[str, Fused
         names: of the model's tensors.
     """
     rules = [
-        (re.compile(re.escape(target).replace(r"\{\}", r"(\d+)")), source, index)
+        (_pattern(target), source, index)
         for source, targets in layout.layers.items()
         for index, target in enumerate(targets)
     ]
@@ -255,6 +255,19 @@ def reference_tensors(layout: Layout, names: Collection[str]) -> dict[str, Fused
     return {
         name: Fused(tuple(parts[index] for index in sorted(parts)), name in swapped) for name, parts in found.items()
     }
+
+
+def names_of(layer: str, layers: Layers) -> tuple[str, ...]:
+    """Return what ``layers`` has for ``layer``, with its numbers put in; nothing if it is not among them."""
+    for source, targets in layers.items():
+        match = _pattern(source).fullmatch(layer)
+        if match:
+            return tuple(target.format(*match.groups()) for target in targets)
+    return ()
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
 
 
 def _source_of(layer: str, rules: Collection[tuple[re.Pattern[str], str, int]]) -> tuple[str, int]:

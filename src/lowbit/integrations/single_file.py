@@ -17,7 +17,7 @@ from torch import nn
 
 from lowbit.errors import CheckpointError, UnsupportedError
 
-PREFIX = "model.diffusion_model."
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # Row numbers are int64: half a gigabyte.
 MOST_ROWS = 1 << 26
 # Some of diffusers' functions split at rows of the published models' width. For another width every tensor gets as many
@@ -30,7 +30,7 @@ class Rows:
     """Rows of a tensor of the file.
 
     Attributes:
-        source: its name in the file, without ``PREFIX``.
+        source: its name in the file, without its prefix.
         first, last: along dimension 0; ``last`` is not included.
     """
 
@@ -44,9 +44,12 @@ Recipe = Mapping[str, tuple[Rows, ...]]
 
 
 def strip_prefix(names: Collection[str]) -> dict[str, str]:
-    """Return name without ``PREFIX`` -> name; where some names have it, the others belong to other models."""
-    prefixed = {name.removeprefix(PREFIX): name for name in names if name.startswith(PREFIX)}
-    return prefixed or {name: name for name in names}
+    """Return name without its prefix -> name; where some names have one, the others belong to other models."""
+    for prefix in PREFIXES:
+        prefixed = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+        if prefixed:
+            return prefixed
+    return {name: name for name in names}
 
 
 def find_recipe(model: nn.Module, heights: Mapping[str, int]) -> tuple[Recipe, list[str]]:

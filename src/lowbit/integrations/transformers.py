@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.integrations import dispatch, loading
 from lowbit.integrations.checks import read_headers, refuse_pickles
 from lowbit.quantization import plan as quantization_plan
@@ -96,8 +96,10 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         files = list(checkpoint_files or ())
         refuse_pickles(files)
         headers = read_headers(file for file in files if str(file).endswith(".safetensors"))
-        config = _for_base_model(loading.resolve_serialized(self.quantization_config, headers), model)
+        config = _for_base_model(self.quantization_config.of_checkpoint(headers), model)
         self.quantization_config, self.pre_quantized = config, config.is_serialized
+        if config.is_serialized and config.linear_method().stored_names:
+            raise UnsupportedError(f"{config.get_name()} checkpoints are read for diffusers' models, not transformers'")
         self.preparation = loading.prepare(
             model,
             config,

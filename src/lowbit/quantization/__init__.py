@@ -1,6 +1,7 @@
 """What to compute: the quantization methods, their configuration, and applying them to models."""
 
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
+from lowbit.quantization.comfyui import ComfyUiConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
 from lowbit.quantization.factory import (
     SUPPORTED_QUANTIZATION_METHODS,
@@ -17,9 +18,11 @@ from lowbit.quantization.mxfp4 import Mxfp4Config, Mxfp4DualScaleConfig
 from lowbit.quantization.mxfp8 import Mxfp8Config
 from lowbit.quantization.nvfp4 import NvFp4Config
 from lowbit.quantization.plan import plan_layers, quantize_model
+from lowbit.quantization.svdquant import SvdQuantConfig
 
 __all__ = [
     "SUPPORTED_QUANTIZATION_METHODS",
+    "ComfyUiConfig",
     "ComponentQuantizationConfig",
     "Fp8Config",
     "GgufConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "NvFp4Config",
     "QuantizationConfig",
     "QuantizedLinear",
+    "SvdQuantConfig",
     "build_quant_config",
     "plan_layers",
     "quantize_model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from lowbit.quantization.linear import QuantizedLinear
+
+
+SCALE_SUFFIXES = (".weight_scale", ".weight_scale_inv")
 
 
 class MethodName(str):
@@ -163,6 +166,15 @@ class QuantizationConfig(ABC):
         """Tell whether ``ignored_layers`` keeps the layer with this full name."""
         return matches_any(self.ignored_layers or (), name)
 
+    def of_checkpoint(self, tensor_names: Collection[str]) -> Self:
+        """Return the configuration for a checkpoint with these tensors, which may say more than what it was read from.
+
+        ``weight_scale`` tensors make it one of a checkpoint that is quantized: some writers leave that out.
+        """
+        if self.is_serialized or not any(name.endswith(SCALE_SUFFIXES) for name in tensor_names):
+            return self
+        return self.as_serialized(self.ignored_layers or [])
+
     def stored_tensors(self, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Return the state dict of a model as ``save_pretrained`` is to write it: as it is, if nothing else is said."""
         return state_dict
@@ -190,6 +202,7 @@ class LinearMethod(ABC):
         table: the family's implementations.
         activation_scheme: ``"dynamic"``, ``"static"`` (by ``input_scale``), or ``"none"`` for weights alone.
         optional: tensors that a checkpoint may lack; the layer then does without.
+        stored_names: parameter -> the checkpoint's name of its tensor, where they differ.
     """
 
     name: ClassVar[str]
@@ -198,6 +211,7 @@ class LinearMethod(ABC):
     table: ClassVar[Sequence[Implementation]]
     activation_scheme: str = "dynamic"
     optional: frozenset[str] = frozenset()
+    stored_names: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, kernel: str = AUTO) -> None:
         self.kernel = kernel
@@ -234,6 +248,14 @@ class LinearMethod(ABC):
             found = _describe(tuple(tensor.shape), tensor.dtype)
             raise CheckpointError(f"{layer.prefix}.{name}: found {found}, {self.name} needs {_describe(shape, dtype)}")
         return tensor
+
+    def stored_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Undo ``canonical_tensor`` for the parameter ``name``, where the checkpoint's layout differs."""
+        return tensor
+
+    def smooth_input(self, layer: QuantizedLinear, mul_scale: torch.Tensor) -> None:
+        """Let ``layer``, whose weight was divided by ``mul_scale`` [K], multiply its input by it."""
+        layer.replace_tensor("mul_scale", mul_scale)
 
     def input_scale_of(self, absmax: float) -> float:
         """Return the ``input_scale`` of static activations whose largest magnitude is ``absmax``."""

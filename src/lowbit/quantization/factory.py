@@ -25,6 +25,8 @@ _METHODS: dict[str, tuple[str, str] | type[QuantizationConfig]] = {
     "mxfp4": ("lowbit.quantization.mxfp4", "Mxfp4Config"),
     "mxfp4_dualscale": ("lowbit.quantization.mxfp4", "Mxfp4DualScaleConfig"),
     "nvfp4": ("lowbit.quantization.nvfp4", "NvFp4Config"),
+    "svdquant": ("lowbit.quantization.svdquant", "SvdQuantConfig"),
+    "comfyui": ("lowbit.quantization.comfyui", "ComfyUiConfig"),
     "modelopt": ("lowbit.quantization.modelopt", "ModelOptConfig"),
 }
 

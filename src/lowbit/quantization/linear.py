@@ -33,11 +33,14 @@ class QuantizedLinear(nn.Linear):
             checkpoint's layout, and a kernel with another one packs at every use.
         expected: shape and dtype of each of the checkpoint's tensors.
         owns_weight: nothing else uses the memory of the weight, so that packing may overwrite it.
+        awaits_unquantized: it has a placeholder for the unquantized weight that it is to quantize.
         is_smoothed: its input is to be multiplied by ``mul_scale``.
         rotation_matrix: each group of its input's channels is to be multiplied by, ``None`` for nothing.
+        has_channel_scales: its result is to be multiplied by a scale per channel.
     """
 
     is_smoothed: bool
+    has_channel_scales: bool
     rotation_matrix: torch.Tensor | None
 
     def __init__(
@@ -63,12 +66,16 @@ class QuantizedLinear(nn.Linear):
         self.is_packed = self.is_offloaded = False
         self.packed_layout = torch.strided
         self.owns_weight = False
+        self.awaits_unquantized = False
         self.is_smoothed = False
         self.rotation_matrix = None
+        self.has_channel_scales = False
         self.creation_device = torch.device(device or "cpu")
         self.expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         method.create_weights(self)
         self.quantized_names = tuple(self._parameters)
+        for stored in method.stored_names.values():
+            self.__dict__[stored] = None  # diffusers looks a checkpoint's names up as attributes
         empty_bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", empty_bias)
 
@@ -98,6 +105,15 @@ class QuantizedLinear(nn.Linear):
         """
         shape = (self.out_features, self.in_features)
         self.replace_tensor("weight", torch.empty(shape, dtype=self.compute_dtype, device="meta"))
+        self.awaits_unquantized = True
+
+    def stored_name(self, name: str) -> str:
+        """Return what ``state_dict``, as the checkpoint, calls the parameter ``name``."""
+        return name if self.awaits_unquantized else self.method.stored_names.get(name, name)
+
+    def parameter_of(self, stored_name: str) -> str | None:
+        """Return the quantized parameter that ``state_dict`` calls ``stored_name``, ``None`` if there is none."""
+        return next((name for name in self.quantized_names if self.stored_name(name) == stored_name), None)
 
     def replace_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Put ``tensor`` under the parameter ``name``, as it is."""
@@ -119,9 +135,10 @@ class QuantizedLinear(nn.Linear):
 
     def load_unquantized(self, weight: torch.Tensor) -> None:
         """Quantize ``weight`` [N, K] and take the result."""
-        for name, tensor in self.method.quantize_weight(weight).items():
+        tensors = self.method.quantize_weight(weight)
+        for name, tensor in tensors.items():
             self.replace_tensor(name, tensor)
-        self.owns_weight = True
+        self.owns_weight, self.awaits_unquantized = True, False
 
     def process_weights_after_loading(self) -> None:
         """Choose the kernel and bring the weight to its layout, if that has not been done for this device."""
@@ -232,7 +249,17 @@ class QuantizedLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.is_packed:
             destination[prefix + "weight"] = self._unpacked()
+        if not self.awaits_unquantized and self.method.stored_names:
+            for name in self.quantized_names:
+                tensor = destination.pop(prefix + name)
+                destination[prefix + self.stored_name(name)] = self.method.stored_tensor(name, tensor)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.method.restore_weights(self)
-        super()._load_from_state_dict(*args, **kwargs)
+        if self.method.stored_names:
+            state_dict = dict(state_dict)
+            for name in self.quantized_names:
+                tensor = state_dict.pop(prefix + self.stored_name(name), None)
+                if tensor is not None:
+                    state_dict[prefix + name] = self.method.canonical_tensor(self, name, tensor)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -216,7 +216,7 @@ def quantize_layer(
     quantized = QuantizedLinear.like(linear, method, name, linear.weight.dtype)
     quantized.load_unquantized(linear.weight.data)
     if mul_scale is not None:
-        quantized.replace_tensor("mul_scale", mul_scale.to(linear.weight.device))
+        method.smooth_input(quantized, mul_scale.to(linear.weight.device))
     quantized.bias = linear.bias
     quantized.train(linear.training)
     quantized.process_weights_after_loading()

@@ -2,10 +2,7 @@
 
 *Rotation* (QuaRot, Ashkboos et al., 2024): each group of channels is multiplied by an orthonormal Hadamard matrix, and
 so are the weight's columns: ``(x H) (W H)^T = x W^T``. An outlier channel is spread over its group, which helps
-integers; floating-point formats such as e4m3 hold outliers at no cost and lose by it. The matrix is the
-regular one, a Kronecker power of [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]] / 2, which unlike
-Sylvester's has no row of ones that would gather the mean (as ComfyUI's int8 "convrot" has it). Its entries are powers
-of two, exact in every dtype.
+integers; floating-point formats such as e4m3 hold outliers at no cost and lose by it.
 
 *Smoothing* (SmoothQuant, Xiao et al., 2023): channel j of the input is multiplied by ``mul_scale[j]``, and column j of
 the weight divided by it. ``lowbit.quantization.smoothing`` finds the scales.
@@ -15,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,6 +19,7 @@ from torch import Tensor
 
 from lowbit.errors import ConfigError
 from lowbit.ops.dispatch import Problem
+from lowbit.ops.rotation import hadamard, rotate
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.scales import finite_and_positive
 
@@ -90,25 +87,9 @@ class TransformableConfig(QuantizationConfig):
         return replace(self, **changes)
 
 
-@cache
-def hadamard(size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-    """Return the regular orthonormal Hadamard matrix, symmetric: [size, size]; ``size`` is a power of four."""
-    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, four)
-    return matrix.to(device=device, dtype=dtype)
-
-
 def rotation_group(channels: int, rotation: int) -> int:
     """Return the largest size of ``ROTATIONS`` up to ``rotation`` that divides ``channels``, 1 if none does."""
     return max((size for size in ROTATIONS if size <= rotation and channels % size == 0), default=1)
-
-
-def rotate(x: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply each group of channels of x [..., K] by ``matrix`` [g, g], its own inverse; g divides K."""
-    rotated: Tensor = x.unflatten(-1, (-1, len(matrix))) @ matrix.to(x.dtype)
-    return rotated.flatten(-2)
 
 
 class TransformedMethod(LinearMethod):
