@@ -74,8 +74,14 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[str]) -> list[str]:
         """Take note of what the checkpoint holds."""
         refuse_pickles(checkpoint_files)
-        self.loaded_keys, self.files = list(loaded_keys), list(checkpoint_files)
-        return loaded_keys
+        self.quantization_config = loading.resolve_serialized(self.quantization_config, loaded_keys)
+        self.loaded_keys = [self.quantization_config.parameter_name(name) for name in loaded_keys]
+        self.files = list(checkpoint_files)
+        return self.loaded_keys
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Give a shard's tensors the names of parameters."""
+        return loading.with_parameter_names(self.quantization_config, state_dict)
 
     def _process_model_before_weight_loading(
         self,
@@ -85,8 +91,8 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Replace the linear layers and check the checkpoint's tensors against the result."""
-        config = loading.resolve_serialized(self.quantization_config, self.loaded_keys)
-        self.quantization_config, self.pre_quantized = config, config.is_serialized
+        config = self.quantization_config
+        self.pre_quantized = config.is_serialized
         self.preparation = loading.prepare(
             model,
             config,
@@ -94,7 +100,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             device=loading.first_device(device_map),
             kept={"float32 module": keep_in_fp32_modules or ()},
         )
-        headers = read_headers(self.files)
+        headers = loading.with_parameter_names(config, read_headers(self.files))
         if self.files:
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
             check_tensors(model, self.preparation, headers, self.loaded_keys, ignored)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AUTOMATIC_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-SCALE_SUFFIXES = (".weight_scale", ".weight_scale_inv")
+SCALE_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".qweight")
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,13 @@ def resolve_serialized(config: QuantizationConfig, tensor_names: Iterable[str]) 
     if config.is_serialized or not any(name.endswith(SCALE_SUFFIXES) for name in tensor_names):
         return config
     return config.as_serialized(config.ignored_layers or [])
+
+
+def with_parameter_names(config: QuantizationConfig, named: dict[str, _Value]) -> dict[str, _Value]:
+    """Return ``named``, by the names of a checkpoint's tensors, by those of the model's parameters."""
+    if not config.stored_suffixes:
+        return named
+    return {config.parameter_name(name): value for name, value in named.items()}
 
 
 def weight_bytes(layer: QuantizedLinear, headers: Mapping[str, Any]) -> int:

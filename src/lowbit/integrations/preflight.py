@@ -162,6 +162,7 @@ def _check_diffusers_model(
     preparation = None
     if quantization is not None:
         config = loading.resolve_serialized(quantization, headers)
+        headers = loading.with_parameter_names(config, headers)
         preparation = loading.prepare(model, config, torch.bfloat16, device=device)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     check_tensors(model, preparation, headers, ignored=ignored)

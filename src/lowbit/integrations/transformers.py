@@ -6,7 +6,6 @@ transformers calls a quantizer of its own ``"fp8"``; ``dispatch.claims`` says wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -107,6 +106,9 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         for layer in self.preparation.layers.values():
             setattr(layer, _LOADED, True)  # or transformers would initialize it as a linear layer
+        optional = sorted({name for layer in self.preparation.layers.values() for name in layer.method.optional})
+        ignored = [*(model._keys_to_ignore_on_load_missing or ()), *(rf"\.{name}$" for name in optional)]
+        model._keys_to_ignore_on_load_missing = ignored
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Tell whether to quantize a tensor; of a quantized checkpoint, whether its shape is not for transformers."""
@@ -118,6 +120,13 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized and self.param_needs_quantization(model, param_name):
             return 1
         return param.element_size()
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Return how tensors' names on disk become those of parameters."""
+        from transformers.core_model_loading import WeightRenaming
+
+        names = self.quantization_config.stored_suffixes
+        return [WeightRenaming(rf"\.{stored}$", f".{name}") for stored, name in names.items()]
 
     def get_quantize_ops(self) -> QuantizeOnLoad:
         """Return what to do with a weight that is to be quantized."""
@@ -146,14 +155,19 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.preparation is not None
         layers = self.preparation.layers
         absent = [name for layer in layers.values() for name in _missing(layer)]
+        required = [name for name in absent if not self.preparation.may_be_absent(name)]
         for name in absent:
             found = self.preparation.find(name)
             if found is not None and found[1] in found[0].method.optional and self.pre_quantized:
                 found[0].drop_tensor(found[1])
-        loading.check_loaded(model, [name for name in absent if not self.preparation.may_be_absent(name)])
+        loading.check_loaded(model, required)
         for layer in layers.values():
             _settle(layer, self.pre_quantized)
             layer.owns_weight = not self.pre_quantized
+        # Names on disk are what get_state_dict_and_metadata gives: transformers is not to undo them again.
+        ours = {conversion.source_patterns[0] for conversion in self.get_weight_conversions()}
+        used = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [each for each in used if not ours & set(each.source_patterns)]
         loading.finish(model, self.preparation)
         model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
         self.preparation = None
@@ -195,9 +209,7 @@ def _for_base_model(config: QuantizationConfig, model: Any) -> QuantizationConfi
     prefix = f"{model.base_model_prefix}."
     if not config.is_serialized or prefix == "." or hasattr(model, model.base_model_prefix):
         return config
-    layers = (config.ignored_layers or (), config.weight_only_layers or ())
-    ignored, weight_only = ([name.removeprefix(prefix) for name in names] for names in layers)
-    return replace(config, ignored_layers=ignored, weight_only_layers=weight_only)
+    return config.without_prefix(prefix)
 
 
 def _kept_by_model(model: Any) -> dict[str, list[str]]:

@@ -1,5 +1,6 @@
 """What to compute: the quantization methods, their configuration, and applying them to models."""
 
+from lowbit.quantization.auto_round import AutoRoundConfig
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
 from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS, build_quant_config
@@ -16,6 +17,7 @@ from lowbit.quantization.plan import plan_layers, quantize_model
 
 __all__ = [
     "SUPPORTED_QUANTIZATION_METHODS",
+    "AutoRoundConfig",
     "ComponentQuantizationConfig",
     "Fp8Config",
     "GgufConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -167,6 +167,22 @@ class QuantizationConfig(ABC):
         """Return the state dict of a model as ``save_pretrained`` is to write it: as it is, if nothing else is said."""
         return state_dict
 
+    @property
+    def stored_suffixes(self) -> Mapping[str, str]:
+        """Last parts of tensors' names on disk that are others in a state dict -> those."""
+        return {}
+
+    def parameter_name(self, stored: str) -> str:
+        """Return the name in a state dict of the tensor that a checkpoint calls ``stored``."""
+        prefix, dot, last = stored.rpartition(".")
+        return f"{prefix}{dot}{self.stored_suffixes.get(last, last)}"
+
+    def without_prefix(self, prefix: str) -> Self:
+        """Return the configuration for a model whose layers' names lack ``prefix``."""
+        layers = (self.ignored_layers or (), self.weight_only_layers or ())
+        ignored, weight_only = ([name.removeprefix(prefix) for name in names] for names in layers)
+        return replace(self, ignored_layers=ignored, weight_only_layers=weight_only)
+
     def kept_reason(self, name: str) -> str:
         """Return why ``get_quant_method`` leaves the linear layer of this full name as it is."""
         return "ignored_layers"
@@ -230,9 +246,7 @@ class LinearMethod(ABC):
             CheckpointError: it can't be; names the tensor, what was found and what would be right.
         """
         shape, dtype = layer.expected[name]
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            found = _describe(tuple(tensor.shape), tensor.dtype)
-            raise CheckpointError(f"{layer.prefix}.{name}: found {found}, {self.name} needs {_describe(shape, dtype)}")
+        check_tensor(f"{layer.prefix}.{name}", tensor, shape, (dtype,), self.name)
         return tensor
 
     def input_scale_of(self, absmax: float) -> float:
@@ -273,5 +287,12 @@ class LinearMethod(ABC):
             layer.implementation = layer.kernel = None
 
 
-def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+def check_tensor(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], method: str
+) -> None:
+    """Raise ``CheckpointError`` unless a checkpoint's tensor ``name`` has ``shape`` and one of ``dtypes``."""
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        found, *needed = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
+        raise CheckpointError(
+            f"{name}: found {found} {list(tensor.shape)}, {method} needs {' or '.join(needed)} {list(shape)}"
+        )

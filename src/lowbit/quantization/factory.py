@@ -20,7 +20,10 @@ _METHODS: dict[str, tuple[str, str]] = {
     "mxfp4_dualscale": ("lowbit.quantization.mxfp4", "Mxfp4DualScaleConfig"),
     "nvfp4": ("lowbit.quantization.nvfp4", "NvFp4Config"),
     "modelopt": ("lowbit.quantization.modelopt", "ModelOptConfig"),
+    "auto-round": ("lowbit.quantization.auto_round", "AutoRoundConfig"),
 }
+# Other names of methods.
+_ALIASES = {"inc": "auto-round"}
 
 SUPPORTED_QUANTIZATION_METHODS: tuple[str, ...] = tuple(_METHODS)
 
@@ -32,7 +35,9 @@ _METHOD_KEYS = ("method", "quant_method")
 
 def canonical_name(method: str) -> str | None:
     """Return the name of a method as it is listed; case and ``-`` or ``_`` do not matter. ``None`` for others."""
-    return next((name for name in SUPPORTED_QUANTIZATION_METHODS if _normalize(name) == _normalize(method)), None)
+    wanted = _normalize(method)
+    wanted = _ALIASES.get(wanted, wanted)
+    return next((name for name in SUPPORTED_QUANTIZATION_METHODS if _normalize(name) == wanted), None)
 
 
 def config_class(method: str) -> type[QuantizationConfig]:
@@ -91,7 +96,7 @@ def _from_method_dict(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Qua
     names = {spec[key] for key in _METHOD_KEYS if isinstance(spec.get(key), str)}
     if any(key in spec and spec[key] is not None and not isinstance(spec[key], str) for key in _METHOD_KEYS):
         raise ConfigError(f"The quantization method must be a name: {dict(spec)}")
-    if len({_normalize(name) for name in names}) > 1:
+    if len({canonical_name(name) or _normalize(name) for name in names}) > 1:
         raise ConfigError(f"'method' and 'quant_method' contradict each other: {dict(spec)}")
     method = next(iter(names), "none")
     if _normalize(method) == "none":
@@ -121,7 +126,7 @@ def _from_component_dict(spec: Mapping[str, Any]) -> ComponentQuantizationConfig
 
 def _is_component_value(value: Any) -> bool:
     if isinstance(value, str):
-        return _normalize(value) in {"none", *(_normalize(method) for method in SUPPORTED_QUANTIZATION_METHODS)}
+        return _normalize(value) == "none" or canonical_name(value) is not None
     if isinstance(value, Mapping):
         return any(key in value for key in _METHOD_KEYS)
     return value is None or isinstance(value, QuantizationConfig)

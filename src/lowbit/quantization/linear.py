@@ -30,10 +30,12 @@ class QuantizedLinear(nn.Linear):
         expected: shape and dtype of each of the checkpoint's tensors.
         owns_weight: nothing else uses the memory of the weight, so that packing may overwrite it.
         is_smoothed: its input is to be multiplied by ``mul_scale``.
+        is_symmetric: its zero points are all the middle of the codes.
         rotation_matrix: each group of its input's channels is to be multiplied by, ``None`` for nothing.
     """
 
     is_smoothed: bool
+    is_symmetric: bool
     rotation_matrix: torch.Tensor | None
 
     def __init__(
@@ -57,6 +59,7 @@ class QuantizedLinear(nn.Linear):
         self.kernel: ModuleType | None = None
         self.owns_weight = False
         self.is_smoothed = False
+        self.is_symmetric = False
         self.rotation_matrix = None
         self.creation_device = torch.device(device or "cpu")
         self.expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
