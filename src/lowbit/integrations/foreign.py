@@ -24,7 +24,7 @@ from lowbit.integrations.diffusers import attach
 from lowbit.quantization.base import QuantizationConfig
 
 # Method -> module with open_weights.
-_READERS = {"gguf": "lowbit.integrations.gguf"}
+_READERS = {"gguf": "lowbit.integrations.gguf", "ascend": "lowbit.integrations.ascend"}
 
 
 class ForeignTensor(Protocol):

@@ -1,5 +1,6 @@
 """What to compute: the quantization methods, their configuration, and applying them to models."""
 
+from lowbit.quantization.ascend import AscendConfig
 from lowbit.quantization.auto_round import AutoRoundConfig
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
@@ -17,6 +18,7 @@ from lowbit.quantization.plan import plan_layers, quantize_model
 
 __all__ = [
     "SUPPORTED_QUANTIZATION_METHODS",
+    "AscendConfig",
     "AutoRoundConfig",
     "ComponentQuantizationConfig",
     "Fp8Config",

@@ -21,6 +21,7 @@ _METHODS: dict[str, tuple[str, str]] = {
     "nvfp4": ("lowbit.quantization.nvfp4", "NvFp4Config"),
     "modelopt": ("lowbit.quantization.modelopt", "ModelOptConfig"),
     "auto-round": ("lowbit.quantization.auto_round", "AutoRoundConfig"),
+    "ascend": ("lowbit.quantization.ascend", "AscendConfig"),
 }
 # Other names of methods.
 _ALIASES = {"inc": "auto-round"}
