@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from lowbit.engine.config import OmniDiffusionConfig
+from lowbit.engine.loading import load_pipeline
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.integrations.ascend import described, open_weights
 from lowbit.integrations.foreign import load_component
+from lowbit.models.embedded import embedded_model
 from lowbit.ops.e2m1 import decode_e2m1_pairs
+from lowbit.ops.int8 import quantize_int8_per_token
 from lowbit.quantization import AscendConfig, build_quant_config
 from lowbit.quantization.plan import quantized_layers
 from tests.integrations.models import FAMILIES, stored_config, tensors
@@ -220,20 +224,26 @@ def test_what_was_read_is_saved_and_loaded_alike(case: str, tmp_path: Path) -> N
 
 
 def test_a_pipeline_finds_the_description(tmp_path: Path) -> None:
-    from lowbit.engine.config import OmniDiffusionConfig
-    from lowbit.engine.loading import load_pipeline
-
-    folder = write(tmp_path, dynamic()[0], "W8A8_DYNAMIC")
-    index = {"_class_name": FluxPipeline.__name__, "_diffusers_version": "0.42.1"}
-    index |= {"transformer": ["diffusers", "FluxTransformer2DModel"]}
-    names = ("scheduler", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    absent = {key: [None, None] for key in (*names, "image_encoder", "feature_extractor")}
-    (folder / "model_index.json").write_text(json.dumps({**index, **absent}))
+    source = embedded_model().folder
+    for path in source.iterdir():
+        if path.name != "transformer":
+            (tmp_path / path.name).symlink_to(path)
+    place, name = tmp_path / "transformer", "layers.0.attention.to_q"
+    place.mkdir()
+    (place / "config.json").symlink_to(source / "transformer" / "config.json")
+    content = tensors(source / "transformer")
+    codes, scale = quantize_int8_per_token(content[f"{name}.weight"])
+    content |= {f"{name}.weight": codes, f"{name}.weight_scale": scale}
+    save_file(content, place / "quant_model_weights.safetensors")
+    types = {key: "W8A8_DYNAMIC" if key.startswith(f"{name}.weight") else "FLOAT" for key in content}
+    (place / "quant_model_description.json").write_text(json.dumps(types))
     for quantization in (None, "ascend"):
-        pipeline = load_pipeline(OmniDiffusionConfig(model=str(folder), quantization_config=quantization))
-        assert list(quantized_layers(pipeline.transformer)) == [LAYER]
+        pipeline = load_pipeline(OmniDiffusionConfig(model=str(tmp_path), quantization_config=quantization))
+        assert list(quantized_layers(pipeline.transformer)) == [name]
     with pytest.raises(ConfigError, match="already quantized with 'ascend'.*'int8'"):
-        load_pipeline(OmniDiffusionConfig(model=str(folder), quantization_config="int8"))
+        load_pipeline(OmniDiffusionConfig(model=str(tmp_path), quantization_config="int8"))
+    with pytest.raises(ConfigError, match="ascend is read, not made"):
+        load_pipeline(OmniDiffusionConfig(model=None, quantization_config="ascend"))
 
 
 def broken(folder: Path, change: Any) -> Path:

@@ -176,14 +176,16 @@ def check_tensors(
         CheckpointError: missing, unexpected and mis-shaped tensors, all in one message.
     """
     expected = model.state_dict()
+    shown = (lambda name: name) if preparation is None else preparation.stored_name
     wanted = [name for name in expected if preparation is None or not preparation.is_made_here(name)]
     names = set(headers if names is None else names)
-    missing = sorted(name for name in set(wanted) - names if preparation is None or not preparation.may_be_absent(name))
+    absent = [name for name in set(wanted) - names if preparation is None or not preparation.may_be_absent(name)]
+    missing = sorted(shown(name) for name in absent)
     unexpected = sorted(
         name for name in names - set(wanted) if not any(re.search(pattern, name) for pattern in ignored)
     )
     wrong = [
-        f"{name}: {problem} ({headers[name].file.name})"
+        f"{shown(name)}: {problem.removeprefix(f'{shown(name)}: ')} ({headers[name].file.name})"
         for name in wanted
         if name in headers and (problem := _mismatch(name, expected[name], headers[name], preparation))
     ]
@@ -204,7 +206,7 @@ def _mismatch(name: str, expected: torch.Tensor, found: TensorHeader, preparatio
         try:
             layer.method.canonical_tensor(layer, parameter, found.empty())
         except CheckpointError as error:
-            return str(error).removeprefix(f"{name}: ")
+            return str(error)
         return None
     needed = tuple(expected.shape)
     if quantized is not None and quantized[1] == "weight":  # to be quantized: to bytes of another shape, maybe

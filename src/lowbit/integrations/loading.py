@@ -49,6 +49,12 @@ class Preparation:
         layer = self.layers.get(prefix)
         return (layer, name) if layer is not None and name in layer.quantized_names else None
 
+    def stored_name(self, tensor_name: str) -> str:
+        """Return what a checkpoint calls the tensor."""
+        found = self.find(tensor_name)
+        stored = None if found is None else found[0].method.stored_names.get(found[1])
+        return tensor_name if stored is None else f"{tensor_name.rpartition('.')[0]}.{stored}"
+
     def is_made_here(self, tensor_name: str) -> bool:
         """Tell whether quantizing makes this tensor, so that no unquantized checkpoint has it."""
         found = self.find(tensor_name)

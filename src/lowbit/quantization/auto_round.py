@@ -356,6 +356,7 @@ class AutoRoundLinearMethod(LinearMethod):
 
     activation_scheme = "none"
     optional = frozenset({"g_idx"})
+    stored_names = STORED_NAMES
 
     def __init__(self, scheme: Scheme, packing: auto_round.Packing, kernel: str) -> None:
         super().__init__(kernel)

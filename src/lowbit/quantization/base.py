@@ -206,6 +206,7 @@ class LinearMethod(ABC):
         table: the family's implementations.
         activation_scheme: ``"dynamic"``, ``"static"`` (by ``input_scale``), or ``"none"`` for weights alone.
         optional: tensors that a checkpoint may lack; the layer then does without.
+        stored_names: parameters that have another name on disk -> that.
     """
 
     name: ClassVar[str]
@@ -214,6 +215,7 @@ class LinearMethod(ABC):
     table: ClassVar[Sequence[Implementation]]
     activation_scheme: str = "dynamic"
     optional: frozenset[str] = frozenset()
+    stored_names: Mapping[str, str] = {}
 
     def __init__(self, kernel: str = AUTO) -> None:
         self.kernel = kernel
