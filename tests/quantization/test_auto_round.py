@@ -295,8 +295,7 @@ def test_extra_config_takes_names_and_expressions() -> None:
         ({"extra_config": {"a.0": {"bits": 1}}}, UnsupportedError, "bits=1"),
         ({"block_name_to_quantize": 5}, ConfigError, "must be names of blocks"),
         ({"surprise": 1}, ConfigError, "Unknown option 'surprise'"),
-        ({"packing_format": "auto_round", "autoround_version": "1", "rotation_config": {"a": 1}}, UnsupportedError,
-         "rotation_config"),
+        ({"autoround_version": "1", "rotation_config": {"a": 1}}, UnsupportedError, "rotation_config"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_done_is_said(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 _PACKED = "weight_packed"
 # A checkpoint's keys that change what its tensors mean and are not read.
 _UNSUPPORTED_KEYS = ("rotation_config", "super_bits", "super_group_size")
-_MARKS = ("packing_format", "autoround_version")
+_SERIALIZED = "is_checkpoint_auto_round_serialized"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +109,14 @@ class AutoRoundConfig(QuantizationConfig):
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Build from a dictionary; of a checkpoint's the many keys that say how AutoRound tuned are passed over."""
         options = dict(config)
-        if any(mark in options for mark in _MARKS) or options.get("is_checkpoint_auto_round_serialized") is True:
+        is_written = "autoround_version" in options or {"packing_format", "quant_method"} <= options.keys()
+        if options.get(_SERIALIZED, is_written) is True:
             changed = [key for key in _UNSUPPORTED_KEYS if options.get(key)]
             if changed:
                 raise UnsupportedError(f"auto-round: {', '.join(changed)} of the checkpoint is not supported")
             known = {item.name for item in fields(cls)} | cls.aliases.keys()
             options = {key: value for key, value in options.items() if key in known and value is not None}
-            options["is_checkpoint_auto_round_serialized"] = True
+            options[_SERIALIZED] = True
         return super().from_config(options)
 
     @property
@@ -165,7 +166,7 @@ class AutoRoundConfig(QuantizationConfig):
             return None
         kernel = "weight_only" if kind.startswith("mx") and activations_kept(scheme) else self.kernel
         makers: dict[str, Callable[[], LinearMethod]] = {
-            "int": lambda: AutoRoundLinearMethod(scheme, self.packing, self.kernel),
+            "int": lambda: AutoRoundLinearMethod(scheme, self.packing, self.kernel, self.is_serialized),
             "mx_fp8": lambda: Mxfp8LinearMethod(kernel),
             "mx_fp4": lambda: Mxfp4LinearMethod(kernel),
             "nv_fp4": lambda: AutoRoundNvFp4Method("none" if activations_kept(scheme) else "static", self.kernel),
@@ -232,7 +233,7 @@ class AutoRoundConfig(QuantizationConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` holds: of a checkpoint, AutoRound's own keys."""
         if not self.is_serialized:
-            return super().to_dict()
+            return {**super().to_dict(), _SERIALIZED: False}
         kept = {"bits": UNQUANTIZED_BITS, "act_bits": UNQUANTIZED_BITS}
         extra = {
             **(self.extra_config or {}),

@@ -100,11 +100,12 @@ class AutoRoundLinearMethod(LinearMethod):
     """
 
     activation_scheme = "none"
-    optional = frozenset({"g_idx"})
     stored_names = STORED_NAMES
 
-    def __init__(self, scheme: Scheme, packing: auto_round.Packing, kernel: str) -> None:
+    def __init__(self, scheme: Scheme, packing: auto_round.Packing, kernel: str, is_serialized: bool = False) -> None:
         super().__init__(kernel)
+        # The order of the inputs: some checkpoints have it, and it is checked.
+        self.optional = frozenset({"g_idx"} if is_serialized else ())
         self.scheme, self.packing = scheme, packing
         self.bits_held = 4 if scheme.bits <= 4 else 8
         module = w4a16 if self.bits_held == 4 else w8a16
@@ -112,7 +113,7 @@ class AutoRoundLinearMethod(LinearMethod):
         self.name = f"auto-round W{scheme.bits}A16"  # type: ignore[misc]
 
     def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register ``weight``, ``weight_scale``, ``zero_point`` and ``g_idx``, which only some checkpoints have."""
+        """Register ``weight``, ``weight_scale``, ``zero_point`` and, of a checkpoint, ``g_idx``."""
         rows, columns = layer.out_features, layer.in_features
         is_packed = self.bits_held == 4
         layer.register_quantized(
@@ -121,7 +122,8 @@ class AutoRoundLinearMethod(LinearMethod):
         groups = columns // self._held_group(columns)
         layer.register_quantized("weight_scale", (rows, groups), torch.float32)
         layer.register_quantized("zero_point", (rows, groups), torch.uint8 if is_packed else torch.int16)
-        layer.register_quantized("g_idx", (columns,), torch.int32)
+        for name in self.optional:
+            layer.register_quantized(name, (columns,), torch.int32)
 
     def _group_size(self, columns: int) -> int:
         return columns if self.scheme.group_size == -1 else min(self.scheme.group_size, columns)

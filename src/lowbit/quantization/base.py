@@ -55,7 +55,7 @@ class QuantizationConfig(ABC):
     def __post_init__(self) -> None:
         for option in ("ignored_layers", "weight_only_layers"):
             layers = getattr(self, option) or []
-            if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
+            if not isinstance(layers, list | tuple | set) or not all(isinstance(layer, str) for layer in layers):
                 raise ConfigError(f"{option} must be a list of layer names or patterns, not {layers!r}")
         if not isinstance(self.kernel, str):
             raise ConfigError(f"kernel must be a name, not {self.kernel!r}")
