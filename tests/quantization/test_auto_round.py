@@ -224,14 +224,16 @@ def test_loading_quantizes_as_in_memory(tmp_path: Path) -> None:
 
 
 def test_a_language_model_is_written_and_read(tmp_path: Path) -> None:
-    model = language_model().to(torch.bfloat16)
-    quantize_model(model, "auto-round", group_size=32)
-    model.save_pretrained(tmp_path)
+    language_model().to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    kind, auto = transformers.AutoModelForCausalLM, transformers.AutoModel
+    config = build_quant_config("auto-round", group_size=32)
+    model = kind.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16, quantization_config=config)
+    model.save_pretrained(tmp_path / "quantized")
     ids = torch.arange(6)[None]
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    again = kind.from_pretrained(tmp_path / "quantized", dtype=torch.bfloat16)
     assert torch.equal(model(ids).logits, again(ids).logits)
-    base = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert len(quantized_layers(base)) == len(quantized_layers(again))
+    base = auto.from_pretrained(tmp_path / "quantized", dtype=torch.bfloat16)
+    assert len(quantized_layers(base)) == len(quantized_layers(again)) == 14
 
 
 def test_names_of_the_method() -> None:

@@ -179,8 +179,12 @@ def _of_model(
             tensors[f"{layer}.weight"] = _unpacked_shape(sources[f"{layer}.weight"])
         scale = sources.get(f"{layer}.mul_scale")
         if scale is not None:
-            tensors[f"{layer}.mul_scale"] = replace(scale, read=lambda read=scale.read: read().float())
+            tensors[f"{layer}.mul_scale"] = _float32(scale)
     return tensors
+
+
+def _float32(tensor: AscendTensor) -> AscendTensor:
+    return replace(tensor, read=lambda: tensor.read().float())
 
 
 def _folded(layer: str, weight: AscendTensor, mul_scale: AscendTensor) -> AscendTensor:

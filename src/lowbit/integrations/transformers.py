@@ -167,7 +167,8 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         # Names on disk are what get_state_dict_and_metadata gives: transformers is not to undo them again.
         ours = {conversion.source_patterns[0] for conversion in self.get_weight_conversions()}
         used = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [each for each in used if not ours & set(each.source_patterns)]
+        kept: Any = [each for each in used if not ours & set(each.source_patterns)]
+        model._weight_conversions = kept
         loading.finish(model, self.preparation)
         model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
         self.preparation = None

@@ -103,12 +103,14 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _from_awq_order(codes: torch.Tensor) -> torch.Tensor:
-    return codes.unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2)
+    ordered: torch.Tensor = codes.unflatten(-1, (-1, 8))[..., AWQ_ORDER]
+    return ordered.flatten(-2)
 
 
 def _to_awq_order(codes: torch.Tensor) -> torch.Tensor:
     inverse = [AWQ_ORDER.index(place) for place in range(8)]
-    return codes.unflatten(-1, (-1, 8))[..., inverse].flatten(-2)
+    ordered: torch.Tensor = codes.unflatten(-1, (-1, 8))[..., inverse]
+    return ordered.flatten(-2)
 
 
 def word_shapes(

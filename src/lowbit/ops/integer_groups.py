@@ -14,7 +14,7 @@ GROUP_MULTIPLE = 32
 
 def symmetric_zero_point(bits: int) -> int:
     """Return the zero point of symmetric codes, the middle of their range."""
-    return 2 ** (bits - 1)
+    return 1 << (bits - 1)
 
 
 def check_group_size(columns: int, group_size: int) -> None:

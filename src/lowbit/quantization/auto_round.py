@@ -151,10 +151,11 @@ class AutoRoundConfig(QuantizationConfig):
 
     def is_in_blocks(self, name: str) -> bool:
         """Tell whether a layer is in a block that is quantized, or named by itself in ``extra_config``."""
+        if name in (self.extra_config or {}):
+            return True
         if self.block_name_to_quantize is None:
             return any(part.isdigit() for part in name.split("."))
-        is_named = name in (self.extra_config or {})
-        return is_named or name.startswith(tuple(self.block_name_to_quantize))
+        return name.startswith(tuple(self.block_name_to_quantize))
 
     def linear_method(self) -> LinearMethod:
         """Return the method of layers which ``extra_config`` does not name."""
@@ -257,7 +258,7 @@ def _block_names(names: Any) -> list[str] | None:
     """Return names from a string with commas, a list of names, or lists of them."""
     if names is None:
         return None
-    listed = [part.strip() for part in names.split(",")] if isinstance(names, str) else names
+    listed = [part.strip() for part in names.split(",") if part.strip()] if isinstance(names, str) else names
     if not isinstance(listed, list | tuple):
         raise ConfigError(f"block_name_to_quantize must be names of blocks, not {names!r}")
     flat = [name for part in listed for name in (part if isinstance(part, list) else [part])]
