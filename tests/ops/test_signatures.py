@@ -8,12 +8,12 @@ from types import ModuleType
 
 import pytest
 
-from lowbit.ops import attention, fp8, gguf, int8, mx, nvfp4, w4a4, w4a16
+from lowbit.ops import attention, fp8, gguf, int8, int8_static, mx, nvfp4, w4a4, w4a16, w8a16
 from lowbit.ops.dispatch import Implementation
 
 LINEAR = ("supports", "pack_weight", "unpack_weight", "linear")
 FUNCTIONS = {
-    **dict.fromkeys((int8, fp8, gguf, mx, nvfp4, w4a4, w4a16), LINEAR),
+    **dict.fromkeys((int8, int8_static, fp8, gguf, mx, nvfp4, w4a4, w4a16, w8a16), LINEAR),
     attention: ("supports", "attention"),
 }
 BACKENDS = [

@@ -40,6 +40,8 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     source = resolve_model(config.model)
     components = read_components(source)
     chosen = {name: found for name, found in routed(config).items() if not found.needs_calibration}
+    if Path(source).is_dir():
+        chosen.update(_described(Path(source), components, chosen))
     others = backends.prepare(source, components, _other_backends(config, components))
     foreign = {name: chosen.pop(name) for name in list(chosen) if chosen[name].weights_from is not None}
     device = config.device
@@ -89,6 +91,16 @@ def _load_foreign(
         name: load_component(source, name, *components[name], found, dtype=config.dtype, device=device)
         for name, found in foreign.items()
     }
+
+
+def _described(
+    folder: Path, components: ComponentIndex, chosen: Mapping[str, QuantizationConfig]
+) -> dict[str, QuantizationConfig]:
+    """Return the configurations of components whose weights lie beside a description of msModelSlim's."""
+    from lowbit.integrations.ascend import described
+
+    found = {name: described(folder / name, chosen.get(name)) for name in components}
+    return {name: config for name, config in found.items() if config is not None}
 
 
 def _separate_configs(folder: Path, chosen: Mapping[str, QuantizationConfig]) -> dict[str, QuantizationConfig]:

@@ -111,7 +111,8 @@ def merge_configs(stored: object, requested: object | None) -> QuantizationConfi
     Raises:
         ConfigError: the user asks for another method, or for options that the checkpoint was not written with.
     """
-    if requested is not None and method_of(stored) != method_of(requested):
+    names = [method_of(config) for config in (stored, requested) if config is not None]
+    if len({canonical_name(name) or name for name in names}) > 1:
         raise ConfigError(
             f"The checkpoint is already quantized with {method_of(stored)!r} and can't be quantized again with"
             f" {method_of(requested)!r}: load it without a quantization configuration, or start from an unquantized"

@@ -28,6 +28,7 @@ _READERS = {
     "gguf": "lowbit.integrations.gguf",
     "svdquant": "lowbit.integrations.nunchaku",
     "comfyui": "lowbit.integrations.comfyui",
+    "ascend": "lowbit.integrations.ascend",
 }
 
 

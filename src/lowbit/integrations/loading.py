@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,8 +93,9 @@ def prepare(
         plan = _keep(plan, kept or {})
     replace_layers(model, plan, dtype)
     layers = quantized_layers(model)
-    if not config.is_serialized:
-        for layer in layers.values():
+    for layer in layers.values():
+        layer.awaits_tensors = True
+        if not config.is_serialized:
             layer.expect_unquantized()
     if device is not None:
         _check_kernels(layers.values(), torch.device(device))
@@ -177,7 +178,7 @@ def check_loaded(model: nn.Module, missing: Iterable[str] = ()) -> None:
     Raises:
         CheckpointError: tensors are missing, or linear layers that should be unquantized are not; names them all.
     """
-    absent = {name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta} | set(missing)
+    absent = {*_absent(model), *missing}
     if absent:
         raise CheckpointError(f"{type(model).__name__}: {len(absent)} tensors are missing: {', '.join(sorted(absent))}")
     foreign = [
@@ -192,13 +193,22 @@ def check_loaded(model: nn.Module, missing: Iterable[str] = ()) -> None:
         )
 
 
+def _absent(model: nn.Module) -> Iterator[str]:
+    """Yield the names, as on disk, of parameters and of buffers in the state dict that have no values."""
+    for prefix, module in model.named_modules():
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None and tensor.is_meta and name not in module._non_persistent_buffers_set:
+                stored = module.stored_name(name) if isinstance(module, QuantizedLinear) else name
+                yield f"{prefix}.{stored}" if prefix else stored
+
+
 def finish(model: nn.Module, preparation: Preparation) -> Manifest:
     """Bring the loaded layers to their kernels' layouts, one at a time, and record what was done.
 
     Sets ``model.lowbit_manifest`` and ``model.lowbit_config``, as ``quantize_model`` does.
     """
     for layer in preparation.layers.values():
-        layer.awaits_unquantized = False
+        layer.awaits_unquantized = layer.awaits_tensors = False
         if not _is_for_other_device(layer.method, layer.weight.device):
             layer.process_weights_after_loading()
     manifest = replace(make_manifest(model, preparation.plan), notes=_expert_notes(model))

@@ -6,7 +6,6 @@ transformers calls a quantizer of its own ``"fp8"``; ``dispatch.claims`` says wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.errors import CheckpointError
 from lowbit.integrations import dispatch, loading
 from lowbit.integrations.checks import read_headers, refuse_pickles
 from lowbit.quantization import plan as quantization_plan
@@ -98,8 +97,6 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         headers = read_headers(file for file in files if str(file).endswith(".safetensors"))
         config = _for_base_model(self.quantization_config.of_checkpoint(headers), model)
         self.quantization_config, self.pre_quantized = config, config.is_serialized
-        if config.is_serialized and config.linear_method().stored_names:
-            raise UnsupportedError(f"{config.get_name()} checkpoints are read for diffusers' models, not transformers'")
         self.preparation = loading.prepare(
             model,
             config,
@@ -109,6 +106,11 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         for layer in self.preparation.layers.values():
             setattr(layer, _LOADED, True)  # or transformers would initialize it as a linear layer
+            if config.is_serialized:
+                _expect_stored(layer)
+        optional = sorted({name for layer in self.preparation.layers.values() for name in layer.method.optional})
+        ignored = [*(model._keys_to_ignore_on_load_missing or ()), *(rf"\.{name}$" for name in optional)]
+        model._keys_to_ignore_on_load_missing = ignored
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Tell whether to quantize a tensor; of a quantized checkpoint, whether its shape is not for transformers."""
@@ -157,6 +159,8 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         """Check that all arrived, pack for the kernels, and leave the manifest and what saving needs."""
         assert self.preparation is not None
         layers = self.preparation.layers
+        for layer in layers.values():
+            _take_stored(layer)
         absent = [name for layer in layers.values() for name in _missing(layer)]
         missing = [name for name in absent if not self.preparation.may_be_absent(name)]
         for name in absent:
@@ -208,9 +212,7 @@ def _for_base_model(config: QuantizationConfig, model: Any) -> QuantizationConfi
     prefix = f"{model.base_model_prefix}."
     if not config.is_serialized or prefix == "." or hasattr(model, model.base_model_prefix):
         return config
-    layers = (config.ignored_layers or (), config.weight_only_layers or ())
-    ignored, weight_only = ([name.removeprefix(prefix) for name in names] for names in layers)
-    return replace(config, ignored_layers=ignored, weight_only_layers=weight_only)
+    return config.without_prefix(prefix)
 
 
 def _kept_by_model(model: Any) -> dict[str, list[str]]:
@@ -225,10 +227,26 @@ def _kept_by_model(model: Any) -> dict[str, list[str]]:
     }
 
 
+def _expect_stored(layer: QuantizedLinear) -> None:
+    """Give the layer what transformers looks up under a checkpoint's names, where those are not the parameters'."""
+    for name, stored in layer.method.stored_names.items():
+        layer.__dict__[stored] = layer.get_parameter(name)
+
+
+def _take_stored(layer: QuantizedLinear) -> None:
+    """Move the tensors that transformers set under a checkpoint's names to the parameters, as they are."""
+    for name, stored in layer.method.stored_names.items():
+        if stored in layer._parameters:
+            layer._parameters[name] = layer._parameters.pop(stored)
+        layer.__dict__[stored] = None
+
+
 def _missing(layer: QuantizedLinear) -> list[str]:
     """Return the names of a layer's tensors that did not come from the checkpoint."""
     return [
-        f"{layer.prefix}.{name}" for name, tensor in layer.named_parameters() if not getattr(tensor, _LOADED, False)
+        f"{layer.prefix}.{layer.stored_name(name)}"
+        for name, tensor in layer.named_parameters()
+        if not getattr(tensor, _LOADED, False)
     ]
 
 

@@ -21,16 +21,23 @@ import torch
 
 from lowbit.ops.canonical import pack_weight, supports, unpack_weight
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation
+from lowbit.ops.integer_groups import (
+    GROUP_MULTIPLE,
+    check_group_size,
+    dequantize_groups,
+    quantize_per_group,
+    symmetric_zero_point,
+)
 from lowbit.ops.library import define_operator, register_kernel_lazily
 
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
+BITS = 4
 LARGEST_CODE = 15
-SYMMETRIC_ZERO_POINT = 8
-SMALLEST_SCALE = 1e-30
-GROUP_MULTIPLE = 32
+SYMMETRIC_ZERO_POINT = symmetric_zero_point(BITS)
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("triton", "lowbit.ops.triton.w4a16", frozenset({"cuda", "xpu"})),
     Implementation("cpu", "lowbit.ops.cpu.w4a16", frozenset({"cpu"})),
     Implementation("dequantize", "lowbit.ops.w4a16", ANY_DEVICE),
 )
@@ -51,8 +58,7 @@ def quantize_int4_per_group(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Quantize a weight, rounding each value to the nearest code.
 
-    The scale is absmax / 7.5 for symmetric groups and (max - min) / 15 otherwise, where min <= 0 <= max so that zero
-    stays zero: compressed-tensors' ``calculate_qparams``.
+    The scale is absmax / 7.5 for symmetric groups and (max - min) / 15 otherwise, see ``integer_groups``.
 
     Args:
         weight: [N, K], any floating dtype, finite.
@@ -66,34 +72,17 @@ def quantize_int4_per_group(
     Raises:
         ValueError: ``group_size`` does not fit.
     """
-    _check_group_size(weight.shape[1], group_size)
-    groups = weight.float().unflatten(1, (-1, group_size))
-    low, high = groups.amin(dim=-1, keepdim=True).clamp(max=0), groups.amax(dim=-1, keepdim=True).clamp(min=0)
-    extent = 2 * torch.maximum(-low, high) if symmetric else high - low
-    scale = (extent / LARGEST_CODE).clamp(min=SMALLEST_SCALE).to(scale_dtype)
-    # In float32 again: codes are to fit the scale as it is stored.
-    step = scale.float()
-    zero = torch.full_like(step, SYMMETRIC_ZERO_POINT) if symmetric else (-low / step).round().clamp(0, LARGEST_CODE)
-    codes = ((groups / step).round() + zero).clamp(0, LARGEST_CODE).to(torch.uint8).flatten(1)
-    return pack_int4(codes), scale.squeeze(-1), None if symmetric else zero.squeeze(-1).to(torch.uint8)
-
-
-def _check_group_size(columns: int, group_size: int) -> None:
-    if group_size <= 0 or group_size % GROUP_MULTIPLE or columns % group_size:
-        raise ValueError(
-            f"group_size {group_size} does not fit: it must be a multiple of {GROUP_MULTIPLE} that divides the"
-            f" {columns} input features"
-        )
+    check_group_size(weight.shape[1], group_size)
+    codes, scale, zero = quantize_per_group(weight, BITS, group_size, symmetric, scale_dtype)
+    return pack_int4(codes), scale, None if symmetric else zero
 
 
 def dequantize_int4(
     packed: torch.Tensor, weight_scale: torch.Tensor, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the float32 weight [N, K] that the tensors stand for."""
-    codes = unpack_int4(packed).float().unflatten(1, (weight_scale.shape[1], -1))
-    zero = SYMMETRIC_ZERO_POINT if zero_point is None else zero_point.float().unsqueeze(-1)
-    weight: torch.Tensor = ((codes - zero) * weight_scale.float().unsqueeze(-1)).flatten(1)
-    return weight
+    zero = SYMMETRIC_ZERO_POINT if zero_point is None else zero_point
+    return dequantize_groups(unpack_int4(packed), weight_scale, zero)
 
 
 def split_pairs(x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """What to compute: the quantization methods, their configuration, and applying them to models."""
 
+from lowbit.quantization.ascend import AscendConfig
+from lowbit.quantization.auto_round import AutoRoundConfig
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.comfyui import ComfyUiConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
@@ -22,6 +24,8 @@ from lowbit.quantization.svdquant import SvdQuantConfig
 
 __all__ = [
     "SUPPORTED_QUANTIZATION_METHODS",
+    "AscendConfig",
+    "AutoRoundConfig",
     "ComfyUiConfig",
     "ComponentQuantizationConfig",
     "Fp8Config",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from lowbit.quantization.linear import QuantizedLinear
 
 
-SCALE_SUFFIXES = (".weight_scale", ".weight_scale_inv")
+# Last parts of the names of tensors that only quantized checkpoints have.
+QUANTIZED_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".qweight")
 
 
 class MethodName(str):
@@ -58,7 +59,7 @@ class QuantizationConfig(ABC):
     def __post_init__(self) -> None:
         for option in ("ignored_layers", "weight_only_layers"):
             layers = getattr(self, option) or []
-            if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
+            if not isinstance(layers, list | tuple | set) or not all(isinstance(layer, str) for layer in layers):
                 raise ConfigError(f"{option} must be a list of layer names or patterns, not {layers!r}")
         if not isinstance(self.kernel, str):
             raise ConfigError(f"kernel must be a name, not {self.kernel!r}")
@@ -169,15 +170,21 @@ class QuantizationConfig(ABC):
     def of_checkpoint(self, tensor_names: Collection[str]) -> Self:
         """Return the configuration for a checkpoint with these tensors, which may say more than what it was read from.
 
-        ``weight_scale`` tensors make it one of a checkpoint that is quantized: some writers leave that out.
+        ``weight_scale`` or ``qweight`` tensors make it one of a quantized checkpoint: some writers leave that out.
         """
-        if self.is_serialized or not any(name.endswith(SCALE_SUFFIXES) for name in tensor_names):
+        if self.is_serialized or not any(name.endswith(QUANTIZED_SUFFIXES) for name in tensor_names):
             return self
         return self.as_serialized(self.ignored_layers or [])
 
     def stored_tensors(self, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Return the state dict of a model as ``save_pretrained`` is to write it: as it is, if nothing else is said."""
         return state_dict
+
+    def without_prefix(self, prefix: str) -> Self:
+        """Return the configuration for a model whose layers' names lack ``prefix``."""
+        layers = (self.ignored_layers or (), self.weight_only_layers or ())
+        ignored, weight_only = ([name.removeprefix(prefix) for name in names] for names in layers)
+        return replace(self, ignored_layers=ignored, weight_only_layers=weight_only)
 
     def kept_reason(self, name: str) -> str:
         """Return why ``get_quant_method`` leaves the linear layer of this full name as it is."""
@@ -244,13 +251,14 @@ class LinearMethod(ABC):
             CheckpointError: it can't be; names the tensor, what was found and what would be right.
         """
         shape, dtype = layer.expected[name]
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            found = _describe(tuple(tensor.shape), tensor.dtype)
-            raise CheckpointError(f"{layer.prefix}.{name}: found {found}, {self.name} needs {_describe(shape, dtype)}")
+        check_tensor(f"{layer.prefix}.{layer.stored_name(name)}", tensor, shape, (dtype,), self.name)
         return tensor
 
-    def stored_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Undo ``canonical_tensor`` for the parameter ``name``, where the checkpoint's layout differs."""
+    def stored_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Undo ``canonical_tensor`` for the parameter ``name``, where the checkpoint's layout differs.
+
+        Of a tensor on the meta device only shape and dtype.
+        """
         return tensor
 
     def smooth_input(self, layer: QuantizedLinear, mul_scale: torch.Tensor) -> None:
@@ -290,5 +298,12 @@ class LinearMethod(ABC):
         layer.leave_kernel()
 
 
-def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+def check_tensor(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], method: str
+) -> None:
+    """Raise ``CheckpointError`` unless a checkpoint's tensor ``name`` has ``shape`` and one of ``dtypes``."""
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        found, *needed = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
+        raise CheckpointError(
+            f"{name}: found {found} {list(tensor.shape)}, {method} needs {' or '.join(needed)} {list(shape)}"
+        )

@@ -28,7 +28,11 @@ _METHODS: dict[str, tuple[str, str] | type[QuantizationConfig]] = {
     "svdquant": ("lowbit.quantization.svdquant", "SvdQuantConfig"),
     "comfyui": ("lowbit.quantization.comfyui", "ComfyUiConfig"),
     "modelopt": ("lowbit.quantization.modelopt", "ModelOptConfig"),
+    "auto-round": ("lowbit.quantization.auto_round", "AutoRoundConfig"),
+    "ascend": ("lowbit.quantization.ascend", "AscendConfig"),
 }
+# Other names of methods.
+_ALIASES = {"inc": "auto-round"}
 
 # Grows when a method is registered.
 SUPPORTED_QUANTIZATION_METHODS: list[str] = list(_METHODS)
@@ -47,7 +51,7 @@ _METHOD_KEYS = ("method", "quant_method")
 
 def canonical_name(method: str) -> str | None:
     """Return the name of a method as it is listed; case and ``-`` or ``_`` do not matter. ``None`` for others."""
-    return _listed(method, SUPPORTED_QUANTIZATION_METHODS)
+    return _listed(_ALIASES.get(_normalize(method), method), SUPPORTED_QUANTIZATION_METHODS)
 
 
 def _listed(name: str, names: Sequence[str]) -> str | None:
@@ -100,7 +104,7 @@ def register_quantization_method(name: str, config_class: type[QuantizationConfi
 def _check_name(name: str) -> None:
     if not isinstance(name, str) or not name.strip() or _normalize(name) in ("none", "component"):
         raise ConfigError(f"{name!r} can't be the name of a quantization method")
-    known = _listed(name, [*SUPPORTED_QUANTIZATION_METHODS, *BACKENDS])
+    known = canonical_name(name) or _listed(name, BACKENDS)
     if known is not None:
         raise ConfigError(f"There is a quantization method {known!r} already: choose another name than {name!r}")
 
@@ -175,7 +179,7 @@ def _from_method_dict(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Qua
     names = {spec[key] for key in _METHOD_KEYS if isinstance(spec.get(key), str)}
     if any(key in spec and spec[key] is not None and not isinstance(spec[key], str) for key in _METHOD_KEYS):
         raise ConfigError(f"The quantization method must be a name: {dict(spec)}")
-    if len({_normalize(name) for name in names}) > 1:
+    if len({canonical_name(name) or _normalize(name) for name in names}) > 1:
         raise ConfigError(f"'method' and 'quant_method' contradict each other: {dict(spec)}")
     method = next(iter(names), "none")
     if _normalize(method) == "none":
@@ -210,7 +214,7 @@ def _from_component_dict(spec: Mapping[str, Any]) -> ComponentQuantizationConfig
 
 def _is_component_value(value: Any) -> bool:
     if isinstance(value, str):
-        return _listed(value, ["none", *SUPPORTED_QUANTIZATION_METHODS, *BACKENDS]) is not None
+        return canonical_name(value) is not None or _listed(value, ["none", *BACKENDS]) is not None
     if isinstance(value, Mapping):
         return any(key in value for key in _METHOD_KEYS)
     return value is None or isinstance(value, QuantizationConfig | BackendConfig)

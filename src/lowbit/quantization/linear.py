@@ -34,13 +34,17 @@ class QuantizedLinear(nn.Linear):
         expected: shape and dtype of each of the checkpoint's tensors.
         owns_weight: nothing else uses the memory of the weight, so that packing may overwrite it.
         awaits_unquantized: it has a placeholder for the unquantized weight that it is to quantize.
+        awaits_tensors: those of the checkpoint are still arriving. A state dict then tells shapes and dtypes only of
+            tensors that would have to be converted: loaders ask for it before every file.
         is_smoothed: its input is to be multiplied by ``mul_scale``.
+        is_symmetric: its zero points are all the middle of the codes.
         rotation_matrix: each group of its input's channels is to be multiplied by, ``None`` for nothing.
         has_channel_scales: its result is to be multiplied by a scale per channel.
     """
 
     is_smoothed: bool
     has_channel_scales: bool
+    is_symmetric: bool
     rotation_matrix: torch.Tensor | None
 
     def __init__(
@@ -66,8 +70,9 @@ class QuantizedLinear(nn.Linear):
         self.is_packed = self.is_offloaded = False
         self.packed_layout = torch.strided
         self.owns_weight = False
-        self.awaits_unquantized = False
+        self.awaits_unquantized = self.awaits_tensors = False
         self.is_smoothed = False
+        self.is_symmetric = False
         self.rotation_matrix = None
         self.has_channel_scales = False
         self.creation_device = torch.device(device or "cpu")
@@ -252,7 +257,8 @@ class QuantizedLinear(nn.Linear):
         if not self.awaits_unquantized and self.method.stored_names:
             for name in self.quantized_names:
                 tensor = destination.pop(prefix + name)
-                destination[prefix + self.stored_name(name)] = self.method.stored_tensor(name, tensor)
+                tensor = tensor.to("meta") if self.awaits_tensors else tensor
+                destination[prefix + self.stored_name(name)] = self.method.stored_tensor(self, name, tensor)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.method.restore_weights(self)

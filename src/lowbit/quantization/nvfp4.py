@@ -123,15 +123,19 @@ class NvFp4LinearMethod(LinearMethod):
 
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Quantize x as the scheme says and multiply."""
-        assert layer.kernel is not None
         input_scale = layer.get_parameter("input_scale") if self.activation_scheme == "static" else None
-        result: torch.Tensor = layer.kernel.linear(
-            x,
-            layer.weight,
-            layer.get_parameter("weight_scale"),
-            bias,
-            layer.get_parameter("weight_scale_2"),
-            input_scale,
-            self.activation_scheme == "none",
-        )
+        return self.multiply(layer, x, bias, layer.get_parameter("weight_scale_2"), input_scale)
+
+    def multiply(
+        self,
+        layer: QuantizedLinear,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        global_scale: torch.Tensor,
+        input_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute the layer with these global scales, float32 []."""
+        assert layer.kernel is not None
+        scale, weight_only = layer.get_parameter("weight_scale"), self.activation_scheme == "none"
+        result: torch.Tensor = layer.kernel.linear(x, layer.weight, scale, bias, global_scale, input_scale, weight_only)
         return result

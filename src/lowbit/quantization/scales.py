@@ -48,6 +48,17 @@ def finite_and_positive(layer: QuantizedLinear, name: str, scale: torch.Tensor) 
     return scale
 
 
+def finite(layer: QuantizedLinear, name: str, scale: torch.Tensor) -> torch.Tensor:
+    """Return ``scale``, a tensor ``name`` of ``layer``, if all of it is finite; AutoRound's may be negative.
+
+    Raises:
+        CheckpointError: it is not; see ``finite_and_positive``.
+    """
+    if not scale.is_meta:
+        _refuse(layer, name, ~torch.isfinite(scale), scale, "must be finite")
+    return scale
+
+
 def exponents(layer: QuantizedLinear, name: str, scale: torch.Tensor) -> torch.Tensor:
     """Return E8M0 scales as uint8 where they come as ``float8_e8m0fnu``; else unchanged.
 
@@ -65,7 +76,9 @@ def _refuse(layer: QuantizedLinear, name: str, wrong: torch.Tensor, scale: torch
     count = int(wrong.sum())
     if count:
         first = scale[wrong].flatten()[0].float().item()
-        raise CheckpointError(f"{layer.prefix}.{name}: {count} of {scale.numel()} values {rule}; the first is {first}")
+        raise CheckpointError(
+            f"{layer.prefix}.{layer.stored_name(name)}: {count} of {scale.numel()} values {rule}; the first is {first}"
+        )
 
 
 def quantize_by_rows(

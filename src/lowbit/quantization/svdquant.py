@@ -232,7 +232,7 @@ class SvdQuantLinearMethod(LinearMethod):
             return finite_and_positive(layer, name, tensor)
         return tensor if name == "weight" else _finite(layer, name, tensor)
 
-    def stored_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def stored_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor in the layout of the checkpoint."""
         if name == "weight" and tensor.dtype == torch.uint8:
             return tensor.view(torch.int8)
@@ -267,7 +267,7 @@ class SvdQuantLinearMethod(LinearMethod):
     def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
         """Return the weight for the input as it comes, both parts."""
         names = [name for name in layer.quantized_names if name != "weight"]
-        tensors = {name: self.stored_tensor(name, layer.get_parameter(name).data) for name in names}
+        tensors = {name: self.stored_tensor(layer, name, layer.get_parameter(name).data) for name in names}
         if "wtscale" in tensors:  # in float32, as it is multiplied with
             tensors["wtscale"] = layer.get_parameter("wtscale").data
         return svdquant_dequantize(layer.get_parameter("weight").data, **tensors)

@@ -24,6 +24,7 @@ from lowbit.ops.triton import (
     gguf,
     int8,
     int8_weight_only,
+    integer_groups,
     launch,
     microscaling,
     mx,
@@ -32,6 +33,8 @@ from lowbit.ops.triton import (
     nvfp4_weight_only,
     persistent,
     quantize_rows,
+    w4a16,
+    w8a16,
 )
 from lowbit.ops.triton.ahead_of_time import CHIPS, Chip, Compiled, Launch, compile_kernel, compile_launch, specialize
 
@@ -386,6 +389,28 @@ def test_gguf_decoding_fits(weight_type: str, chip: str) -> None:
     packed = meta(N, block_type(weight_type).row_bytes(K), dtype=torch.uint8)
     call = lambda: gguf.gguf_dequantize(packed, weight_type, torch.bfloat16)  # noqa: E731
     assert compiled(Case(gguf, "dequantize_kernel", call), CHIPS[chip]).assembly
+
+
+def integer_product(bits: int, m: int) -> Case:
+    weight = meta(N, K // 2, dtype=torch.uint8) if bits == 4 else meta(N, K, dtype=torch.int8)
+    zero = meta(N, K // 128, dtype=torch.uint8 if bits == 4 else torch.int16)
+    multiply = w4a16.w4a16_mm if bits == 4 else w8a16.w8a16_mm
+    scale = meta(N, K // 128, dtype=torch.float32)
+    return Case(integer_groups, "mm_kernel", lambda: multiply(meta(m, K), weight, scale, meta(N), zero))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.exhaustive)])
+def test_integer_products_use_tensor_cores(bits: int, chip: str) -> None:
+    assert re.search(GGUF_INSTRUCTIONS[chip], compiled(integer_product(bits, 64), CHIPS[chip]).assembly)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("rows", [1, 255])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integer_products_fit(bits: int, rows: int, chip: str) -> None:
+    assert re.search("mma", compiled(integer_product(bits, rows), CHIPS[chip]).assembly)
 
 
 def test_registers_are_read_from_what_was_compiled() -> None:

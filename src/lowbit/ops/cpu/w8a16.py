@@ -1,0 +1,66 @@
+"""8-bit weights in groups with activations left as they are, on CPUs; see ``lowbit.ops.cpu.weight_only`` for how."""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.ops import w8a16
+from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.cpu.int8_weight_only import int8_weight_only_mm
+from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows, supports
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w8a16_mm"]
+
+
+@torch.no_grad()
+def w8a16_mm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply as ``lowbit.ops.w8a16.w8a16_mm`` does, with sums in float32."""
+    if zero_point is None and weight_scale.shape[1] == 1:
+        return int8_weight_only_mm(x, packed, weight_scale, bias)
+    packed, weight_scale = packed.contiguous(), weight_scale.contiguous()
+    if has_few_rows(x):
+        return _few_rows(x, packed, weight_scale, bias, zero_point)
+
+    def decode(first: int, weight: torch.Tensor) -> None:
+        part = slice(first, first + weight.shape[0])
+        zero = None if zero_point is None else zero_point[part]
+        weight.copy_(w8a16.dequantize_int8_groups(packed[part], weight_scale[part], zero))
+
+    return multiply_decoded(x, packed.shape[0], decode, bias)
+
+
+def _few_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+) -> torch.Tensor:
+    group_size = x.shape[1] // scale.shape[1]
+    if zero_point is None:
+        return multiply_few_rows(x, weight, "int8", scale, bias, (1, group_size))
+    # The native helper knows no zero points of 8 bits; their part needs the sums of the groups alone.
+    values = x.float()
+    result = multiply_few_rows(values, weight, "int8", scale, bias, (1, group_size))
+    sums = values.unflatten(1, (-1, group_size)).sum(dim=-1)
+    return result.sub_(sums @ (zero_point.float() * scale).t()).to(x.dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply a linear layer: ``lowbit.ops.w8a16.linear``."""
+    rows = x.reshape(-1, x.shape[-1])
+    product = w8a16.product_operator if torch.compiler.is_compiling() else w8a16_mm
+    result: torch.Tensor = product(rows, packed, weight_scale, bias, zero_point)
+    return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -1,0 +1,48 @@
+"""4-bit weights in groups with activations left as they are, in Triton; see ``integer_groups`` for how."""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.ops import w4a16
+from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.dispatch import Problem
+from lowbit.ops.library import register_kernel
+from lowbit.ops.triton.integer_groups import FUSED_ROWS, multiply
+from lowbit.ops.triton.launch import device_refusal
+
+__all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w4a16_mm"]
+
+
+def w4a16_mm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply as ``lowbit.ops.w4a16.w4a16_mm`` does, with sums in float32."""
+    if x.shape[0] >= FUSED_ROWS:
+        return w4a16.w4a16_mm(x, packed, weight_scale, bias, zero_point)
+    return multiply(x, packed, weight_scale, bias, zero_point, w4a16.SYMMETRIC_ZERO_POINT)
+
+
+for _key in ("CUDA", "XPU"):
+    register_kernel("w4a16_mm", _key, w4a16_mm)
+
+
+def supports(problem: Problem) -> str | None:
+    """Return why the kernel here can't run ``problem``, or ``None``."""
+    return device_refusal(problem.device, problem.dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply a linear layer: ``lowbit.ops.w4a16.linear``."""
+    result: torch.Tensor = w4a16.product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, zero_point)
+    return result.reshape(*x.shape[:-1], packed.shape[0])
