@@ -97,7 +97,7 @@ class AscendConfig(QuantizationConfig):
     @property
     def is_serialized(self) -> bool:
         """Whether the types of the checkpoint's layers are known."""
-        return self.layer_types is not None
+        return self.is_checkpoint_ascend_serialized or self.layer_types is not None
 
     @property
     def weights_from(self) -> str | None:

@@ -154,6 +154,9 @@ class AutoRoundConfig(QuantizationConfig):
             return any(part.isdigit() for part in name.split("."))
         return name.startswith(tuple(self.block_name_to_quantize))
 
+    def _quantizes(self, name: str) -> bool:
+        return self.scheme_of(name).kind is not None
+
     def linear_method(self) -> LinearMethod:
         """Return the method of layers which ``extra_config`` does not name."""
         return self._method(self.scheme) or AutoRoundLinearMethod(Scheme(), self.packing, self.kernel)
@@ -201,11 +204,14 @@ class AutoRoundConfig(QuantizationConfig):
         )
 
     def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
-        """Return the configuration to write beside the quantized tensors."""
+        """Return the configuration to write beside the quantized tensors: in ``extra_config`` kept layers have 16 bits."""
+        kept = {"bits": UNQUANTIZED_BITS, "act_bits": UNQUANTIZED_BITS}
+        extra = {name: kept for name in ignored_layers if self.is_in_blocks(name) and self._quantizes(name)}
         return replace(
             self,
             is_checkpoint_auto_round_serialized=True,
-            ignored_layers=list(ignored_layers),
+            ignored_layers=[],
+            extra_config={**(self.extra_config or {}), **extra},
             packing_format=self._packing_format(),
         )
 
@@ -213,19 +219,17 @@ class AutoRoundConfig(QuantizationConfig):
         """Return what ``config.json`` holds: of a checkpoint, AutoRound's own keys."""
         if not self.is_serialized:
             return {**super().to_dict(), _SERIALIZED: False}
-        kept = {"bits": UNQUANTIZED_BITS, "act_bits": UNQUANTIZED_BITS}
-        extra = {
-            **(self.extra_config or {}),
-            **{name: kept for name in self.ignored_layers or () if self.is_in_blocks(name)},
-        }
         values: dict[str, Any] = {
             **{key: getattr(self, key) for key in _SCHEME_KEYS},
             "packing_format": self._packing_format(),
             "block_name_to_quantize": self.block_name_to_quantize and ",".join(self.block_name_to_quantize),
-            "extra_config": extra,
+            "extra_config": self.extra_config,
+            "modules_to_not_convert": self.ignored_layers,
         }
-        kept_values = {name: value for name, value in values.items() if value not in (None, {})}
-        return {"quant_method": self.get_name(), **kept_values}
+        return {
+            "quant_method": self.get_name(),
+            **{key: value for key, value in values.items() if value not in (None, [])},
+        }
 
 
 _SCHEME_KEYS = tuple(item.name for item in fields(Scheme))

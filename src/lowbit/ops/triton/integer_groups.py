@@ -16,9 +16,13 @@ import triton.language as tl
 
 from lowbit.ops.triton.gguf import FUSED_ROWS, tile_for
 from lowbit.ops.triton.launch import expect_shape, on_device_of, row_major, target_of
+from lowbit.ops.triton.tiles import with_depth
 from lowbit.ops.triton.tiling import clamped, program_tile, store_tile
 
 __all__ = ["FUSED_ROWS", "multiply"]
+
+# Groups of 4-bit codes are multiples of it: a step has one scale for each output channel.
+BLOCK_K = 32
 
 
 @triton.jit
@@ -38,6 +42,7 @@ def mm_kernel(
     weight_stride: tl.tensor,
     MIDDLE: tl.constexpr,
     IS_PACKED: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,7 +53,7 @@ def mm_kernel(
 
     x: [m, k] floating; weight: int8 [n, k], or with IS_PACKED uint8 [n, k / 2], the even column in the low half;
     weight_scale, zero_point: [n, groups], of ``group_size`` columns each; zero_point None: MIDDLE; bias: [n] or None;
-    out: [m, n]. Rows of x and weight are their strides apart. EVEN_K: BLOCK_K divides k.
+    out: [m, n]. Rows of x and weight are their strides apart. EVEN_K: BLOCK_K divides k; ONE_GROUP: and group_size.
     """
     tile_m, tile_n = program_tile(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
     first_row = tile_m.to(tl.int64) * BLOCK_M
@@ -70,7 +75,10 @@ def mm_kernel(
             code = (tl.load(right + place // 2).to(tl.int32) >> (place % 2 * 4)) & 15
         else:
             code = tl.load(right + place).to(tl.int32)
-        group = channel_groups + place // group_size
+        if ONE_GROUP:
+            group = channel_groups + start // group_size
+        else:
+            group = channel_groups + place // group_size
         if zero_point is None:
             difference = (code - MIDDLE).to(tl.float32)
         else:
@@ -119,7 +127,11 @@ def multiply(
     if out.numel() == 0:
         return out
     x, weight = row_major(x), row_major(weight)
-    tile = tile_for(target_of(x.device), m)
+    target = target_of(x.device)
+    tile = tile_for(target, m)
+    if target.backend != "interpreter":
+        tile = with_depth(tile, BLOCK_K)
+    group_size = k // groups
     with on_device_of(x):
         mm_kernel[(tile.programs(m, n),)](
             x,
@@ -132,11 +144,12 @@ def multiply(
             n,
             k,
             groups,
-            k // groups,
+            group_size,
             x.stride(0),
             weight.stride(0),
             MIDDLE=middle,
             IS_PACKED=is_packed,
+            ONE_GROUP=group_size % tile.block_k == 0,
             EVEN_K=k % tile.block_k == 0,
             **tile.constants(),
             **tile.options(),
