@@ -242,6 +242,8 @@ def test_a_pipeline_finds_the_description(tmp_path: Path) -> None:
         assert list(quantized_layers(pipeline.transformer)) == [name]
     with pytest.raises(ConfigError, match="already quantized with 'ascend'.*'int8'"):
         load_pipeline(OmniDiffusionConfig(model=str(tmp_path), quantization_config="int8"))
+    with pytest.raises(ConfigError, match="already quantized with 'ascend'.*'torchao'"):
+        load_pipeline(OmniDiffusionConfig(model=str(tmp_path), quantization_config="torchao"))
     with pytest.raises(ConfigError, match="ascend is read, not made"):
         load_pipeline(OmniDiffusionConfig(model=None, quantization_config="ascend"))
 

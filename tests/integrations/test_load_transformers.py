@@ -18,9 +18,17 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from lowbit.errors import CheckpointError, ConfigError
-from lowbit.quantization import Fp8Config, Int8Config, QuantizationConfig, QuantizedLinear, quantize_model
+from lowbit.quantization import (
+    AutoRoundConfig,
+    Fp8Config,
+    Int8Config,
+    QuantizationConfig,
+    QuantizedLinear,
+    SvdQuantConfig,
+    quantize_model,
+)
 from lowbit.quantization.calibration import calibration
-from tests.integrations.models import language_model, relative_error, save, stored_config, tensors
+from tests.integrations.models import language_model, relative_error, same_bytes, save, stored_config, tensors
 
 BF16 = torch.bfloat16
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -70,6 +78,26 @@ def test_serialized_layout(folder: Path, tmp_path: Path) -> None:
     assert found[f"{LAYER}.weight_scale"].dtype == torch.float32
     assert found[f"{LAYER}.weight_scale"].shape == (64, 1)
     assert "lm_head.weight" not in found, "it is tied to the embedding"
+
+
+@pytest.mark.parametrize(
+    ("config", "needed"), [(AutoRoundConfig(group_size=32), "qweight"), (SvdQuantConfig(rank=8), "wscales")]
+)
+def test_other_names_and_layouts_on_disk(config: QuantizationConfig, needed: str, folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, quantization_config=config)
+    model.save_pretrained(saved)
+    stored = tensors(saved)
+    assert f"{LAYER}.qweight" in stored
+    assert f"{LAYER}.weight" not in stored
+    reloaded = AutoModelForCausalLM.from_pretrained(saved)
+    assert torch.equal(run(reloaded), run(model))
+    assert same_bytes(reloaded.state_dict(), model.state_dict())
+    base = AutoModel.from_pretrained(saved)
+    assert torch.equal(run(base), run(model.model))
+    edit(saved, **{f"{LAYER}.{needed}": None})
+    with pytest.raises(CheckpointError, match=rf"1 tensors are missing: {LAYER}\.{needed}"):
+        AutoModelForCausalLM.from_pretrained(saved)
 
 
 def test_tied_weights_stay_tied(folder: Path) -> None:

@@ -41,7 +41,7 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     components = read_components(source)
     chosen = {name: found for name, found in routed(config).items() if not found.needs_calibration}
     if Path(source).is_dir():
-        chosen.update(_described(Path(source), components, chosen))
+        chosen.update(_described(Path(source), components, route(config.quantization, components)))
     others = backends.prepare(source, components, _other_backends(config, components))
     foreign = {name: chosen.pop(name) for name in list(chosen) if chosen[name].weights_from is not None}
     device = config.device
@@ -94,12 +94,12 @@ def _load_foreign(
 
 
 def _described(
-    folder: Path, components: ComponentIndex, chosen: Mapping[str, QuantizationConfig]
+    folder: Path, components: ComponentIndex, asked: Mapping[str, QuantizationConfig | BackendConfig]
 ) -> dict[str, QuantizationConfig]:
     """Return the configurations of components whose weights lie beside a description of msModelSlim's."""
     from lowbit.integrations.ascend import described
 
-    found = {name: described(folder / name, chosen.get(name)) for name in components}
+    found = {name: described(folder / name, asked.get(name)) for name in components}
     return {name: config for name, config in found.items() if config is not None}
 
 

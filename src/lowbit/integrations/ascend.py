@@ -22,6 +22,7 @@ from lowbit.integrations.checks import TensorHeader, read_headers, read_json, we
 from lowbit.integrations.foreign import ForeignTensor, ForeignWeights
 from lowbit.ops.int8_static import bias_of, bits_to_scale
 from lowbit.quantization.ascend import FLOAT, AscendConfig
+from lowbit.quantization.backends import BackendConfig
 from lowbit.quantization.base import QuantizationConfig
 
 DESCRIPTIONS = "quant_model_description*.json"
@@ -68,7 +69,7 @@ def find_description(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def described(folder: Path, requested: QuantizationConfig | None) -> AscendConfig | None:
+def described(folder: Path, requested: QuantizationConfig | BackendConfig | None) -> AscendConfig | None:
     """Return the configuration to read the component in ``folder`` with, ``None`` if it has no description.
 
     Raises:

@@ -204,7 +204,7 @@ class AutoRoundConfig(QuantizationConfig):
         )
 
     def as_serialized(self, ignored_layers: Sequence[str]) -> Self:
-        """Return the configuration to write beside the quantized tensors: in ``extra_config`` kept layers have 16 bits."""
+        """Return the configuration to write beside the tensors: kept layers have 16 bits in ``extra_config``."""
         kept = {"bits": UNQUANTIZED_BITS, "act_bits": UNQUANTIZED_BITS}
         extra = {name: kept for name in ignored_layers if self.is_in_blocks(name) and self._quantizes(name)}
         return replace(

@@ -130,6 +130,12 @@ class SvdQuantConfig(QuantizationConfig):
         layers = [name.removesuffix(_WEIGHT) for name in tensor_names if name.endswith(_WEIGHT)]
         return replace(self, quantized_layers=dict.fromkeys(layers), smoothing=None) if layers else self
 
+    def without_prefix(self, prefix: str) -> Self:
+        """Return the configuration for a model whose layers' names lack ``prefix``."""
+        ranks = self.quantized_layers
+        layers = ranks and {name.removeprefix(prefix): rank for name, rank in ranks.items()}
+        return replace(super().without_prefix(prefix), quantized_layers=layers)
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethod | None:
         """Return what to do with ``layer``; of a checkpoint, its tensors have said which layers are quantized."""
         if self.quantized_layers is None:

@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 
 from lowbit.ops.canonical import pack_weight, unpack_weight
-from lowbit.ops.dispatch import Problem
 from lowbit.ops.int8_weight_only import product_operator
 from lowbit.ops.library import register_kernel
-from lowbit.ops.triton.launch import device_refusal, expect_shape, on_device_of, row_major
+from lowbit.ops.triton.launch import expect_shape, on_device_of, row_major, supports
 from lowbit.ops.triton.rounding import decode_e4m3
 from lowbit.ops.triton.tiling import clamped, store_tile
 
@@ -123,11 +122,6 @@ def int8_weight_only_mm(
 
 for _key in ("CUDA", "XPU"):
     register_kernel("int8_weight_only_mm", _key, int8_weight_only_mm)
-
-
-def supports(problem: Problem) -> str | None:
-    """Return why the kernel here can't run ``problem``, or ``None``."""
-    return device_refusal(problem.device, problem.dtype)
 
 
 def linear(

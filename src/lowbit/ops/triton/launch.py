@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lowbit.ops.dispatch import Problem
+
 # Kernels address a tile's elements by 32-bit offsets from a 64-bit origin, so that (rows of a tile) * (row stride) must
 # stay below 2**31. No tile has more than 256 rows.
 LARGEST_ROW_STRIDE = (2**31 - 1) // 256
@@ -80,6 +82,11 @@ def device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "xpu" and not torch.xpu.is_available():
         return "no XPU device is present"
     return None
+
+
+def supports(problem: Problem) -> str | None:
+    """Return why a kernel that takes whatever its chip does can't run ``problem``, or ``None``."""
+    return device_refusal(problem.device, problem.dtype)
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:

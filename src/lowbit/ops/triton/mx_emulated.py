@@ -5,13 +5,7 @@ They are decoded to bfloat16 in registers. To be asked for by name.
 
 from __future__ import annotations
 
-from lowbit.ops.dispatch import Problem
-from lowbit.ops.triton.launch import device_refusal
+from lowbit.ops.triton.launch import supports
 from lowbit.ops.triton.mx import linear, pack_weight, unpack_weight
 
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
-
-
-def supports(problem: Problem) -> str | None:
-    """Return why the kernels here can't run ``problem``, or ``None``."""
-    return device_refusal(problem.device, problem.dtype)

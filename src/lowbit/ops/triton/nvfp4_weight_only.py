@@ -8,19 +8,13 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops.canonical import pack_weight, unpack_weight
-from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import register_kernel
 from lowbit.ops.nvfp4_weight_only import linear
-from lowbit.ops.triton.launch import device_refusal, row_major
+from lowbit.ops.triton.launch import row_major, supports
 from lowbit.ops.triton.microscaling import PLAIN, multiply
 from lowbit.ops.triton.nvfp4 import KINDS
 
 __all__ = ["linear", "nvfp4_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
-
-
-def supports(problem: Problem) -> str | None:
-    """Return why the kernel can't run ``problem``, or ``None``."""
-    return device_refusal(problem.device, problem.dtype)
 
 
 def nvfp4_weight_only_mm(

@@ -6,10 +6,9 @@ import torch
 
 from lowbit.ops import w4a16
 from lowbit.ops.canonical import pack_weight, unpack_weight
-from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import register_kernel
 from lowbit.ops.triton.integer_groups import FUSED_ROWS, multiply
-from lowbit.ops.triton.launch import device_refusal
+from lowbit.ops.triton.launch import supports
 
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w4a16_mm"]
 
@@ -29,11 +28,6 @@ def w4a16_mm(
 
 for _key in ("CUDA", "XPU"):
     register_kernel("w4a16_mm", _key, w4a16_mm)
-
-
-def supports(problem: Problem) -> str | None:
-    """Return why the kernel here can't run ``problem``, or ``None``."""
-    return device_refusal(problem.device, problem.dtype)
 
 
 def linear(
