@@ -104,6 +104,7 @@ class TestEveryMethod:
         assert seen == [1]
 
     def test_is_traced_whole(self, config: QuantizationConfig) -> None:
+        torch.compiler.reset()
         layer, x = quantized(config), torch.randn(2, 200).to(torch.bfloat16)
         traced = torch.compile(layer, backend="eager", fullgraph=True)
         torch.testing.assert_close(traced(x), layer(x))
