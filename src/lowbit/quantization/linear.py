@@ -179,6 +179,8 @@ class QuantizedLinear(nn.Linear):
         return self._compute_offloaded(x) if self.is_offloaded else self.method.apply(self, x, self.bias)
 
     def _is_moved(self) -> bool:
+        if torch.compiler.is_compiling():  # tracing sees packed weights as strided; moving them traces anew
+            return False
         weight = self._parameters["weight"]
         assert weight is not None
         return weight.device != self.kernel_device or weight.layout != self.packed_layout
