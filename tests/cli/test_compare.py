@@ -55,7 +55,7 @@ def test_the_reference_systems_command_works_as_written(tmp_path: Path, gate: st
         (["--prompt", PROMPT, "--output-json", "/proc/nothing/result.json"], "can't create the folder"),
         (["--prompt", PROMPT, "--candidate-quantization", "int3"], "Unknown quantization method: 'int3'"),
         (["--prompt", PROMPT, "--candidate-quantization", "int8", "--ignored-layers", "img_mlp"], "img_mlp"),
-        (["--prompt", PROMPT, "--ignored-layers", "to_q"], "needs --quantization"),
+        (["--prompt", PROMPT, "--ignored-layers", "to_q"], "needs --candidate-quantization"),
         (["--prompt", PROMPT, "--num-frames", "5"], "--task t2v"),
         (["--prompt", PROMPT, "--report", "."], "is a folder"),
         (["--prompt", PROMPT, "--candidate-cache-backend", "teacache"], "Unknown cache_backend"),

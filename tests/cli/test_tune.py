@@ -64,7 +64,7 @@ def test_tune_writes_a_recipe_that_other_commands_take(
         (["tune"], "--quantization"),
         (["tune", "-q", "int8", "--gate", "psnr>=3"], "did you mean psnr_db"),
         (["tune", "-q", "int8", "--budget", "soon"], "--budget"),
-        (["tune", "-q", '{"transformer": "int8"}'], "one quantization method"),
+        (["tune", "-q", '{"transformer": "int8"}'], "quantization methods for the diffusion transformers"),
         (["tune", "-q", "int8", "--prompts-file", "missing.txt"], "there is no file"),
     ],
 )

@@ -93,7 +93,7 @@ def test_every_source_dtype(dtype: torch.dtype) -> None:
 
 
 def test_bad_requests() -> None:
-    with pytest.raises(ConfigError, match="one method for one model"):
+    with pytest.raises(ConfigError, match="one of lowbit's own methods"):
         quantize_model(nn.Linear(2, 2), {"transformer": "int8"})
     with pytest.raises(ConfigError, match="unquantized weights"):
         quantize_model(nn.Linear(2, 2), "int8", is_checkpoint_int8_serialized=True)

@@ -16,7 +16,7 @@ weight            uint8 [N, K / 2]                input 2 * i in the lower, 2 * 
 ================  ==============================  ============================================================
 
 Kernels read codes from 0 to 15 for which 8 is zero, those of ``lowbit.ops.w4a16``: ``pack_weight`` turns the upper bit
-of each.
+of each. What it returns is int8, so that it can be told from the checkpoint's tensor.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantize_w4(weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """Return the float32 values [N, K] of codes uint8 [N, K / 2] with scales [N, K / 64]."""
-    return dequantize_int4(pack_weight(weight), weight_scale)
+    return dequantize_int4(pack_weight(weight).view(torch.uint8), weight_scale)
 
 
 def round_activation(x: torch.Tensor) -> torch.Tensor:
@@ -84,14 +84,14 @@ def w4a4_mm(
 
     Args:
         x: [M, K] floating.
-        packed: uint8 [N, K / 2], from ``pack_weight``.
+        packed: int8 [N, K / 2], from ``pack_weight``.
         weight_scale: bfloat16 or float32 [N, K / 64].
         bias: [N] or ``None``.
 
     Returns:
         [M, N] in ``x.dtype``.
     """
-    result = round_activation(x) @ dequantize_int4(packed, weight_scale).t()
+    result = round_activation(x) @ dequantize_int4(packed.view(torch.uint8), weight_scale).t()
     if bias is not None:
         result = result + bias.float()
     return result.to(x.dtype)
@@ -107,14 +107,22 @@ product_operator = define_operator(
 
 
 def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return two's complement codes as those for which 8 is zero, dense; with ``overwrite`` in the same memory."""
+    """Return two's complement codes as those for which 8 is zero, dense; with ``overwrite`` in the same memory.
+
+    Args:
+        weight: uint8 [N, K / 2].
+        overwrite: the memory of ``weight`` may be used.
+
+    Returns:
+        int8 [N, K / 2].
+    """
     weight = weight.contiguous()
-    return weight.bitwise_xor_(_UPPER_BITS) if overwrite else weight ^ _UPPER_BITS
+    return (weight.bitwise_xor_(_UPPER_BITS) if overwrite else weight ^ _UPPER_BITS).view(torch.int8)
 
 
 def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
     """Undo ``pack_weight``."""
-    return packed ^ _UPPER_BITS
+    return packed.view(torch.uint8) ^ _UPPER_BITS
 
 
 def linear(

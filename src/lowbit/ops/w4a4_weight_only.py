@@ -15,5 +15,5 @@ def linear(
     x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Apply a linear layer to unquantized activations; arguments and result as of ``lowbit.ops.w4a4.linear``."""
-    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
+    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed.view(torch.uint8), weight_scale, bias)
     return result.reshape(*x.shape[:-1], packed.shape[0])

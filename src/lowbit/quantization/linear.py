@@ -177,12 +177,15 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute x [..., K] -> [..., N] in ``x.dtype``."""
-        if self.kernel is None or self._is_moved():
+        # Nobody moves weights of a compiled model behind its back, and tracing shows them in other layouts.
+        if self.kernel is None or (not torch.compiler.is_compiling() and self._is_moved()):
             self.method.restore_weights(self)
             self.method.process_weights_after_loading(self)
         return self._compute_offloaded(x) if self.is_offloaded else self.method.apply(self, x, self.bias)
 
     def _is_moved(self) -> bool:
+        if torch.compiler.is_compiling():  # tracing sees packed weights as strided; moving them traces anew
+            return False
         weight = self._parameters["weight"]
         assert weight is not None
         return weight.device != self.kernel_device or weight.layout != self.packed_layout
