@@ -306,7 +306,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("ascend"), dynamic()[0], "W8A8_DYNAMIC")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_mutated_descriptions_give_errors_of_lowbits_own(checkpoint: Path, data: st.DataObject) -> None:
     file = checkpoint / "transformer" / "quant_model_description.json"
@@ -332,6 +334,8 @@ def test_mutated_descriptions_give_errors_of_lowbits_own(checkpoint: Path, data:
         file.write_bytes(whole)
 
 
+# The first text drawn takes seconds on a busy machine: hypothesis builds its tables of characters.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(options=st.dictionaries(st.sampled_from(["layer_types", "smoothed_layers", "weights_folder", "x"]), JSON))
 def test_mutated_configurations_give_errors_of_lowbits_own(options: dict[str, Any]) -> None:
     with contextlib.suppress(ConfigError, UnsupportedError):

@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -325,6 +325,8 @@ KEYS = [*(key for key in AutoRoundConfig.__dataclass_fields__), "autoround_versi
 VALUES = JSON | st.sampled_from(["int", "mx_fp", "nv_fp", "auto_round", "auto_awq", 2, 4, 8, 16, 32, -1, True])
 
 
+# The first text drawn takes seconds on a busy machine: hypothesis builds its tables of characters.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(options=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6))
 def test_mutated_configurations_give_errors_of_lowbits_own(options: dict[str, Any]) -> None:
     stored = stored_config(FLUX)
