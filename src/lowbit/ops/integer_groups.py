@@ -70,3 +70,14 @@ def dequantize_groups(codes: torch.Tensor, scale: torch.Tensor, zero_point: torc
     groups = codes.float().unflatten(1, (scale.shape[1], -1))
     weight: torch.Tensor = ((groups - zero) * scale.float().unsqueeze(-1)).flatten(1)
     return weight
+
+
+def fake_product(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return an empty [M, N], the shape function of the families' products."""
+    return x.new_empty((x.shape[0], packed.shape[0]))

@@ -25,6 +25,7 @@ from lowbit.ops.integer_groups import (
     GROUP_MULTIPLE,
     check_group_size,
     dequantize_groups,
+    fake_product,
     quantize_per_group,
     symmetric_zero_point,
 )
@@ -114,20 +115,10 @@ def w4a16_mm(
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def _fake(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], packed.shape[0]))
-
-
 product_operator = define_operator(
     "w4a16_mm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, Tensor? zero_point=None) -> Tensor",
     w4a16_mm,
-    _fake,
+    fake_product,
 )
 register_kernel_lazily("w4a16_mm", "CPU", "lowbit.ops.cpu.w4a16")
 
@@ -141,4 +132,16 @@ def linear(
 ) -> torch.Tensor:
     """Apply a linear layer with 4-bit weights to x [..., K]; returns [..., N] in ``x.dtype``."""
     result = w4a16_mm(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, zero_point)
+    return result.reshape(*x.shape[:-1], packed.shape[0])
+
+
+def operator_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply a linear layer as ``linear`` does, by the kernel that is registered for the device."""
+    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, zero_point)
     return result.reshape(*x.shape[:-1], packed.shape[0])

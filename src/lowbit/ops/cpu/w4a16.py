@@ -9,6 +9,7 @@ from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows, supports
 from lowbit.ops.cpu.workspace import scratch
+from lowbit.ops.w4a16 import operator_linear as linear
 
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w4a16_mm"]
 
@@ -50,17 +51,3 @@ def _decode_split(
     native.decode_int4(packed, scale, zero_point, group_size, decoded)
     if not is_float32:
         weight.copy_(decoded)
-
-
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Apply a linear layer: ``lowbit.ops.w4a16.linear``."""
-    rows = x.reshape(-1, x.shape[-1])
-    product = w4a16.product_operator if torch.compiler.is_compiling() else w4a16_mm
-    result: torch.Tensor = product(rows, packed, weight_scale, bias, zero_point)
-    return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -8,6 +8,7 @@ from lowbit.ops import w8a16
 from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu.int8_weight_only import int8_weight_only_mm
 from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows, supports
+from lowbit.ops.w8a16 import operator_linear as linear
 
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w8a16_mm"]
 
@@ -50,17 +51,3 @@ def _few_rows(
     result = multiply_few_rows(values, weight, "int8", scale, bias, (1, group_size))
     sums = values.unflatten(1, (-1, group_size)).sum(dim=-1)
     return result.sub_(sums @ (zero_point.float() * scale).t()).to(x.dtype)
-
-
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Apply a linear layer: ``lowbit.ops.w8a16.linear``."""
-    rows = x.reshape(-1, x.shape[-1])
-    product = w8a16.product_operator if torch.compiler.is_compiling() else w8a16_mm
-    result: torch.Tensor = product(rows, packed, weight_scale, bias, zero_point)
-    return result.reshape(*x.shape[:-1], packed.shape[0])

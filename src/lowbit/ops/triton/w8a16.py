@@ -9,6 +9,7 @@ from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.library import register_kernel
 from lowbit.ops.triton.integer_groups import FUSED_ROWS, multiply
 from lowbit.ops.triton.launch import supports
+from lowbit.ops.w8a16 import operator_linear as linear
 
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w8a16_mm"]
 
@@ -28,15 +29,3 @@ def w8a16_mm(
 
 for _key in ("CUDA", "XPU"):
     register_kernel("w8a16_mm", _key, w8a16_mm)
-
-
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Apply a linear layer: ``lowbit.ops.w8a16.linear``."""
-    result: torch.Tensor = w8a16.product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, zero_point)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
