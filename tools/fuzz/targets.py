@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,11 @@ def edit(parent: Any, key: Any, numbers: list[int]) -> None:
     if inside and choice % 4:
         edit(child, inside[(numbers.pop() if numbers else 0) % len(inside)], numbers)
     elif isinstance(child, dict) and choice % 8 == 4:
-        child[f"unknown_{choice}"] = VALUES[choice % len(VALUES)]
+        child[f"unknown_{choice}"] = deepcopy(VALUES[choice % len(VALUES)])
     elif isinstance(parent, dict) and choice % 8 == 0 and key != "quantization_config":
         del parent[key]
     else:
-        parent[key] = VALUES[(numbers.pop() if numbers else choice) % len(VALUES)]
+        parent[key] = deepcopy(VALUES[(numbers.pop() if numbers else choice) % len(VALUES)])
 
 
 TARGETS = {
