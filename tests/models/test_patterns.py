@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowbit.models.patterns import matches
+from lowbit.models.patterns import invalid_expression, matches
 
 QWEN = "transformer_blocks.3.img_mlp.net.0.proj"
 
@@ -36,3 +36,8 @@ QWEN = "transformer_blocks.3.img_mlp.net.0.proj"
 )
 def test_matches(pattern: str, name: str, expected: bool) -> None:
     assert matches(pattern, name) is expected
+
+
+def test_what_is_no_regular_expression_is_named() -> None:
+    assert invalid_expression(["re:a.*", "a(", "*"]) is None
+    assert "'re:(' is no regular expression" in str(invalid_expression(["to_q", "re:("]))

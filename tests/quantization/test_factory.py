@@ -106,3 +106,17 @@ def test_what_is_written_holds_nothing_a_strict_reader_refuses() -> None:
         "is_checkpoint_int8_serialized": True,
         "ignored_layers": ["proj_out"],
     }
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"method": "int8", "ignored_layers": ["re:("]}, "ignored_layers: 're:\\(' is no regular expression"),
+        ({"method": "modelopt", "quant_algo": "FP8", "lora_rank": []}, "lora_rank must be from 1"),
+        ({"method": "modelopt", "quant_algo": "FP8", "producer": {}, "ignore": [0]}, "ignore must be a list"),
+        ({"method": "modelopt", "quant_algo": "FP8", "config_groups": [1]}, "config_groups must map"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_quant_config(spec)

@@ -43,6 +43,16 @@ def matches(pattern: str, name: str) -> bool:
     return _matches_parts(pattern, name)
 
 
+def invalid_expression(patterns: Iterable[str]) -> str | None:
+    """Return what is wrong with the first ``re:`` pattern that is not a regular expression, ``None`` if all are."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            return f"{pattern!r} is no regular expression ({error})"
+    return None
+
+
 def matches_any(patterns: Iterable[str], name: str) -> bool:
     """Tell whether one of ``patterns`` matches ``name``."""
     return any(matches(pattern, name) for pattern in patterns)

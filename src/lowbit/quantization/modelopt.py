@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lowbit.quantization.linear import QuantizedLinear
 
 MIXED_PRECISION = "MIXED_PRECISION"
+LARGEST_RANK = 1 << 16
 DEFAULT_RANK = 32
 # Keys of ModelOpt's that say nothing a reader of weights needs.
 _UNREAD = ("config_groups", "producer", "kv_cache_scheme", "kv_cache_quant_algo", "group_size", "has_zero_point")
@@ -82,6 +83,8 @@ class ModelOptConfig(QuantizationConfig):
             raise UnsupportedError(f"modelopt: quant_algo {unknown or MIXED_PRECISION} is not supported", [known])
         if self.quant_algo == MIXED_PRECISION and not self.quantized_layers:
             raise ConfigError("modelopt: MIXED_PRECISION needs quantized_layers, from layers' names to algorithms")
+        if self.lora_rank is not None and (type(self.lora_rank) is not int or not 0 < self.lora_rank <= LARGEST_RANK):
+            raise ConfigError(f"modelopt: lora_rank must be from 1 to {LARGEST_RANK}, not {self.lora_rank!r:.200}")
         if not self.is_serialized and self.quant_algo in (MIXED_PRECISION, "NVFP4_SVD"):
             raise ConfigError(f"modelopt: {self.quant_algo} {_NO_KERNEL_TWICE}")
 
