@@ -150,6 +150,14 @@ def test_attention_in_int8_and_what_it_says() -> None:
     )
 
 
+def test_short_sequences_keep_the_library_s_attention(int8: Omni) -> None:
+    left = Omni(quantization="int8", attention_quantization="none", device="cpu")
+    assert left.attention == {}
+    assert {record.kind for record in int8.attention.values()} <= {"none"}
+    first, second = (one(omni.generate(PROMPT, FAST, progress=False)) for omni in (int8, left))
+    assert np.array_equal(pixels(first.images[0]), pixels(second.images[0]))
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -10,8 +10,15 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from lowbit.errors import ConfigError
-from lowbit.integrations.attention import attention_record, check_attention, quantize_attention, restore_attention
-from lowbit.ops.attention import AttentionProblem, select_kernel
+from lowbit.integrations import attention
+from lowbit.integrations.attention import (
+    attention_record,
+    check_attention,
+    quantize_attention,
+    restore_attention,
+    speed_up_attention,
+)
+from lowbit.ops.attention import TORCH, UNQUANTIZED, AttentionProblem, select_kernel
 from tests.integrations.models import FAMILIES
 from tests.ops.test_attention import relative_error
 
@@ -118,3 +125,35 @@ def test_compiled_blocks_agree() -> None:
     torch.compiler.reset()
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     assert relative_error(family.run(model), eager) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["z-image", "qwen-image", "flux"])
+def test_speeding_up_changes_no_more_than_rounding_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    model = family.make().eval()
+    before = family.run(model)
+    record = speed_up_attention(model, device=CPU, dtype=DTYPE)
+    if select_kernel(AttentionProblem(CPU, DTYPE, UNQUANTIZED)) == TORCH:
+        assert record is None
+        return
+    assert record is not None
+    assert record == attention_record(model)
+    assert record.summary() == f"{record.layers} attention layers unquantized (native)"
+    assert relative_error(family.run(model), before) == 0  # so few keys stay torch's
+    monkeypatch.setattr(attention, "FEWEST_KEYS", 1)
+    assert 0 < relative_error(family.run(model), before) < 1e-5
+    restore_attention(model)
+    assert torch.equal(family.run(model), before)
+
+
+def test_speeding_up_leaves_what_was_chosen_and_what_it_does_not_know() -> None:
+    model = FAMILIES["z-image"].make()
+    assert speed_up_attention(torch.nn.Linear(2, 2), device=CPU, dtype=DTYPE) is None
+    assert speed_up_attention(model, device=torch.device("meta"), dtype=DTYPE) is None
+    model.set_attention_backend("native")
+    assert speed_up_attention(model, device=CPU, dtype=DTYPE) is None
+    model.reset_attention_backend()
+    quantize(model)
+    assert speed_up_attention(model, device=CPU, dtype=DTYPE) is None
+    assert attention_record(model).kind == "int8"  # type: ignore[union-attr]

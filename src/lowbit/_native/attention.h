@@ -1,8 +1,8 @@
 // Attention with AVX-512, 64 keys at a time: scores, a softmax that is carried from block to block, values.
 //
 // A head's keys and values are brought once to the layout that the products read; then blocks of queries pass over them
-// while both stay in the cache. attention_int8.h multiplies int8 by VNNI, attention_float32.h float32. What is computed is
-// defined by lowbit/ops/attention.py.
+// while both stay in the cache. attention_integers.h multiplies int8 and int16 by VNNI, attention_float32.h float32. What
+// is computed is defined by lowbit/ops/attention.py.
 
 constexpr int64_t kBlockKeys = 64;
 constexpr int64_t kLargestWidth = 256;
@@ -119,6 +119,8 @@ void mean_of(const Input* from, int64_t stride, const uint64_t* keep, int64_t ke
 
 // 0 for a number, NaN for the others.
 LOWBIT_INLINE float poison_of(float value) { return value - value; }
+
+LOWBIT_INLINE float not_zero(float absmax) { return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax; }
 
 LOWBIT_INLINE float absmax_of(const float* values, int64_t count) {
     return as_float(avx512::largest(values, count, 0));

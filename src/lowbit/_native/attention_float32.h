@@ -81,7 +81,7 @@ LOWBIT_INLINE __m512 round_e4m3(__m512 value) {
 
 LOWBIT_INLINE float fake_quantize_row(float* values, int64_t count) {
     const float absmax = absmax_of(values, count);
-    const float scale = (absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax) / 448.0f;
+    const float scale = not_zero(absmax) / 448.0f;
     for (int64_t i = 0; i < count; ++i) values[i] = round_e4m3(values[i] / scale) * scale;
     return poison_of(scale);
 }

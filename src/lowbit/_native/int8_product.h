@@ -93,16 +93,25 @@ void sum_few_rows(const ProductJob& job, int64_t column, int64_t columns, int32_
         kAlong[job.rows - 1](job.x, job.weight + (column + channel) * job.depth, job.depth, sums + channel);
 }
 
+// What one instruction multiplies: 32 bits of a row with 32 bits of each of 16 channels, added to their int32 sums.
+struct Dot8 {
+    static __m512i multiply(__m512i sums, __m512i x, __m512i weights) { return _mm512_dpbusd_epi32(sums, x, weights); }
+};
+
+struct Dot16 {
+    static __m512i multiply(__m512i sums, __m512i x, __m512i weights) { return _mm512_dpwssd_epi32(sums, x, weights); }
+};
+
 struct Tile {
     const uint8_t* x[kTileRows];  // rows, at the first input of this depth
     const int8_t* weight;         // first panel, first group of this depth
     int64_t panel_stride;         // bytes from panel to panel
-    int64_t depth;                // inputs, a multiple of four
+    int64_t depth;                // bytes of inputs, a multiple of four
     int32_t* sums;                // [rows][64]
     bool accumulate;              // onto the sums of the depth before
 };
 
-template <int Rows, int Panels>
+template <typename Dot, int Rows, int Panels>
 void multiply_tile(const Tile& tile) {
     __m512i sums[Rows][Panels];
 #pragma GCC unroll 8
@@ -127,7 +136,7 @@ void multiply_tile(const Tile& tile) {
             const __m512i activations = _mm512_set1_epi32(four);
 #pragma GCC unroll 8
             for (int panel = 0; panel < Panels; ++panel)
-                sums[row][panel] = _mm512_dpbusd_epi32(sums[row][panel], activations, weights[panel]);
+                sums[row][panel] = Dot::multiply(sums[row][panel], activations, weights[panel]);
         }
     }
 #pragma GCC unroll 8
@@ -139,11 +148,13 @@ void multiply_tile(const Tile& tile) {
 
 using MultiplyTile = void (*)(const Tile&);
 
-template <int Rows>
-constexpr MultiplyTile kTilesOfRows[kTilePanels] = {multiply_tile<Rows, 1>, multiply_tile<Rows, 2>,
-                                                    multiply_tile<Rows, 3>, multiply_tile<Rows, 4>};
-constexpr const MultiplyTile* kTiles[kTileRows] = {kTilesOfRows<1>, kTilesOfRows<2>, kTilesOfRows<3>,
-                                                   kTilesOfRows<4>, kTilesOfRows<5>, kTilesOfRows<6>};
+template <typename Dot, int Rows>
+constexpr MultiplyTile kTilesOfRows[kTilePanels] = {multiply_tile<Dot, Rows, 1>, multiply_tile<Dot, Rows, 2>,
+                                                    multiply_tile<Dot, Rows, 3>, multiply_tile<Dot, Rows, 4>};
+template <typename Dot>
+constexpr const MultiplyTile* kTiles[kTileRows] = {kTilesOfRows<Dot, 1>, kTilesOfRows<Dot, 2>,
+                                                   kTilesOfRows<Dot, 3>, kTilesOfRows<Dot, 4>,
+                                                   kTilesOfRows<Dot, 5>, kTilesOfRows<Dot, 6>};
 
 // sums [1 + rows][64], the first of them the weights' own -> rows of the output.
 template <typename Output, bool HasBias>
@@ -184,7 +195,7 @@ void sum_rows(const ProductJob& job, int64_t top, int64_t rows, int64_t column, 
             const int64_t count = smaller(kTileRows, 1 + rows - row);
             for (int64_t i = 0; i < count; ++i)
                 tile.x[i] = row + i == 0 ? ones : job.x + (top + row + i - 1) * job.depth + depth;
-            kTiles[count - 1][columns / kPanelChannels - 1](tile);
+            kTiles<Dot8>[count - 1][columns / kPanelChannels - 1](tile);
         }
     }
 }

@@ -5,6 +5,7 @@
 // pool of threads, and the two would fight for the cores).
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -118,7 +119,7 @@ struct WeightKernels {
     int64_t task_channels;
 };
 
-constexpr int kAttentionKinds = 3;  // float32, int8, e4m3
+constexpr int kAttentionKinds = 4;  // float32, int8, e4m3, int16
 
 struct AttentionJob {
     const void *query, *key, *value;  // [batch, tokens, heads, width], strides of the first three in elements
@@ -244,21 +245,26 @@ namespace avx512_vnni {
 #include "int8_product.h"
 #include "attention.h"
 #include "attention_float32.h"
-#include "attention_int8.h"
+#include "attention_integers.h"
+
+template <typename Kind>
+constexpr AttentionKernels integer_attention = {
+    head_bytes<typename Kind::Element>,
+    {prepare_integers<Kind, float>, prepare_integers<Kind, BFloat16>, prepare_integers<Kind, Half>},
+    {attend_integers<Kind, float>, attend_integers<Kind, BFloat16>, attend_integers<Kind, Half>},
+    kIntegerRows};
 
 constexpr AttentionKernels attentions[kAttentionKinds] = {
     {head_bytes<float>,
      {prepare_float<float, false>, prepare_float<BFloat16, false>, prepare_float<Half, false>},
      {attend_float<float, false>, attend_float<BFloat16, false>, attend_float<Half, false>},
      kFloatRows},
-    {head_bytes<int8_t>,
-     {prepare_int8<float>, prepare_int8<BFloat16>, prepare_int8<Half>},
-     {attend_int8<float>, attend_int8<BFloat16>, attend_int8<Half>},
-     kInt8Rows},
+    integer_attention<Attention8>,
     {head_bytes<float>,
      {prepare_float<float, true>, prepare_float<BFloat16, true>, prepare_float<Half, true>},
      {attend_float<float, true>, attend_float<BFloat16, true>, attend_float<Half, true>},
      kFloatRows},
+    integer_attention<Attention16>,
 };
 }
 #if defined(__clang__)
@@ -440,7 +446,7 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
 }
 
 // Attention: see AttentionJob. sizes: batch, queries, keys, heads, key_heads, width (at most 256); strides: three each of
-// query, key and value; kind: 0 float32, 1 int8, 2 e4m3. Needs what lowbit_int8_product needs.
+// query, key and value; kind: 0 float32, 1 int8, 2 e4m3, 3 int16. Needs what lowbit_int8_product needs.
 LOWBIT_EXPORT void lowbit_attention(const void* query, const void* key, const void* value, const uint8_t* keep,
                                     void* output, int element_type, const int64_t* sizes, const int64_t* strides,
                                     float scale, int causal, int kind, int threads) {

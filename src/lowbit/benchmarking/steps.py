@@ -15,6 +15,7 @@ from lowbit.benchmarking.peers import PEERS, check_peers, quantize_with_peer
 from lowbit.benchmarking.timing import alternate, summary, wait_for
 from lowbit.benchmarking.transformers import share
 from lowbit.errors import ConfigError
+from lowbit.integrations.attention import speed_up_attention
 from lowbit.ops.cpu.memory import keep_freed_memory
 from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS
 from lowbit.quantization.plan import quantize_model
@@ -92,7 +93,7 @@ def make_variants(
             quantized_names = quantized_names or _layers_to_quantize(unquantized(dtype))
             model, about = _with_peer(precision, unquantized(dtype), quantized_names, dtype)
         else:
-            model, about = _with_lowbit(precision, unquantized(dtype))
+            model, about = _with_lowbit(precision, unquantized(dtype), dtype)
         given = step_inputs(model, workload, DTYPES.get(precision, dtype))
         for name in (precision, precision + COMPILED):
             if name in names:
@@ -110,10 +111,12 @@ def _layers_to_quantize(model: nn.Module) -> list[str]:
     return [name for name, decision in plan_layers(model, config).items() if decision.method]  # type: ignore[arg-type]
 
 
-def _with_lowbit(method: str, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+def _with_lowbit(method: str, model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
     copied = share(model)
     manifest = quantize_model(copied, method)
-    return copied, {"kernels": {kernel: count for (_, kernel), count in manifest.by_kernel().items()}}
+    attention = speed_up_attention(copied, device=next(model.parameters()).device, dtype=dtype)
+    kernels = {kernel: count for (_, kernel), count in manifest.by_kernel().items()}
+    return copied, {"kernels": kernels, "attention": "torch" if attention is None else attention.kernel}
 
 
 def _with_peer(

@@ -190,10 +190,15 @@ def share(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dtype: what to convert floating parameters to; ``None``: they stay, and share their memory.
     """
     copied = module.__class__.__new__(module.__class__)
-    copied.__dict__ = {name: copy.copy(v) if isinstance(v, dict) else v for name, v in module.__dict__.items()}
+    copied.__dict__ = {name: copy.copy(v) if _is_own(name, v) else v for name, v in module.__dict__.items()}
     copied._parameters = {name: _same(parameter, dtype) for name, parameter in module._parameters.items()}
     copied._modules = {name: share(child, dtype) if child is not None else None for name, child in _children(module)}
     return copied
+
+
+def _is_own(name: str, value: object) -> bool:
+    """Whether each copy needs its own: tables, and diffusers' attention processors, which hold a chosen kernel."""
+    return isinstance(value, dict) or name == "processor"
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module | None]]:

@@ -21,7 +21,7 @@ from lowbit.engine.memory import PeakMemory
 from lowbit.engine.sizes import check_size
 from lowbit.errors import ConfigError
 from lowbit.inputs.data import OmniDiffusionSamplingParams
-from lowbit.integrations.attention import AttentionRecord, quantize_attention
+from lowbit.integrations.attention import AttentionRecord, quantize_attention, speed_up_attention
 from lowbit.integrations.loading import manifests
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
@@ -83,6 +83,8 @@ class Omni:
             cache_backend: reuse what earlier denoising steps computed, such as ``"tea_cache"``.
             cache_config: the cache's options, such as ``{"rel_l1_thresh": 0.2}``.
             attention_quantization: compute attention in ``"int8"`` or ``"fp8"``; a dictionary from components to these.
+                ``None`` quantizes none, but lets quantized transformers use a faster kernel where there is one;
+                ``"none"`` leaves attention to diffusers.
 
         Raises:
             ConfigError: options that don't exist, contradict each other or the checkpoint.
@@ -106,7 +108,7 @@ class Omni:
             raise ConfigError("smoothing is found by watching the model generate: give calibration_prompts")
         peak, start = PeakMemory(self.device), time.perf_counter()
         self.pipeline = load_pipeline(self.config)
-        self.attention = self._quantize_attention()
+        self.attention = self._choose_attention()
         self._smooth(self.config.calibration_prompts)
         self.load_time_s = time.perf_counter() - start
         self.load_peak_memory_mb = peak.megabytes()
@@ -254,14 +256,18 @@ class Omni:
         steps = arguments.get("num_inference_steps", default)
         return self.cache.active(self.pipeline, self.transformers(), steps)
 
-    def _quantize_attention(self) -> dict[str, AttentionRecord]:
+    def _choose_attention(self) -> dict[str, AttentionRecord]:
         assert isinstance(self.config.dtype, torch.dtype)
-        modules = self.modules()
-        kinds = route_attention(self.config.attention_quantization, modules, self.transformers())
-        return {
-            name: quantize_attention(modules[name], kind, device=self.device, dtype=self.config.dtype)
-            for name, kind in kinds.items()
-        }
+        modules, transformers = self.modules(), self.transformers()
+        setting: dict[str, Any] = {"device": self.device, "dtype": self.config.dtype}
+        if self.config.attention_quantization is None:
+            quantized = {*self.manifests, *routed(self.config)}
+            found = {
+                name: speed_up_attention(transformers[name], **setting) for name in transformers if name in quantized
+            }
+            return {name: record for name, record in found.items() if record is not None}
+        kinds = route_attention(self.config.attention_quantization, modules, transformers)
+        return {name: quantize_attention(modules[name], kind, **setting) for name, kind in kinds.items()}
 
     def _smooth(self, prompts: Sequence[str]) -> None:
         """Quantize what must be watched first: generate with the unquantized model, then quantize it in place."""

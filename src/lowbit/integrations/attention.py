@@ -1,4 +1,4 @@
-"""Attention quantization of a diffusers model, through the library's own attention dispatcher.
+"""lowbit's attention in a diffusers model, through the library's own attention dispatcher.
 
 Each attention processor holds the name of the backend that ``dispatch_attention_fn`` calls for it. lowbit registers a
 backend for each kind and kernel, and names it in the processors of one model: other models keep theirs, and
@@ -17,10 +17,21 @@ import torch
 from torch import nn
 
 from lowbit.errors import ConfigError
-from lowbit.ops.attention import UNQUANTIZED, AttentionProblem, attention_operator, check_kind, select_kernel
-from lowbit.ops.dispatch import AUTO
+from lowbit.ops.attention import (
+    IMPLEMENTATIONS,
+    TORCH,
+    UNQUANTIZED,
+    AttentionProblem,
+    attention_operator,
+    check_kind,
+    select_kernel,
+)
+from lowbit.ops.dispatch import AUTO, verdicts
 
 _RECORD = "lowbit_attention"
+
+# Attention to fewer keys stays torch's: there is no time in it to save.
+FEWEST_KEYS = 512
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class AttentionRecord:
     """What was done to a model's attention.
 
     Attributes:
-        kind: ``"int8"`` or ``"fp8"``.
+        kind: ``"int8"``, ``"fp8"`` or ``UNQUANTIZED``.
         kernel: implementation that computes it.
         layers: number of attention modules.
     """
@@ -39,7 +50,8 @@ class AttentionRecord:
 
     def summary(self) -> str:
         """Return it in a few words."""
-        return f"{self.layers} attention layers {self.kind} ({self.kernel})"
+        kind = "unquantized" if self.kind == UNQUANTIZED else self.kind
+        return f"{self.layers} attention layers {kind} ({self.kernel})"
 
 
 def quantize_attention(
@@ -63,18 +75,51 @@ def quantize_attention(
         raise ConfigError("Attention can be quantized to int8 or fp8; restore_attention undoes it")
     processors = check_attention(model)
     chosen = select_kernel(AttentionProblem(device, dtype, kind, _head_dim(model)), kernel)
-    backend = _backend(kind, chosen)
+    return _replace_attention(model, processors, kind, chosen)
+
+
+def speed_up_attention(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> AttentionRecord | None:
+    """Have ``model`` compute attention by a kernel of lowbit that is faster than torch's and no less exact, if any is.
+
+    That is ``native`` on CPUs with AVX512-VNNI that have none for ``dtype``; see ``lowbit.ops.cpu.attention``.
+    Attention to fewer than ``FEWEST_KEYS`` keys stays torch's.
+
+    Args:
+        model: any module.
+        device: it runs on.
+        dtype: it computes in.
+
+    Returns:
+        What was done; ``None`` where torch's is the best there is, where attention does not go through diffusers'
+        dispatcher, or where another of its backends was chosen.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    try:
+        processors = check_attention(model)
+    except ConfigError:
+        return None
+    default, _ = _AttentionBackendRegistry.get_active_backend()
+    if default != AttentionBackendName.NATIVE or any(p._attention_backend is not None for p in processors.values()):
+        return None
+    problem = AttentionProblem(device, dtype, UNQUANTIZED, _head_dim(model))
+    kernel = next(entry.name for entry, refusal in verdicts(IMPLEMENTATIONS, problem) if refusal is None)
+    return None if kernel == TORCH else _replace_attention(model, processors, UNQUANTIZED, kernel)
+
+
+def _replace_attention(model: nn.Module, processors: Mapping[str, Any], kind: str, kernel: str) -> AttentionRecord:
+    backend = _backend(kind, kernel)
     restore_attention(model)
     for processor in processors.values():
         processor._lowbit_previous_backend = processor._attention_backend
         processor._attention_backend = backend
-    record = AttentionRecord(kind, chosen, len(processors))
+    record = AttentionRecord(kind, kernel, len(processors))
     setattr(model, _RECORD, record)
     return record
 
 
 def restore_attention(model: nn.Module) -> None:
-    """Undo ``quantize_attention``; does nothing to a model whose attention is not quantized."""
+    """Undo ``quantize_attention`` or ``speed_up_attention``; does nothing to a model with diffusers' own attention."""
     for module in _attention_modules(model).values():
         processor = module.processor
         if hasattr(processor, "_lowbit_previous_backend"):
@@ -85,7 +130,7 @@ def restore_attention(model: nn.Module) -> None:
 
 
 def attention_record(model: nn.Module) -> AttentionRecord | None:
-    """Return what ``quantize_attention`` did to ``model``, ``None`` where it did nothing."""
+    """Return what was done to the attention of ``model``, ``None`` where nothing was."""
     record: AttentionRecord | None = getattr(model, _RECORD, None)
     return record
 
@@ -157,11 +202,13 @@ def _backend(kind: str, kernel: str) -> Any:
         _parallel_config: object = None,
     ) -> torch.Tensor:
         if dropout_p or return_lse or _parallel_config is not None:
-            raise ValueError("Quantized attention has no dropout, no log-sum-exp and no context parallelism")
+            raise ValueError("lowbit's attention has no dropout, no log-sum-exp and no context parallelism")
         if not enable_gqa and query.shape[2] != key.shape[2]:
             raise ValueError(f"query has {query.shape[2]} heads, key {key.shape[2]}: that needs enable_gqa")
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        result: torch.Tensor = attention_operator(query, key, value, attn_mask, factor, is_causal, kind, kernel)
+        short = kind == UNQUANTIZED and key.shape[1] < FEWEST_KEYS
+        chosen = TORCH if short else kernel
+        result: torch.Tensor = attention_operator(query, key, value, attn_mask, factor, is_causal, kind, chosen)
         return result
 
     _AttentionBackendRegistry.register(name)(backend)

@@ -43,6 +43,9 @@ KINDS = ("int8", "fp8")
 UNQUANTIZED = "none"
 """The kind that only chooses who computes."""
 
+TORCH = "sdpa"
+"""The implementation that is torch's own attention."""
+
 BLOCK_KEYS = 64
 LOG2_E = math.log2(math.e)
 LARGEST_POWER = {"int8": 255.0, "fp8": 448.0}
@@ -53,7 +56,7 @@ SCORES_AT_ONCE = 1 << 22
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", "lowbit.ops.triton.attention", frozenset({"cuda", "xpu"})),
     Implementation("native", "lowbit.ops.cpu.attention", frozenset({"cpu"})),
-    Implementation("sdpa", "lowbit.ops.sdpa", ANY_DEVICE),
+    Implementation(TORCH, "lowbit.ops.sdpa", ANY_DEVICE),
     Implementation(
         "reference",
         "lowbit.ops.attention",
@@ -166,7 +169,7 @@ def _run(
             _tell_once(
                 f"{mask.dtype} {list(mask.shape)}" if mask.dim() < 3 else f"{mask.dtype}, {mask.dim()} dimensions"
             )
-        kind, kernel, key_mask = UNQUANTIZED, "sdpa", mask
+        kind, kernel, key_mask = UNQUANTIZED, TORCH, mask
     module = next(entry for entry in IMPLEMENTATIONS if entry.name == kernel).load()
     result: torch.Tensor = module.attention(query, key, value, key_mask, scale, is_causal, kind)
     return result

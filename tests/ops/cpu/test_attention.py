@@ -57,6 +57,46 @@ def test_unquantized_is_as_near_float64_as_torch(name: str, dtype: torch.dtype, 
     assert error <= max(1.02 * theirs, 1e-6)
 
 
+def _hard(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return attention that integers with a common exponent find hard."""
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, 300, 2, 64, generator=generator) for _ in range(3))
+    if name == "few keys matter":
+        query, key = 6 * query, 6 * key
+    elif name == "flat":
+        query, key, value = query / 100, key / 100, value / 1000
+    elif name == "an outlier in queries and keys":
+        query[..., 3] *= 50
+        key[..., 3] *= 50
+    elif name == "an outlier with a mean":
+        query[..., 3] += 300
+        key[..., 3] += 100
+    elif name == "one key takes all":
+        key[:, 0] *= 60
+    elif name == "a value outlier":
+        value[:, 7] *= 1000
+    elif name == "largest sums":
+        signs = (torch.arange(300) % 2 * 2 - 1)[None, :, None, None].float()
+        query, key, value = 3 * torch.ones_like(query), 3 * signs * torch.ones_like(key), signs * torch.ones_like(value)
+    return query.bfloat16(), key.bfloat16(), value.bfloat16()
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize(
+    "name",
+    [
+        "few keys matter", "flat", "an outlier in queries and keys", "an outlier with a mean", "one key takes all",
+        "a value outlier", "largest sums",
+    ],
+)  # fmt: skip
+def test_bfloat16_loses_no_more_than_rounding_the_result_may(name: str) -> None:
+    query, key, value = _hard(name)
+    expected = exact(query, key, value, None, 0.125)
+    result = attention.attention(query, key, value, None, 0.125, False, UNQUANTIZED)
+    rounding = relative_error(expected.bfloat16(), expected)
+    assert relative_error(result, expected) ** 2 <= rounding**2 + 2.0**-18
+
+
 @NEEDS_KERNEL
 @pytest.mark.parametrize("kind", KINDS)
 def test_softmax_carried_over_rising_and_falling_scores(kind: str) -> None:
@@ -76,8 +116,9 @@ def test_poison_stays_where_the_reference_has_it(kind: str, poison: float) -> No
         tensors[place][0, 3, 1, 5] = poison
         result = attention.attention(*tensors, None, 0.2, False, kind)
         if kind == UNQUANTIZED:  # an infinite value is an infinite result, as it is in torch
-            assert not result[0, :, 0].isnan().any()
-            assert not result[0, 3, 1, 5].isfinite()
+            for each in (result, attention.attention(*(t.bfloat16() for t in tensors), None, 0.2, False, kind)):
+                assert not each[0, :, 0].isnan().any()
+                assert not each[0, 3, 1, 5].isfinite()
         else:
             assert torch.equal(result.isnan(), reference.attention(*tensors, None, 0.2, False, kind).isnan())
 

@@ -129,6 +129,8 @@ def test_the_operator_is_well_formed(dtype: torch.dtype) -> None:
     x = torch.randint(1, 256, (5, 64), dtype=torch.uint8)
     arguments = (x, torch.rand(5, 1), int8_native.pack_weight(weight), scale, torch.randn(32), dtype)
     torch.library.opcheck(int8_native.product_operator, arguments)
+    arguments = (torch.randn(5, 64, dtype=dtype), int8_native.pack_weight(weight), scale, torch.randn(32))
+    torch.library.opcheck(int8_native.linear_operator, arguments)
 
 
 def test_refuses_what_it_cannot_do(path: str) -> None:

@@ -1,14 +1,14 @@
 """Int8 W8A8 on CPUs with AVX512-VNNI by the native helper: rows are quantized, then multiplied and scaled in one pass.
 
 The weight is read in the checkpoint's own layout, so that a mapped file is multiplied with as it is and loading moves
-no byte. When compiling, quantization is plain torch, to fuse with what precedes it, and the rest is one operator.
+no byte. The layer is one operator, compiled too: quantizing in the compiler's code, fused with what precedes it, took
+longer than the helper's own pass.
 """
 
 from __future__ import annotations
 
 import torch
 
-from lowbit.ops import int8
 from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.quantize import quantize_uint8_rows
@@ -85,21 +85,6 @@ product_operator = define_operator(
 )
 
 
-def linear(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """Apply a W8A8 linear layer: ``lowbit.ops.int8.linear`` with ``packed`` from ``pack_weight``."""
-    rows = x.reshape(-1, x.shape[-1])
-    result: torch.Tensor
-    if torch.compiler.is_compiling():
-        quantized, scale = int8.quantize_int8_per_token(rows)
-        shifted = (quantized.to(torch.int16) + ZERO_POINT).to(torch.uint8)
-        result = product_operator(shifted, scale, packed, weight_scale, bias, x.dtype)
-    else:
-        result = _linear_rows(rows, packed, weight_scale, bias)
-    return result.reshape(*x.shape[:-1], weight_scale.shape[0])
-
-
 @torch.no_grad()
 def _linear_rows(
     x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
@@ -115,3 +100,24 @@ def _linear_rows(
         quantize_uint8_rows(part, codes, scale)
         native.int8_product(codes, scale, packed, weight_scale, bias, output[first : first + ROWS_AT_ONCE])
     return output
+
+
+def _fake_linear_rows(
+    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight_scale.shape[0]))
+
+
+linear_operator = define_operator(
+    "int8_native_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias) -> Tensor",
+    _linear_rows,
+    _fake_linear_rows,
+)
+
+
+def linear(
+    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Apply a W8A8 linear layer: ``lowbit.ops.int8.linear`` with ``packed`` from ``pack_weight``."""
+    result: torch.Tensor = linear_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
+    return result.reshape(*x.shape[:-1], weight_scale.shape[0])

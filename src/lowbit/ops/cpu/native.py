@@ -275,7 +275,7 @@ def int8_product(
 
 
 LARGEST_HEAD_DIM = 256
-ATTENTION_KINDS = {"none": 0, "int8": 1, "fp8": 2}
+ATTENTION_KINDS = {"float32": 0, "int8": 1, "fp8": 2, "int16": 3}
 
 
 def attention(
