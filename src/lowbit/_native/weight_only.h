@@ -2,7 +2,7 @@
 //
 // A task is kTaskChannels output channels. Up to kChunk inputs of each are decoded to float32 into the first-level cache
 // and multiplied there by all rows, four at a time: memory is read at the size of the codes, and every sum is float32.
-// With AVX-512 up to four rows are multiplied by what is decoded in registers.
+// With AVX-512 up to four rows are multiplied by what is decoded in registers: few_rows.h.
 // What a code stands for is (code - zero) * scale rounded to float32, as in the references.
 
 #if defined(LOWBIT_AVX512)
@@ -274,7 +274,6 @@ LOWBIT_INLINE void write_result(const WeightJob& job, int64_t row, int64_t colum
 
 #if defined(LOWBIT_AVX512)
 constexpr int64_t kStep = 16;  // inputs of a register
-constexpr int64_t kDirectRows = 4;
 
 // Whether a register's inputs always have one scale.
 LOWBIT_INLINE bool has_even_blocks(const WeightJob& job) {
@@ -388,45 +387,7 @@ LOWBIT_INLINE void decode_to(const WeightJob& job, int64_t channel, int64_t firs
     }
 }
 
-// One output channel of up to kDirectRows rows: decoded in registers, as storing to the cache would take longer.
-template <typename Code, int Rows>
-LOWBIT_INLINE void multiply_channel(const WeightJob& job, int64_t channel) {
-    Lanes sums[Rows][2];
-    for (int row = 0; row < Rows; ++row) sums[row][0] = sums[row][1] = zero_lanes();
-    const Code* codes = channel_codes<Code>(job, channel);
-    float scales[kChunk / kStep + 1], zeros[kChunk / kStep + 1];
-    for (int64_t first = 0; first < job.depth; first += kChunk) {
-        const int64_t count = smaller(kChunk, job.depth - first);
-        spread_scales(job, channel, first, count, scales, kBits<Code> == 4 ? zeros : nullptr);
-        for (int64_t i = 0; i < count; i += 2 * kStep) {
-            Lanes values[2];
-            decode_steps(codes, first + i, count - i, zeros + i / kStep, values);
-            for (int step = 0; step < 2; ++step) {
-                const Lanes weights = _mm512_mul_ps(values[step], _mm512_set1_ps(scales[i / kStep + step]));
-                for (int row = 0; row < Rows; ++row)
-                    sums[row][step] = multiply_add(load_lanes(job.x + row * job.x_stride + first + i + step * kStep), weights,
-                                                   sums[row][step]);
-            }
-        }
-    }
-    for (int row = 0; row < Rows; ++row)
-        write_result(job, row, channel, total(_mm512_add_ps(sums[row][0], sums[row][1])));
-}
-
-template <typename Code>
-bool multiply_direct(const WeightJob& job, int64_t first, int64_t last) {
-    if (job.rows > kDirectRows || !has_even_blocks(job)) return false;
-    last = smaller(last * kTaskChannels, job.columns);
-    for (int64_t channel = first * kTaskChannels; channel < last; ++channel) {
-        switch (job.rows) {
-            case 1: multiply_channel<Code, 1>(job, channel); break;
-            case 2: multiply_channel<Code, 2>(job, channel); break;
-            case 3: multiply_channel<Code, 3>(job, channel); break;
-            case 4: multiply_channel<Code, 4>(job, channel); break;
-        }
-    }
-    return true;
-}
+#include "few_rows.h"
 #else
 template <typename Code>
 LOWBIT_INLINE void decode_to(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output) {

@@ -89,8 +89,8 @@ def test_agrees_with_float64(
         assert ((result.double() - exact).abs() <= BOUNDS[dtype] * (exact.abs() + size / 4) + 1e-7).all()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 64])
-@pytest.mark.parametrize("columns", [32, 1046])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 64])
+@pytest.mark.parametrize("columns", [32, 1046, 1312])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_few_rows_on_every_isa(kind: str, columns: int, rows: int, isa: int) -> None:
     layer = Layer(kind, 19, columns)
@@ -109,7 +109,10 @@ def test_every_scale_code_in_products_of_few_rows(kind: str, isa: int) -> None:
     layer.tensors = (packed, codes.view(scale.dtype), *rest)
     x = torch.zeros(1, 32)
     x[0, 5] = 1.0  # one product a channel, so that there is nothing to round
-    assert same(layer.linear(x), (x.double() * layer.weight().double()).sum(dim=1).float()[None])
+    weight = layer.weight().float()
+    representable = ~weight.isinf().any(dim=1)  # infinity times 0 is NaN, unless the scale is applied to the sum
+    assert representable.sum() > 240
+    assert same(layer.linear(x)[:, representable], weight[None, representable, 5])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

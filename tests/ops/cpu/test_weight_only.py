@@ -17,7 +17,7 @@ from tests.ops.cpu.conftest import awkward
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 NEEDS_NATIVE = pytest.mark.skipif(native.refusal() is not None, reason=f"native helper {native.refusal()}")
-SHAPES = [(1, 64, 32), (3, 576, 9), (7, 333, 101), (64, 1280, 40), (65, 640, 33)]
+SHAPES = [(1, 64, 32), (3, 576, 9), (7, 333, 101), (2, 1312, 21), (4, 1312, 10), (64, 1280, 40), (65, 640, 33)]
 
 Layer = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -91,7 +91,7 @@ def test_agrees_with_float64(dtype: torch.dtype, shape: tuple[int, int, int], pa
 @NEEDS_NATIVE
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_agrees_with_float64_on_every_isa(dtype: torch.dtype, isa: int) -> None:
-    for rows, columns, features in SHAPES[:4]:
+    for rows, columns, features in SHAPES[:6]:
         weight = torch.randn(features, columns) / 8
         for layer, decoded in (*eight_bit_layers(weight), *four_bit_layers(weight)):
             check(layer, decoded, torch.randn(rows, columns).to(dtype), None)
