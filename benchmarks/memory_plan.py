@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from benchmarks.published_models import MODELS, Component, PublishedModel
+from lowbit.engine.unused import find_layer
 from lowbit.integrations import loading
+from lowbit.models.unused import UNUSED_LAYERS
 from lowbit.quantization.int8 import Int8Config
 from lowbit.quantization.manifest import Manifest
 from lowbit.quantization.plan import make_manifest
@@ -27,7 +29,7 @@ from lowbit.quantization.plan import make_manifest
 PLANS = {"bf16": None, "int8": (), "int8 + text encoder": ("text_encoder", "text_encoder_2")}
 
 
-def quantized_manifest(component: Component) -> Manifest:
+def quantized(component: Component) -> tuple[nn.Module, Manifest]:
     """Return what loading ``component`` in Int8 would leave."""
     model = component.build()
     kept = {}
@@ -38,28 +40,36 @@ def quantized_manifest(component: Component) -> Manifest:
     preparation = loading.prepare(model, Int8Config(), torch.bfloat16, kept=kept)
     for layer in preparation.layers.values():
         layer.method.create_weights(layer)  # as loaded: until then the unquantized weight's place is held
-    return make_manifest(model, preparation.plan)
+    return model, make_manifest(model, preparation.plan)
 
 
-def bf16_bytes(model: nn.Module) -> int:
+def used_bytes(model: nn.Module, unused: Sequence[str]) -> int:
+    """Return the bytes of a model's tensors without those of layers that are set aside."""
+    layers = [find_layer(model, name) for name in unused]
+    return held_bytes(model) - sum(held_bytes(layer) for layer in layers if layer is not None)
+
+
+def held_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's parameters and buffers, shared ones once."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def plan_model(model: PublishedModel) -> dict[str, Any]:
-    """Return bytes per component and plan."""
-    before = {name: bf16_bytes(component.build()) for name, component in model.components.items()}
+    """Return bytes per component and plan; with lowbit, layers that the pipeline does not look at are set aside."""
+    unused = UNUSED_LAYERS.get(model.pipeline, {})
+    built = {name: component.build() for name, component in model.components.items()}
+    before = {name: held_bytes(part) for name, part in built.items()}
     chosen = [name for name in model.components if name.startswith(("transformer", "text_encoder"))]
-    manifests = {name: quantized_manifest(model.components[name]) for name in chosen}
+    after = {name: quantized(model.components[name]) for name in chosen}
     plans = {}
     for plan, extra in PLANS.items():
         parts = dict(before)
-        for name in manifests if extra is not None else ():
-            if name.startswith("transformer") or name in (extra or ()):
-                parts[name] = manifests[name].bytes_after
+        for name in built if extra is not None else ():
+            is_quantized = name.startswith("transformer") or name in (extra or ())
+            parts[name] = used_bytes(after[name][0] if is_quantized else built[name], unused.get(name, ()))
         plans[plan] = {"total": sum(parts.values()), **parts}
-    summaries = {name: manifest.summary() for name, manifest in manifests.items()}
+    summaries = {name: manifest.summary() for name, (_, manifest) in after.items()}
     return {"title": model.title, "bytes": plans, "manifests": summaries}
 
 

@@ -62,6 +62,7 @@ class PublishedModel:
         name: for the command line.
         title: for people.
         parameters: of one transformer, in billions, as published.
+        pipeline: its class in diffusers.
         components: by their names in the pipeline.
         text_tokens: that a benchmark's step sees.
         text_layers: patterns of the layers whose rows are the text's.
@@ -73,6 +74,7 @@ class PublishedModel:
     name: str
     title: str
     parameters: float
+    pipeline: str
     components: Mapping[str, Component]
     text_tokens: int
     text_layers: tuple[str, ...]
@@ -181,6 +183,7 @@ MODELS = {
             "qwen-image",
             "Qwen-Image",
             20.4,
+            "QwenImagePipeline",
             {
                 "transformer": transformer("qwen-image"),
                 "text_encoder": QWEN25_VL_7B,
@@ -197,6 +200,7 @@ MODELS = {
             "z-image",
             "Z-Image",
             6.15,
+            "ZImagePipeline",
             {
                 "transformer": transformer("z-image"),
                 "text_encoder": QWEN3_4B,
@@ -213,6 +217,7 @@ MODELS = {
             "flux",
             "FLUX.1-dev",
             11.9,
+            "FluxPipeline",
             {
                 "transformer": transformer("flux"),
                 "text_encoder": CLIP_L,
@@ -230,6 +235,7 @@ MODELS = {
             "wan",
             "Wan2.2 T2V-A14B",
             14.3,
+            "WanPipeline",
             {
                 "transformer": transformer("wan"),
                 "transformer_2": transformer("wan"),

@@ -19,6 +19,7 @@ from lowbit.engine.config import OmniDiffusionConfig, merge_quantization
 from lowbit.engine.loading import load_pipeline, route_attention, routed
 from lowbit.engine.memory import PeakMemory
 from lowbit.engine.sizes import check_size
+from lowbit.engine.unused import set_aside
 from lowbit.errors import ConfigError
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.integrations.attention import AttentionRecord, quantize_attention, speed_up_attention
@@ -50,6 +51,7 @@ class Omni:
         load_peak_memory_mb: highest memory while loading, in 10^6 bytes (see ``engine.memory``).
         cache: what lets denoising steps reuse earlier ones' work, ``None`` for nothing.
         attention: component -> what was done to its attention, for those whose attention is quantized.
+        set_aside: component -> layers that are not computed, because the pipeline does not look at their results.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Omni:
         if self.cache is not None:
             self.cache.check(self.transformers())
         self._calibrate(self.config.calibration_prompts)
+        self.set_aside = set_aside(self.pipeline)
         if not enforce_eager:
             for transformer in self.transformers().values():
                 transformer.compile_repeated_blocks(fullgraph=True)
@@ -122,6 +125,8 @@ class Omni:
             logger.info("%s", manifest.summary())
         for name, record in self.attention.items():
             logger.info("%s: %s", name, record.summary())
+        for name, layers in self.set_aside.items():
+            logger.info("%s: %s not computed, the pipeline does not look at them", name, ", ".join(layers))
 
     @property
     def device(self) -> torch.device:
