@@ -20,6 +20,7 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define LOWBIT_INLINE static inline __attribute__((always_inline))
+#define LOWBIT_INLINE_LAMBDA __attribute__((always_inline))
 #define LOWBIT_EXPORT extern "C" __attribute__((visibility("default")))
 #else
 #define LOWBIT_INLINE static inline
