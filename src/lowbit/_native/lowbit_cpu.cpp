@@ -200,6 +200,7 @@ LOWBIT_INLINE void populate(void* memory, int64_t size) {
 namespace generic {
 #include "kernels.h"
 #include "weight_only.h"
+#include "gguf_blocks.h"
 #include "gguf.h"
 }
 
@@ -214,6 +215,7 @@ namespace generic {
 namespace avx2 {
 #include "kernels.h"
 #include "weight_only.h"
+#include "gguf_blocks.h"
 #include "gguf.h"
 }
 #undef LOWBIT_AVX2
@@ -230,6 +232,7 @@ namespace avx2 {
 namespace avx512 {
 #include "kernels.h"
 #include "weight_only.h"
+#include "gguf_blocks.h"
 #include "gguf.h"
 }
 #undef LOWBIT_AVX512
