@@ -58,7 +58,7 @@ def test_native_products(kind: str, rows: int) -> None:
 
 
 def random_weight(kind: str, features: int, columns: int) -> torch.Tensor:
-    """Return blocks of random bytes, with NaN and infinity in every seventh row only, and no sum out of float32's range."""
+    """Return blocks of random bytes: NaN and infinity in every seventh row only, no sum out of float32's range."""
     block = BLOCK_TYPES[kind]
     raw = torch.randint(0, 256, (features, columns // block.elements, block.bytes), dtype=torch.uint8)
     decoded = gguf_dequantize(raw.flatten(1), kind).view(features, -1, block.elements)

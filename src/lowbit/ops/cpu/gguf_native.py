@@ -1,7 +1,8 @@
 """GGUF weights on CPUs with the native helper.
 
-With AVX-512, weights are decoded to float32 and multiplied in one pass: of up to four rows in registers, of up to 64 in the
-cache, four output channels at a time. With more rows, blocks of output channels are decoded and handed to torch's product.
+With AVX-512, weights are decoded to float32 and multiplied in one pass: of up to four rows in registers, of up to 64 in
+the cache, four output channels at a time. With more rows, blocks of output channels are decoded and handed to torch's
+product.
 """
 
 from __future__ import annotations
