@@ -1,308 +1,24 @@
-// Decoding the blocks of GGUF files, and products with few rows; included once per instruction set by lowbit_cpu.cpp
-// after kernels.h, inside the same namespace.
-//
-// Layouts and the order of operations are those of ggml's dequantize_row_*, so that the float32 values are equal bit for
-// bit. A decoder takes one block and writes its elements.
+// Decoding rows of GGUF blocks, and products with few rows; included once per instruction set by lowbit_cpu.cpp after
+// gguf_blocks.h, inside the same namespace.
 
-LOWBIT_INLINE float half_at(const uint8_t* bytes) {
-    Half value;
-    std::memcpy(&value.bits, bytes, sizeof value.bits);
 #ifdef LOWBIT_AVX512
-    return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi32_si128(value.bits))));
-#else
-    return widen(value);
-#endif
+template <typename Block>
+LOWBIT_INLINE void decode_block(const uint8_t* block, float* out) {
+    if constexpr (Block::elements == 1)
+        Block::decode(block, out);
+    else
+        Block::unpack(block, [=](int i, __m512 values) LOWBIT_INLINE_LAMBDA { _mm512_storeu_ps(out + i, values); });
 }
-
-#ifdef LOWBIT_AVX512
-// What compilers make of the loops below is several times slower.
-LOWBIT_INLINE __m128i load_bytes(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
-
-LOWBIT_INLINE __m128i low_nibbles(__m128i bytes) { return _mm_and_si128(bytes, _mm_set1_epi8(15)); }
-
-LOWBIT_INLINE __m128i high_nibbles(__m128i bytes) { return low_nibbles(_mm_srli_epi16(bytes, 4)); }
-
-LOWBIT_INLINE __m512 codes_from(float first) {
-    const __m512 steps = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_add_ps(steps, _mm512_set1_ps(first));
-}
-
-// The values of sixteen codes 0 to 15.
-LOWBIT_INLINE void look_up(__m512 values, __m128i codes, float* out) {
-    _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), values));
-}
-
-// The values of sixteen codes 0 to 31.
-LOWBIT_INLINE void look_up(__m512 low, __m512 high, __m128i codes, float* out) {
-    _mm512_storeu_ps(out, _mm512_permutex2var_ps(low, _mm512_cvtepu8_epi32(codes), high));
-}
-
-LOWBIT_INLINE __m512 scaled(float scale, __m512 codes, float minimum) {
-    return _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale), codes), _mm512_set1_ps(minimum));
-}
-#endif
-
-struct PlainF32 {
-    static constexpr int elements = 1, bytes = 4;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) { std::memcpy(out, block, 4); }
-};
-
-struct PlainF16 {
-    static constexpr int elements = 1, bytes = 2;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) { *out = half_at(block); }
-};
-
-struct PlainBF16 {
-    static constexpr int elements = 1, bytes = 2;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        BFloat16 value;
-        std::memcpy(&value.bits, block, 2);
-        *out = widen(value);
-    }
-};
-
-struct BlockQ8_0 {
-    static constexpr int elements = 32, bytes = 34;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        const float d = half_at(block);
-#ifdef LOWBIT_AVX512
-        for (int i = 0; i < 32; i += 16) {
-            const __m512 q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bytes(block + 2 + i)));
-            _mm512_storeu_ps(out + i, _mm512_mul_ps(q, _mm512_set1_ps(d)));
-        }
 #else
-        const auto* q = reinterpret_cast<const int8_t*>(block + 2);
-        for (int i = 0; i < 32; ++i) out[i] = static_cast<float>(q[i]) * d;
+template <typename Block>
+LOWBIT_INLINE void decode_block(const uint8_t* block, float* out) { Block::decode(block, out); }
 #endif
-    }
-};
-
-struct BlockQ4_0 {
-    static constexpr int elements = 32, bytes = 18;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        const float d = half_at(block);
-#ifdef LOWBIT_AVX512
-        const __m512 values = _mm512_mul_ps(_mm512_set1_ps(d), codes_from(-8));
-        const __m128i bytes = load_bytes(block + 2);
-        look_up(values, low_nibbles(bytes), out);
-        look_up(values, high_nibbles(bytes), out + 16);
-#else
-        const uint8_t* q = block + 2;
-        for (int i = 0; i < 16; ++i) out[i] = d * static_cast<float>(static_cast<int>(q[i] & 15) - 8);
-        for (int i = 0; i < 16; ++i) out[i + 16] = d * static_cast<float>(static_cast<int>(q[i] >> 4) - 8);
-#endif
-    }
-};
-
-struct BlockQ4_1 {
-    static constexpr int elements = 32, bytes = 20;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        const float d = half_at(block), m = half_at(block + 2);
-        const uint8_t* q = block + 4;
-        for (int i = 0; i < 16; ++i) out[i] = d * static_cast<float>(q[i] & 15) + m;
-        for (int i = 0; i < 16; ++i) out[i + 16] = d * static_cast<float>(q[i] >> 4) + m;
-    }
-};
-
-// Bit i of four bytes, as 16.
-LOWBIT_INLINE int fifth_bit(uint32_t bits, int i) { return static_cast<int>((bits >> i) & 1u) << 4; }
-
-struct BlockQ5_0 {
-    static constexpr int elements = 32, bytes = 22;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        const float d = half_at(block);
-        uint32_t high;
-        std::memcpy(&high, block + 2, 4);
-        const uint8_t* q = block + 6;
-        for (int i = 0; i < 16; ++i) out[i] = d * static_cast<float>(((q[i] & 15) | fifth_bit(high, i)) - 16);
-        for (int i = 0; i < 16; ++i) out[i + 16] = d * static_cast<float>(((q[i] >> 4) | fifth_bit(high, i + 16)) - 16);
-    }
-};
-
-struct BlockQ5_1 {
-    static constexpr int elements = 32, bytes = 24;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        const float d = half_at(block), m = half_at(block + 2);
-        uint32_t high;
-        std::memcpy(&high, block + 4, 4);
-        const uint8_t* q = block + 8;
-        for (int i = 0; i < 16; ++i) out[i] = d * static_cast<float>((q[i] & 15) | fifth_bit(high, i)) + m;
-        for (int i = 0; i < 16; ++i) out[i + 16] = d * static_cast<float>((q[i] >> 4) | fifth_bit(high, i + 16)) + m;
-    }
-};
-
-struct BlockQ2_K {
-    static constexpr int elements = 256, bytes = 84;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        const float d = half_at(block + 80), dmin = half_at(block + 82);
-        for (int group = 0; group < 16; ++group) {
-            const float scale = d * static_cast<float>(block[group] & 15);
-            const float minimum = dmin * static_cast<float>(block[group] >> 4);
-            const uint8_t* q = block + 16 + group / 8 * 32 + group % 2 * 16;
-            const int shift = group % 8 / 2 * 2;
-            for (int i = 0; i < 16; ++i)
-                out[16 * group + i] = scale * static_cast<float>((q[i] >> shift) & 3) - minimum;
-        }
-    }
-};
-
-struct BlockQ3_K {
-    static constexpr int elements = 256, bytes = 110;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        const float d = half_at(block + 108);
-        const uint8_t* scales = block + 96;
-        for (int group = 0; group < 16; ++group) {
-            const int low = (scales[group % 8] >> (group / 8 * 4)) & 15;
-            const int high = (scales[8 + group % 4] >> (group / 4 * 2)) & 3;
-            const float scale = d * static_cast<float>((low | (high << 4)) - 32);
-            const uint8_t* q = block + 32 + group / 8 * 32 + group % 2 * 16;
-            const uint8_t* mask = block + group % 2 * 16;
-            const int shift = group % 8 / 2 * 2, bit = group / 2;
-            for (int i = 0; i < 16; ++i)
-                out[16 * group + i] = scale * static_cast<float>(((q[i] >> shift) & 3) - (((mask[i] >> bit) & 1) ? 0 : 4));
-        }
-    }
-};
-
-// The six-bit scales and minimums of the eight groups of Q4_K and Q5_K, times d and dmin.
-LOWBIT_INLINE void scales_and_minimums(const uint8_t* block, float* scales, float* minimums) {
-    const float d = half_at(block), dmin = half_at(block + 2);
-    uint32_t words[3], unpacked[4];
-    std::memcpy(words, block + 4, sizeof words);
-    unpacked[0] = words[0] & 0x3f3f3f3fu;
-    unpacked[1] = (words[2] & 0x0f0f0f0fu) | (((words[0] >> 6) & 0x03030303u) << 4);
-    unpacked[2] = words[1] & 0x3f3f3f3fu;
-    unpacked[3] = ((words[2] >> 4) & 0x0f0f0f0fu) | (((words[1] >> 6) & 0x03030303u) << 4);
-    uint8_t six_bits[16];
-    std::memcpy(six_bits, unpacked, sizeof six_bits);
-    for (int i = 0; i < 8; ++i) scales[i] = d * static_cast<float>(six_bits[i]);
-    for (int i = 0; i < 8; ++i) minimums[i] = dmin * static_cast<float>(six_bits[8 + i]);
-}
-
-struct BlockQ4_K {
-    static constexpr int elements = 256, bytes = 144;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        float scales[8], minimums[8];
-        scales_and_minimums(block, scales, minimums);
-        for (int pair = 0; pair < 4; ++pair) {
-            const float scale0 = scales[2 * pair], minimum0 = minimums[2 * pair];
-            const float scale1 = scales[2 * pair + 1], minimum1 = minimums[2 * pair + 1];
-            const uint8_t* q = block + 16 + 32 * pair;
-            float* to = out + 64 * pair;
-#ifdef LOWBIT_AVX512
-            const __m512 values0 = scaled(scale0, codes_from(0), minimum0);
-            const __m512 values1 = scaled(scale1, codes_from(0), minimum1);
-            for (int i = 0; i < 32; i += 16) {
-                const __m128i bytes = load_bytes(q + i);
-                look_up(values0, low_nibbles(bytes), to + i);
-                look_up(values1, high_nibbles(bytes), to + i + 32);
-            }
-#else
-            for (int i = 0; i < 32; ++i) to[i] = scale0 * static_cast<float>(q[i] & 15) - minimum0;
-            for (int i = 0; i < 32; ++i) to[i + 32] = scale1 * static_cast<float>(q[i] >> 4) - minimum1;
-#endif
-        }
-    }
-};
-
-struct BlockQ5_K {
-    static constexpr int elements = 256, bytes = 176;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        float scales[8], minimums[8];
-        scales_and_minimums(block, scales, minimums);
-        const uint8_t* high = block + 16;
-        for (int pair = 0; pair < 4; ++pair) {
-            const float scale0 = scales[2 * pair], minimum0 = minimums[2 * pair];
-            const float scale1 = scales[2 * pair + 1], minimum1 = minimums[2 * pair + 1];
-            const uint8_t* q = block + 48 + 32 * pair;
-            float* to = out + 64 * pair;
-            const int bit = 2 * pair;
-#ifdef LOWBIT_AVX512
-            const __m512 low0 = scaled(scale0, codes_from(0), minimum0), high0 = scaled(scale0, codes_from(16), minimum0);
-            const __m512 low1 = scaled(scale1, codes_from(0), minimum1), high1 = scaled(scale1, codes_from(16), minimum1);
-            const __m128i sixteen = _mm_set1_epi8(16);
-            for (int i = 0; i < 32; i += 16) {
-                const __m128i bytes = load_bytes(q + i), fifth = load_bytes(high + i);
-                // The group's bit, moved to 16; what comes in from the neighbouring byte is masked away.
-                const __m128i bit0 = _mm_and_si128(_mm_slli_epi16(_mm_srli_epi16(fifth, bit), 4), sixteen);
-                const __m128i bit1 = _mm_and_si128(_mm_slli_epi16(_mm_srli_epi16(fifth, bit + 1), 4), sixteen);
-                look_up(low0, high0, _mm_or_si128(low_nibbles(bytes), bit0), to + i);
-                look_up(low1, high1, _mm_or_si128(high_nibbles(bytes), bit1), to + i + 32);
-            }
-#else
-            for (int i = 0; i < 32; ++i)
-                to[i] = scale0 * static_cast<float>((q[i] & 15) | (((high[i] >> bit) & 1) << 4)) - minimum0;
-            for (int i = 0; i < 32; ++i)
-                to[i + 32] = scale1 * static_cast<float>((q[i] >> 4) | (((high[i] >> (bit + 1)) & 1) << 4)) - minimum1;
-#endif
-        }
-    }
-};
-
-struct BlockQ6_K {
-    static constexpr int elements = 256, bytes = 210;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        const float d = half_at(block + 208);
-        float scales[16];
-        for (int i = 0; i < 16; ++i) scales[i] = d * static_cast<float>(static_cast<int8_t>(block[192 + i]));
-#ifdef LOWBIT_AVX512
-#pragma GCC unroll 16
-#endif
-        for (int group = 0; group < 16; ++group) {
-            const int half = group / 8, quarter = group % 8 / 2;
-            const float scale = scales[group];
-            const uint8_t* low = block + 64 * half + quarter % 2 * 32 + group % 2 * 16;
-            const uint8_t* high = block + 128 + 32 * half + group % 2 * 16;
-            const int low_shift = quarter / 2 * 4, high_shift = 2 * quarter;
-            float* to = out + 16 * group;
-#ifdef LOWBIT_AVX512
-            const __m128i low_bits = low_nibbles(_mm_srli_epi16(load_bytes(low), low_shift));
-            const __m128i two = _mm_and_si128(_mm_srli_epi16(load_bytes(high), high_shift), _mm_set1_epi8(3));
-            const __m512i code = _mm512_cvtepu8_epi32(_mm_or_si128(low_bits, _mm_slli_epi16(two, 4)));
-            const __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(32)));
-            _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_set1_ps(scale), value));
-#else
-            for (int i = 0; i < 16; ++i) {
-                const int code = ((low[i] >> low_shift) & 15) | (((high[i] >> high_shift) & 3) << 4);
-                to[i] = scale * static_cast<float>(code - 32);
-            }
-#endif
-        }
-    }
-};
-
-constexpr float kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-
-struct BlockIQ4_NL {
-    static constexpr int elements = 32, bytes = 18;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        const float d = half_at(block);
-        const uint8_t* q = block + 2;
-        for (int i = 0; i < 16; ++i) out[i] = d * kIq4Values[q[i] & 15];
-        for (int i = 0; i < 16; ++i) out[i + 16] = d * kIq4Values[q[i] >> 4];
-    }
-};
-
-struct BlockIQ4_XS {
-    static constexpr int elements = 256, bytes = 136;
-    LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
-        const float d = half_at(block);
-        for (int group = 0; group < 8; ++group) {
-            const int low = (block[4 + group / 2] >> (group % 2 * 4)) & 15;
-            const int high = (block[2 + group / 4] >> (group % 4 * 2)) & 3;
-            const float scale = d * static_cast<float>((low | (high << 4)) - 32);
-            const uint8_t* q = block + 8 + 16 * group;
-            float* to = out + 32 * group;
-            for (int i = 0; i < 16; ++i) to[i] = scale * kIq4Values[q[i] & 15];
-            for (int i = 0; i < 16; ++i) to[i + 16] = scale * kIq4Values[q[i] >> 4];
-        }
-    }
-};
 
 // Elements [0, count) of a row, count a multiple of the block.
 template <typename Block>
 LOWBIT_INLINE void decode_row(const uint8_t* input, int64_t count, float* output) {
-    for (int64_t i = 0; i < count; i += Block::elements, input += Block::bytes) Block::decode(input, output + i);
+    for (int64_t i = 0; i < count; i += Block::elements, input += Block::bytes)
+        decode_block<Block>(input, output + i);
 }
 
 template <typename Block, typename Output>
@@ -367,9 +83,72 @@ void multiply_gguf_rows(const float (*weight)[kGgufDepth], const float* x, int64
 constexpr MultiplyRows kMultiplyRows[kGgufTile] = {multiply_gguf_rows<1>, multiply_gguf_rows<2>, multiply_gguf_rows<3>,
                                                    multiply_gguf_rows<4>, multiply_gguf_rows<5>, multiply_gguf_rows<6>};
 
+constexpr int kGgufDirectRows = 4;  // up to which weights stay in registers: to store and load them takes longer than to decode
+
+template <typename Output>
+LOWBIT_INLINE void write_sum(const GgufProductJob& job, int64_t row, int64_t channel, float sum) {
+    const float value = job.bias ? sum + job.bias[channel] : sum;
+    narrow(value, static_cast<Output*>(job.output)[row * job.features + channel]);
+}
+
+// Some output channels of a few rows, decoded in registers; added to sums [channels]. Inputs are taken in pieces of which x
+// stays in the first-level cache.
+template <typename Block, int Rows>
+void multiply_unpacked(const GgufProductJob& job, const uint8_t* weight, int64_t channels, float (*sums)[kGgufDirectRows]) {
+    constexpr int kDepth = 8192 / Rows / 256 * 256;
+    constexpr int kTotals = Block::elements == 32 ? 2 : 4;  // chains of additions that don't wait for each other
+    const int64_t row_bytes = job.columns / Block::elements * Block::bytes;
+    for (int64_t start = 0; start < job.columns; start += kDepth) {
+        const int64_t end = smaller(start + kDepth, job.columns);
+        for (int64_t channel = 0; channel < channels; ++channel) {
+            const uint8_t* block = weight + channel * row_bytes + start / Block::elements * Block::bytes;
+            __m512 totals[Rows][kTotals] = {};
+            for (int64_t first = start; first < end; first += Block::elements, block += Block::bytes) {
+                // The next channel's: the hardware's own prefetching ends with a page.
+                for (int i = 0; i < Block::bytes; i += 64)
+                    _mm_prefetch(reinterpret_cast<const char*>(block) + row_bytes + i, _MM_HINT_T0);
+                const float* x = job.x + first;
+                Block::unpack(block, [&](int i, __m512 weights) LOWBIT_INLINE_LAMBDA {
+#pragma GCC unroll 8
+                    for (int row = 0; row < Rows; ++row) {
+                        __m512& total = totals[row][i / 16 % kTotals];
+                        total = _mm512_fmadd_ps(_mm512_loadu_ps(x + row * job.columns + i), weights, total);
+                    }
+                });
+            }
+#pragma GCC unroll 8
+            for (int row = 0; row < Rows; ++row) {
+#pragma GCC unroll 8
+                for (int i = 1; i < kTotals; ++i) totals[row][0] = _mm512_add_ps(totals[row][0], totals[row][i]);
+                sums[channel][row] += _mm512_reduce_add_ps(totals[row][0]);
+            }
+        }
+    }
+}
+
+// Output channels [first, last).
+template <typename Block, typename Output>
+void multiply_directly(const GgufProductJob& job, int64_t first, int64_t last) {
+    using Multiply = void (*)(const GgufProductJob&, const uint8_t*, int64_t, float (*)[kGgufDirectRows]);
+    constexpr Multiply kMultiply[kGgufDirectRows] = {multiply_unpacked<Block, 1>, multiply_unpacked<Block, 2>,
+                                                     multiply_unpacked<Block, 3>, multiply_unpacked<Block, 4>};
+    constexpr int kChannels = 32;  // that share a piece of x
+    const int64_t row_bytes = job.columns / Block::elements * Block::bytes;
+    for (int64_t channel = first; channel < last; channel += kChannels) {
+        float sums[kChannels][kGgufDirectRows] = {};
+        const int64_t channels = smaller(kChannels, last - channel);
+        kMultiply[job.rows - 1](job, job.input + channel * row_bytes, channels, sums);
+        for (int64_t row = 0; row < job.rows; ++row)
+            for (int64_t i = 0; i < channels; ++i) write_sum<Output>(job, row, channel + i, sums[i][row]);
+    }
+}
+
 // Tasks [first, last) of four output channels. columns % 32 == 0.
 template <typename Block, typename Output>
 void multiply_blocks(const GgufProductJob& job, int64_t first, int64_t last) {
+    if constexpr (Block::elements > 1)
+        if (job.rows <= kGgufDirectRows)
+            return multiply_directly<Block, Output>(job, first * kGgufRows, smaller(last * kGgufRows, job.features));
     alignas(64) float weight[kGgufRows][kGgufDepth];
     std::vector<float> storage(job.rows * kGgufRows);
     auto* sums = reinterpret_cast<float(*)[kGgufRows]>(storage.data());
@@ -389,10 +168,7 @@ void multiply_blocks(const GgufProductJob& job, int64_t first, int64_t last) {
             }
         }
         for (int64_t row = 0; row < job.rows; ++row)
-            for (int64_t i = 0; i < channels; ++i) {
-                const float value = job.bias ? sums[row][i] + job.bias[channel + i] : sums[row][i];
-                narrow(value, static_cast<Output*>(job.output)[row * job.features + channel + i]);
-            }
+            for (int64_t i = 0; i < channels; ++i) write_sum<Output>(job, row, channel + i, sums[row][i]);
     }
 }
 #endif

@@ -21,6 +21,7 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define LOWBIT_INLINE static inline __attribute__((always_inline))
+#define LOWBIT_INLINE_LAMBDA __attribute__((always_inline))
 #define LOWBIT_EXPORT extern "C" __attribute__((visibility("default")))
 #else
 #define LOWBIT_INLINE static inline
@@ -200,6 +201,7 @@ LOWBIT_INLINE void populate(void* memory, int64_t size) {
 namespace generic {
 #include "kernels.h"
 #include "weight_only.h"
+#include "gguf_blocks.h"
 #include "gguf.h"
 }
 
@@ -214,6 +216,7 @@ namespace generic {
 namespace avx2 {
 #include "kernels.h"
 #include "weight_only.h"
+#include "gguf_blocks.h"
 #include "gguf.h"
 }
 #undef LOWBIT_AVX2
@@ -230,6 +233,7 @@ namespace avx2 {
 namespace avx512 {
 #include "kernels.h"
 #include "weight_only.h"
+#include "gguf_blocks.h"
 #include "gguf.h"
 }
 #undef LOWBIT_AVX512

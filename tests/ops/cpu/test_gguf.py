@@ -57,6 +57,38 @@ def test_native_products(kind: str, rows: int) -> None:
     assert products(x.bfloat16(), kind, None, gguf_native.linear)[0] < 5e-3
 
 
+def random_weight(kind: str, features: int, columns: int) -> torch.Tensor:
+    """Return blocks of random bytes: NaN and infinity in every seventh row only, no sum out of float32's range."""
+    block = BLOCK_TYPES[kind]
+    raw = torch.randint(0, 256, (features, columns // block.elements, block.bytes), dtype=torch.uint8)
+    decoded = gguf_dequantize(raw.flatten(1), kind).view(features, -1, block.elements)
+    finite = decoded.isfinite().all(dim=2)
+    finite[::7] = True
+    raw[~finite | (decoded.abs() > 1e30).logical_and(decoded.isfinite()).any(dim=2)] = 0
+    return raw.flatten(1)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_products_of_few_rows(kind: str, rows: int) -> None:
+    """Features that are no whole task, inputs of several pieces, and scales of any size, not finite ones too."""
+    torch.manual_seed(rows)
+    columns = 8192 + max(BLOCK_TYPES[kind].elements, 32)
+    x, raw, bias = torch.randn(rows, columns), random_weight(kind, 71, columns), torch.randn(71)
+    decoded = gguf_dequantize(raw, kind).double()
+    expected = x.double() @ decoded.t() + bias.double()
+    result = gguf_native.linear(x, raw, kind, bias)
+    finite = decoded.isfinite().all(dim=1)
+    bound = x.double().abs() @ decoded.abs().t() + bias.double().abs()
+    assert ((result.double() - expected).abs() <= 1e-6 * bound)[:, finite].all()
+    assert finite.sum() < 71
+    assert torch.equal(result[:, ~finite].isnan(), expected[:, ~finite].isnan())
+    assert torch.equal(result[:, ~finite].isposinf(), expected[:, ~finite].isposinf())
+    torch.set_num_threads(1)
+    assert same_bits(gguf_native.linear(x, raw, kind, bias), result)
+
+
 @pytest.mark.parametrize("rows", [1, 70])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
 def test_blocked_products(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """GGUF weights on CPUs with the native helper.
 
-With few rows a weight is decoded in the cache and multiplied there, four output channels at a time, in float32
-(AVX-512); with more, blocks of output channels are decoded and handed to torch's product.
+With AVX-512, weights are decoded to float32 and multiplied in one pass: of up to four rows in registers, of up to 64 in
+the cache, four output channels at a time. With more rows, blocks of output channels are decoded and handed to torch's
+product.
 """
 
 from __future__ import annotations
