@@ -24,7 +24,7 @@ from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models.embedded import embedded_model
 from lowbit.quantization.calibration import static_layers, uncalibrated_layers
 from lowbit.quantization.manifest import Manifest
-from tests.integrations.models import same_bytes
+from tests.integrations.models import same_bytes, save_pipeline
 
 INT8 = {"transformer": {"method": "int8"}, "text_encoder": {"method": "fp8"}}
 # In which they are written: what is quantized goes first.
@@ -102,6 +102,27 @@ def test_a_folder_is_whole_and_loads_as_what_was_quantized(whole: Path) -> None:
         assert same_bytes(loaded.modules()[name].state_dict(), part.state_dict()), name
     text = (whole / "README.md").read_text()
     assert text == card(quantized.manifests)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"transformer": "auto-round", "text_encoder": {"method": "auto-round", "bits": 8, "sym": False}},
+        {"transformer": {"method": "gguf", "gguf_type": "Q4_0"}, "text_encoder": "mxfp4"},
+        {"transformer": "nvfp4", "text_encoder": "mxfp8"},
+        {"transformer": {"method": "modelopt", "quant_algo": "W4A16_NVFP4"}},
+        {"transformer": "svdquant"},
+    ],
+    ids=str,
+)
+def test_every_method_comes_back(spec: dict[str, Any], tmp_path: Path) -> None:
+    model = str(save_pipeline(tmp_path / "pipeline"))
+    export(tmp_path / "small", spec, model=model)
+    quantized = Omni(model, quantization_config=spec, device="cpu")
+    loaded = Omni(str(tmp_path / "small"), device="cpu")
+    assert loaded.manifests.keys() == spec.keys()
+    for name, part in quantized.modules().items():
+        assert same_bytes(loaded.modules()[name].state_dict(), part.state_dict()), name
 
 
 def test_killed_and_out_of_space_it_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
