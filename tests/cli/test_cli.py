@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from lowbit.cli.main import main
+from tests.engine.test_export import InterruptedExportError, export, stop_after
 from tools.train_embedded.captions import parse
 from tools.train_embedded.detector import judge
 
@@ -95,6 +96,29 @@ def test_quantize_writes_a_checkpoint_that_generates(tmp_path: Path) -> None:
     result = lowbit("quantize", "-q", "int8", "--output", "small", cwd=tmp_path)
     assert result.returncode == 1
     assert "exists already" in result.stderr
+
+
+def test_an_interrupted_export_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lowbit", "quantize", *arguments, "-o", "small"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InterruptedExportError):
+        export(tmp_path / "small", {"method": "int8"}, dtype="bfloat16", device=None, after=stop_after("transformer"))
+    status, _, error = run("embedded", "-q", "int8", "--ignored-layers", "to_out")
+    assert status == 1
+    assert "small.partial holds an unfinished export that differs in: quantization" in error
+    status, output, _ = run("embedded", "-q", "int8")
+    assert status == 0
+    assert "resuming    small.partial: there already: transformer" in output
+    assert [line.split()[0] for line in output.splitlines()] == ["resuming", *["written"] * 4, "wrote"]
+    assert "layers int8" in (tmp_path / "small" / "README.md").read_text()
+    assert "Name the model once" in run("embedded", "-q", "int8", "--model", "embedded")[2]
 
 
 def test_info_tells_which_kernels_run_and_why_not_the_others(tmp_path: Path) -> None:

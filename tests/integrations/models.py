@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     WanTransformer3DModel,
+    ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from lowbit.quantization import Fp8Config, Int8Config, QuantizationConfig, build_quant_config, quantize_model
 from lowbit.quantization.calibration import calibration
@@ -219,6 +223,21 @@ def language_model(kind: str = "qwen3", **options: Any) -> Qwen3ForCausalLM | Ll
     if kind == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+def save_pipeline(folder: Path) -> Path:
+    """Write a small Z-Image pipeline with random weights in BF16."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(latent_channels=16, block_out_channels=(32,), norm_num_groups=32),
+        text_encoder=language_model(hidden_size=32).model,
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[UNK]"),
+        transformer=z_image(),
+    )
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,19 +12,25 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel, GGUFQuantizationConfig, HunyuanVideoTransformer3DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    GGUFQuantizationConfig,
+    HunyuanVideoTransformer3DModel,
+    QwenImageTransformer2DModel,
+)
+from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_functions
 
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.formats.gguf import open_gguf
 from lowbit.formats.gguf_writer import TensorToWrite, write_gguf
 from lowbit.integrations import gguf as gguf_reader
 from lowbit.integrations.foreign import load_component
-from lowbit.integrations.gguf_export import export_gguf
-from lowbit.ops.gguf import gguf_dequantize, gguf_quantize
+from lowbit.integrations.gguf_export import FILE_TYPES, export_gguf
+from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
 from lowbit.quantization import GgufConfig, QuantizedLinear, quantize_model
 from tests.integrations.models import FAMILIES, save, stored_config, tensors
 
-pytest.importorskip("gguf")
+package = pytest.importorskip("gguf")
 
 
 def flux2() -> Flux2Transformer2DModel:
@@ -75,7 +81,7 @@ class Exported:
 
     def __init__(self, name: str, folder: Path, kind: str = "Q8_0", **options: Any) -> None:
         torch.manual_seed(0)
-        self.model = MAKERS[name]()
+        self.model = {**MAKERS, "wide-qwen-image": wide_qwen_image}[name]()
         self.kind = type(self.model)
         self.folder = save(self.model, folder / "transformer", torch.float32)
         self.path = folder / "model.gguf"
@@ -86,6 +92,16 @@ class Exported:
         config = GgufConfig(gguf_model=str(path or self.path), **options)
         source = str(self.folder.parent)
         return load_component(source, "transformer", "diffusers", self.kind.__name__, config, dtype=dtype)
+
+    def diffusers_load(self) -> Any:
+        """Load the file as diffusers does, without lowbit."""
+        return self.kind.from_single_file(
+            str(self.path),
+            config=str(self.folder.parent),
+            subfolder="transformer",
+            quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+            torch_dtype=torch.float32,
+        )
 
     def rewrite(self, change: Callable[[dict[str, TensorToWrite]], None], **metadata: Any) -> Path:
         """Write the file again with other tensors or metadata."""
@@ -137,13 +153,7 @@ def test_every_tensor_comes_back(name: str, kind: str, tmp_path: Path) -> None:
 def test_diffusers_reads_the_same(name: str, tmp_path: Path) -> None:
     exported = Exported(name, tmp_path)
     ours = exported.load()
-    theirs = exported.kind.from_single_file(
-        str(exported.path),
-        config=str(tmp_path),
-        subfolder="transformer",
-        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
-        torch_dtype=torch.float32,
-    )
+    theirs = exported.diffusers_load()
     expected = dict(theirs.named_parameters())
     found = ours.state_dict()
     assert found.keys() == expected.keys()
@@ -152,6 +162,55 @@ def test_diffusers_reads_the_same(name: str, tmp_path: Path) -> None:
         assert torch.equal(found[key], bytes_.to(found[key].dtype)), key
     if name in FAMILIES:  # diffusers decodes to float16
         assert torch.allclose(FAMILIES[name].run(ours), FAMILIES[name].run(theirs), atol=2e-3)
+
+
+def wide_qwen_image() -> QwenImageTransformer2DModel:
+    """All rows are whole blocks of every type."""
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        joint_attention_dim=256,
+        axes_dims_rope=(32, 48, 48),
+    )
+
+
+@pytest.mark.parametrize("kind", FILE_TYPES)
+def test_diffusers_and_the_gguf_package_decode_the_same(kind: str, tmp_path: Path) -> None:
+    exported = Exported("wide-qwen-image", tmp_path, kind)
+    types = {record.method for record in exported.manifest.quantized}
+    assert f"gguf {kind}" in types
+    expected = decoded(exported.load())
+    theirs = exported.diffusers_load()
+    for key, tensor in theirs.named_parameters():
+        values = tensor.data.as_subclass(torch.Tensor)
+        if isinstance(tensor, GGUFParameter) and not BLOCK_TYPES[tensor.quant_type.name].is_plain:
+            block, size = package.GGML_QUANT_SIZES[tensor.quant_type]
+            blocks = values.view(torch.uint8).reshape(-1, size)
+            decode = dequantize_functions[tensor.quant_type]
+            values = decode(blocks, block, size, dtype=torch.float32).reshape(expected[key].shape)
+        assert torch.equal(values.float(), expected[key]), key
+    layers = {f"{record.name}.weight" for record in exported.manifest.quantized}
+    assert layers == {key for key, tensor in theirs.named_parameters() if tensor.dtype == torch.uint8}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_gguf_package_reads_the_same(name: str, tmp_path: Path) -> None:
+    exported = Exported(name, tmp_path)
+    reader, ours = package.GGUFReader(exported.path), open_gguf(exported.path)
+    assert reader.get_field("general.architecture").contents() == ARCHITECTURES[name]
+    assert reader.get_field("general.file_type").contents() == FILE_TYPES["Q8_0"]
+    assert [tensor.name for tensor in reader.tensors] == list(ours.tensors)
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32", "Q8_0"}
+    for tensor in reader.tensors:
+        found = ours.tensors[tensor.name]
+        assert tuple(int(extent) for extent in reversed(tensor.shape)) == tuple(found.shape)
+        values = torch.from_numpy(package.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        expected = gguf_dequantize(ours.read_rows(found), found.type.name)
+        assert torch.equal(values.reshape(expected.shape), expected), tensor.name
 
 
 def test_types_are_mixed_and_stand_in(tmp_path: Path) -> None:

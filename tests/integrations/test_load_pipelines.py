@@ -5,39 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    PipelineQuantizationConfig,
-    ZImagePipeline,
-)
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig, ZImagePipeline
 
 from lowbit import Omni
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.integrations.loading import manifests
 from lowbit.integrations.preflight import check_pipeline
 from lowbit.quantization import Fp8Config, Int8Config, QuantizedLinear, build_quant_config
-from tests.integrations.models import FAMILIES, language_model, relative_error
+from tests.integrations.models import relative_error, save_pipeline
 
 BF16 = torch.bfloat16
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-    pipeline = ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKL(latent_channels=16, block_out_channels=(32,), norm_num_groups=32),
-        text_encoder=language_model(hidden_size=32).model,
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[UNK]"),
-        transformer=FAMILIES["z-image"].make(),
-    )
-    pipeline.to(BF16).save_pretrained(tmp_path / "pipeline")
-    return tmp_path / "pipeline"
+    return save_pipeline(tmp_path / "pipeline")
 
 
 def paint(pipeline: ZImagePipeline) -> torch.Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
-import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -21,9 +20,7 @@ from lowbit.quantization.comfyui import ComfyUiConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
 from lowbit.quantization.factory import build_quant_config
 from lowbit.quantization.gguf import GgufConfig
-
-if TYPE_CHECKING:
-    from lowbit.engine import Omni
+from lowbit.quantization.manifest import Manifest
 
 # Suffix -> the method that writes such files, and the module and the function that do.
 _SINGLE_FILES: dict[str, tuple[type[QuantizationConfig], str, str]] = {
@@ -35,18 +32,21 @@ EXAMPLES = """Examples:
 
   lowbit quantize --quantization int8 --output ./embedded-int8
 
-  lowbit quantize --model Tongyi-MAI/Z-Image-Turbo -q int8 --output ./z-image-int8
+  lowbit quantize Tongyi-MAI/Z-Image-Turbo -q int8 --output ./z-image-int8
 
-  lowbit quantize --model ./z-image -q int8 --validation-json z-image-int8.json --output ./z-image-int8
+  lowbit quantize ./z-image -q int8 --validation-json z-image-int8.json --output ./z-image-int8
 
-  lowbit quantize --model ./z-image -q gguf --gguf-type Q4_K --output z-image-Q4_K.gguf
+  lowbit quantize ./z-image -q gguf --gguf-type Q4_K --output z-image-Q4_K.gguf
 
-  lowbit quantize --model ./z-image -q comfyui --output z-image-fp8.safetensors
+  lowbit quantize ./z-image -q comfyui --output z-image-fp8.safetensors
 """
 
 
 def quantize(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to create, or a .gguf or .safetensors file.")],
+    model_argument: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A folder or a Hub id. Default: the embedded model.")
+    ] = None,
     model: options.Model = None,
     quantization: options.Quantization = None,
     quantization_config: options.QuantizationConfigText = None,
@@ -65,8 +65,12 @@ def quantize(
 ) -> None:
     """Quantize a pipeline and write it, in diffusers' format with vLLM-Omni's tensors; or one GGUF or ComfyUI file.
 
-    A folder gets a model card, README.md.
+    A folder gets a model card, README.md. Until it is whole it is called OUTPUT.partial; the same command again goes on
+    with the components that are not finished there.
     """
+    if model is not None and model_argument is not None:
+        raise ConfigError("Name the model once: as MODEL or with --model")
+    model = model if model is not None else model_argument
     target = check_new_folder(output)
     validations = [read_validation(file) for file in validation_json or ()]
     prompts = list(calibration_prompt or ())
@@ -79,12 +83,28 @@ def quantize(
         write_single_file(model, spec, target)
         return
     refuse_other_backends(spec)
-    from lowbit.engine import Omni
+    write_folder(model, spec, target, validations, dtype=dtype, device=device, calibration_prompts=prompts)
 
-    omni = Omni(model, quantization_config=spec, dtype=dtype, device=device, calibration_prompts=prompts)
-    for manifest in omni.manifests.values():
-        typer.echo(f"quantized   {manifest.summary()}")
-    write_folder(omni, target, model_card(target.name, model, omni.manifests, validations))
+
+def write_folder(
+    model: str | None, spec: Any, target: Path, validations: Sequence[Mapping[str, Any]], **settings: Any
+) -> None:
+    """Write the pipeline of ``model`` with its components quantized and a model card; tell how it goes."""
+    from lowbit.engine.export import export_pipeline
+    from lowbit.engine.partial_folder import partial_path
+
+    def report(component: str, manifest: Manifest | None) -> None:
+        typer.echo(f"quantized   {manifest.summary()}" if manifest is not None else f"written     {component}")
+
+    export_pipeline(
+        model,
+        target,
+        quantization_config=spec,
+        card=lambda manifests: model_card(target.name, model, manifests, validations),
+        report=report,
+        resumed=lambda names: typer.echo(f"resuming    {partial_path(target)}: there already: {', '.join(names)}"),
+        **settings,
+    )
     typer.echo(f"wrote       {target}")
 
 
@@ -148,16 +168,3 @@ def check_new_folder(path: str) -> Path:
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"Can't write {target}: no permission in {parent}")
     return target
-
-
-def write_folder(omni: Omni, target: Path, card: str) -> None:
-    """Save pipeline and model card under a temporary name and rename it: no half of it is ever found at ``target``."""
-    temporary = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}."))
-    try:
-        omni.save_pretrained(str(temporary))
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,78 +20,125 @@ from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
 from lowbit.quantization.factory import AnyQuantizationConfig
 
+if TYPE_CHECKING:
+    from lowbit.integrations import backends
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 ComponentIndex = Mapping[str, tuple[str, str]]
 
 
 def load_pipeline(config: OmniDiffusionConfig) -> Any:
-    """Load the pipeline of ``config``, quantizing tensor by tensor all that needs no calibration first.
+    """Check and load the pipeline of ``config``, all at once; see ``PipelineLoader`` for what it raises."""
+    return PipelineLoader.check(config).load()
 
-    Raises:
-        ConfigError: there is no such model, or the quantization names components it lacks or contradicts it.
-        CheckpointError: files or tensors are missing, damaged or of the wrong shape.
+
+@dataclass(frozen=True)
+class PipelineLoader:
+    """A pipeline whose files were checked, to be loaded at once or component by component.
+
+    Attributes:
+        config: what to load and how.
+        source: its folder or Hub id.
+        components: that it has.
+        chosen: component -> configuration of those that diffusers and transformers load through lowbit.
+        foreign: component -> configuration of those whose weights are not in their own folders.
+        others: component -> what to ask of other libraries.
     """
-    from diffusers import DiffusionPipeline
-    from diffusers.quantizers import PipelineQuantizationConfig
 
-    from lowbit.integrations import backends
-    from lowbit.integrations.preflight import check_pipeline
+    config: OmniDiffusionConfig
+    source: str
+    components: ComponentIndex
+    chosen: Mapping[str, QuantizationConfig]
+    foreign: Mapping[str, QuantizationConfig]
+    others: Mapping[str, backends.Request]
 
-    source = resolve_model(config.model)
-    components = read_components(source)
-    chosen = {name: found for name, found in routed(config).items() if not found.needs_calibration}
-    if Path(source).is_dir():
-        chosen.update(_described(Path(source), components, route(config.quantization, components)))
-    others = backends.prepare(source, components, _other_backends(config, components))
-    foreign = {name: chosen.pop(name) for name in list(chosen) if chosen[name].weights_from is not None}
-    device = config.device
-    if Path(source).is_dir():
-        own = [name for name in components if name not in foreign]
-        check_pipeline(source, chosen, components=own, device=device or "cpu")
-        chosen.update(_separate_configs(Path(source), chosen))
-    arguments: dict[str, Any] = {
-        "torch_dtype": config.dtype,
-        "use_safetensors": True,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    if chosen or others:
-        objects = {name: request.config_object for name, request in others.items()}
-        arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping={**chosen, **objects})
-    if device is not None and str(device) != "cpu":
-        arguments["device_map"] = str(device)  # each tensor goes to the device by itself, not the model through memory
-    arguments.update(_load_foreign(config, source, components, foreign))
-    pipeline = DiffusionPipeline.from_pretrained(source, **arguments)
-    backends.record(pipeline, others)
-    return pipeline
+    @classmethod
+    def check(cls, config: OmniDiffusionConfig) -> PipelineLoader:
+        """Find what each component of ``config``'s model takes, and check the files of a local one.
+
+        Raises:
+            ConfigError: there is no such model, or the quantization names components it lacks or contradicts it.
+            CheckpointError: files or tensors are missing, damaged or of the wrong shape.
+        """
+        from lowbit.integrations import backends
+        from lowbit.integrations.preflight import check_pipeline
+
+        source = resolve_model(config.model)
+        components = read_components(source)
+        chosen = {name: found for name, found in routed(config).items() if not found.needs_calibration}
+        if Path(source).is_dir():
+            chosen.update(_described(Path(source), components, route(config.quantization, components)))
+        others = backends.prepare(source, components, _other_backends(config, components))
+        foreign = {name: chosen.pop(name) for name in list(chosen) if chosen[name].weights_from is not None}
+        _check_places(foreign)
+        if Path(source).is_dir():
+            own = [name for name in components if name not in foreign]
+            check_pipeline(source, chosen, components=own, device=config.device or "cpu")
+            chosen.update(_separate_configs(Path(source), chosen))
+        return cls(config, source, components, chosen, foreign, others)
+
+    def load(self, names: Sequence[str] | None = None) -> Any:
+        """Load the pipeline, quantizing tensor by tensor all that needs no calibration first.
+
+        Args:
+            names: load these components only, as a pipeline of nothing else; ``None`` for all.
+
+        Raises:
+            CheckpointError: tensors are not what a component needs.
+        """
+        from diffusers import DiffusionPipeline
+        from diffusers.quantizers import PipelineQuantizationConfig
+
+        from lowbit.integrations import backends
+        from lowbit.integrations.parts import parts_class
+
+        kind = DiffusionPipeline if names is None else parts_class(names)
+        wanted = set(self.components if names is None else names)
+        others = {name: request for name, request in self.others.items() if name in wanted}
+        mapping: dict[str, Any] = {name: config for name, config in self.chosen.items() if name in wanted}
+        mapping.update({name: request.config_object for name, request in others.items()})
+        device = self.config.device
+        arguments: dict[str, Any] = {
+            "torch_dtype": self.config.dtype,
+            "use_safetensors": True,
+            "trust_remote_code": self.config.trust_remote_code,
+        }
+        if mapping:
+            arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
+        if device is not None and str(device) != "cpu":
+            # each tensor goes to the device by itself, not the model through memory
+            arguments["device_map"] = str(device)
+        arguments.update(self._load_foreign(wanted))
+        pipeline = kind.from_pretrained(self.source, **arguments)
+        backends.record(pipeline, others)
+        return pipeline
+
+    def _load_foreign(self, wanted: Collection[str]) -> dict[str, Any]:
+        """Load the components whose weights are not in their own folders; their folders' weights are not needed."""
+        from lowbit.integrations.foreign import load_component
+
+        dtype, device = self.config.dtype, str(self.config.device or "cpu")
+        assert isinstance(dtype, torch.dtype)
+        return {
+            name: load_component(self.source, name, *self.components[name], found, dtype=dtype, device=device)
+            for name, found in self.foreign.items()
+            if name in wanted
+        }
 
 
-def _other_backends(config: OmniDiffusionConfig, components: ComponentIndex) -> dict[str, BackendConfig]:
-    found = route(config.quantization, components)
-    return {name: each for name, each in found.items() if isinstance(each, BackendConfig)}
-
-
-def _load_foreign(
-    config: OmniDiffusionConfig,
-    source: str,
-    components: ComponentIndex,
-    foreign: Mapping[str, QuantizationConfig],
-) -> dict[str, Any]:
-    """Load the components whose weights are not in their own folders; their folders' weights are not needed."""
-    from lowbit.integrations.foreign import load_component
-
+def _check_places(foreign: Mapping[str, QuantizationConfig]) -> None:
     places = [found.weights_from for found in foreign.values()]
     if len(set(places)) < len(places):
         raise ConfigError(
             f"{places[0]} holds one component, and {', '.join(foreign)} would all take it: give each its own with a"
             " configuration per component"
         )
-    assert isinstance(config.dtype, torch.dtype)
-    device = str(config.device or "cpu")
-    return {
-        name: load_component(source, name, *components[name], found, dtype=config.dtype, device=device)
-        for name, found in foreign.items()
-    }
+
+
+def _other_backends(config: OmniDiffusionConfig, components: ComponentIndex) -> dict[str, BackendConfig]:
+    found = route(config.quantization, components)
+    return {name: each for name, each in found.items() if isinstance(each, BackendConfig)}
 
 
 def _described(
@@ -151,14 +199,36 @@ def local_component(source: str, component: str) -> Path:
     Raises:
         ConfigError: it can't be had.
     """
-    if not Path(source).is_dir():
-        from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download
 
-        try:
-            source = snapshot_download(source, allow_patterns=[f"{component}/*"])
-        except Exception as error:  # of the network or of the Hub: many kinds, all with a message
-            raise ConfigError(f"Can't get {component} of {source}: {str(error).splitlines()[0]}") from error
-    return Path(source) / component
+    return (
+        _downloaded(source, component, lambda: snapshot_download(source, allow_patterns=[f"{component}/*"])) / component
+    )
+
+
+def local_pipeline(source: str, without: Iterable[str] = ()) -> Path:
+    """Return the folder of a pipeline, downloaded from the Hub if ``source`` is there.
+
+    Args:
+        source: a folder or a Hub id.
+        without: components whose weights are not needed.
+
+    Raises:
+        ConfigError: it can't be had.
+    """
+    from diffusers import DiffusionPipeline
+
+    left_out = dict.fromkeys(without)
+    return _downloaded(source, "files", lambda: DiffusionPipeline.download(source, use_safetensors=True, **left_out))
+
+
+def _downloaded(source: str, what: str, download: Callable[[], Any]) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(download())
+    except Exception as error:  # of the network or of the Hub: many kinds, all with a message
+        raise ConfigError(f"Can't get {what} of {source}: {str(error).splitlines()[0]}") from error
 
 
 def read_components(source: str) -> ComponentIndex:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -106,8 +106,7 @@ class Omni:
             attention_quantization=attention_quantization,
         )
         self.cache = build_cache(cache_backend, cache_config)
-        if not self.config.calibration_prompts and any(part.needs_calibration for part in routed(self.config).values()):
-            raise ConfigError("smoothing is found by watching the model generate: give calibration_prompts")
+        check_prompts(self.config)
         peak, start = PeakMemory(self.device), time.perf_counter()
         self.pipeline = load_pipeline(self.config)
         self.attention = self._choose_attention()
@@ -292,14 +291,25 @@ class Omni:
         if not waiting:
             return
         if not prompts:
-            raise ConfigError(
-                f"The static activation scheme needs input scales that {', '.join(waiting)} lacks. Give"
-                " calibration_prompts, load a checkpoint that holds them, or use activation_scheme='dynamic'"
-            )
+            raise missing_scales(waiting)
         logger.info("Calibrating input scales on %d prompts", len(prompts))
         for part in waiting.values():
             with calibration(part):
                 self.generate(list(prompts), OmniDiffusionSamplingParams(seed=0))
+
+
+def check_prompts(config: OmniDiffusionConfig) -> None:
+    """Raise ``ConfigError`` where there are no calibration prompts and weights can't be quantized without."""
+    if not config.calibration_prompts and any(part.needs_calibration for part in routed(config).values()):
+        raise ConfigError("smoothing is found by watching the model generate: give calibration_prompts")
+
+
+def missing_scales(components: Iterable[str]) -> ConfigError:
+    """Return the error for components with static activations whose input scales are still to be found."""
+    return ConfigError(
+        f"The static activation scheme needs input scales that {', '.join(components)} lacks. Give"
+        " calibration_prompts, load a checkpoint that holds them, or use activation_scheme='dynamic'"
+    )
 
 
 def _pictures(result: Any) -> tuple[list[Any], list[list[Any]]]:
