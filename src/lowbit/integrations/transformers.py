@@ -5,6 +5,7 @@ transformers calls a quantizer of its own ``"fp8"``; ``dispatch.claims`` says wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -163,6 +164,8 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
             _take_stored(layer)
         absent = [name for layer in layers.values() for name in _missing(layer)]
         missing = [name for name in absent if not self.preparation.may_be_absent(name)]
+        if self.pre_quantized:
+            missing += _missing_of_kept(model)
         for name in absent:
             found = self.preparation.find(name)
             if found is not None and found[1] in found[0].method.optional and self.pre_quantized:
@@ -247,6 +250,23 @@ def _missing(layer: QuantizedLinear) -> list[str]:
         f"{layer.prefix}.{layer.stored_name(name)}"
         for name, tensor in layer.named_parameters()
         if not getattr(tensor, _LOADED, False)
+    ]
+
+
+def _missing_of_kept(model: Any) -> list[str]:
+    """Return the names of the other parameters that transformers made up as they did not come from the checkpoint.
+
+    Those of a head are not among them: transformers puts a new one on a model without.
+    """
+    expected = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or "$^")
+    base = model.base_model
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+    return [
+        f"{prefix}{name}.{parameter}" if name else f"{prefix}{parameter}"
+        for name, module in base.named_modules()
+        if not isinstance(module, QuantizedLinear)
+        for parameter, tensor in module.named_parameters(recurse=False)
+        if not getattr(tensor, _LOADED, False) and not expected.search(f"{prefix}{name}.{parameter}")
     ]
 
 
