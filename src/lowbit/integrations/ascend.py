@@ -3,11 +3,13 @@
 Written by ``msmodelslim/core/quant_service/modelslim_v1/save`` as AscendV1 (``quant_model_description.json`` and
 ``quant_model_weights*.safetensors``) or MindIE (``quant_model_description_<type>.json``,
 ``quant_model_weight_<type>.safetensors``). A smoothed layer ``X`` is stored as ``X.div.mul_scale`` and ``X.linear.*``.
-Weights may also be in diffusers' own files beside a description.
+Weights may also be in diffusers' own files beside a description. Names are diffusers', or those of the model's original
+implementation (Wan's ``blocks.0.self_attn.q``), as msModelSlim quantizes that.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import nn
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.integrations.checks import TensorHeader, read_headers, read_json, weight_files
 from lowbit.integrations.foreign import ForeignTensor, ForeignWeights
+from lowbit.integrations.reference_names import WAN, Layers, names_of
 from lowbit.ops.int8_static import bias_of, bits_to_scale
 from lowbit.quantization.ascend import FLOAT, AscendConfig
 from lowbit.quantization.backends import BackendConfig
@@ -32,6 +35,8 @@ _WEIGHT_AND_SCALE = ("weight", "weight_scale")
 _STATIC = ("quant_bias", "input_scale", "input_offset", "deq_scale")
 # Type -> tensors of a layer that may be in the checkpoint and are not needed.
 _NOT_NEEDED: Mapping[str, Sequence[str]] = {"W8A8": ("weight_scale", "weight_offset"), "W8A8_MIX": _STATIC}
+# Class -> original name of a layer -> diffusers', one for one.
+_ORIGINAL_NAMES: Mapping[str, Layers] = {"WanTransformer3DModel": WAN}
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
         raise CheckpointError(f"{folder}: has no {DESCRIPTIONS}")
     headers = read_headers(sorted(folder.glob(WEIGHTS)) or weight_files(folder))
     types = _tensor_types(description, headers)
-    stored = {_parameter_name(name, headers): name for name in headers}
+    stored = _own_names({_parameter_name(name, headers): name for name in headers}, model)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layer_types = _layer_types(description, {name: types[key] for name, key in stored.items()}, linear)
     smoothed = [name for name in layer_types if f"{name}.mul_scale" in stored]
@@ -134,6 +139,29 @@ def _parameter_name(stored: str, names: Mapping[str, Any]) -> str:
     module, _, last = stored.rpartition(".")
     wrapper = module.removesuffix(".linear")
     return f"{wrapper}.{last}" if wrapper != module and f"{wrapper}.div.mul_scale" in names else stored
+
+
+def _own_names(stored: Mapping[str, str], model: nn.Module) -> dict[str, str]:
+    """Return the model's name -> the stored one, where the names are those of the original implementation.
+
+    Raises:
+        CheckpointError: two tensors get the same name.
+    """
+    layers, expected = _ORIGINAL_NAMES.get(type(model).__name__, {}), model.state_dict().keys()
+    renamed = {name: _diffusers_name(name, layers) for name in stored}
+    if len(expected & set(renamed.values())) <= len(expected & stored.keys()):
+        return dict(stored)
+    counts = Counter(renamed.values())
+    twice = sorted(key for name, key in stored.items() if counts[renamed[name]] > 1)
+    if twice:
+        raise CheckpointError(f"names of diffusers' beside those of the original implementation: {', '.join(twice)}")
+    return {renamed[name]: key for name, key in stored.items()}
+
+
+def _diffusers_name(name: str, layers: Layers) -> str:
+    layer, _, last = name.rpartition(".")
+    whole, parts = names_of(name, layers), names_of(layer, layers)
+    return whole[0] if whole else f"{parts[0]}.{last}" if parts else name
 
 
 def _layer_types(description: Path, types: Mapping[str, str], linear: set[str]) -> dict[str, str]:
