@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, located
 from lowbit.integrations import dispatch, loading
 from lowbit.integrations.checks import read_headers, refuse_pickles
 from lowbit.quantization import plan as quantization_plan
@@ -75,6 +76,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.preparation: loading.Preparation | None = None
+        self.location = ""  # of the checkpoint, for messages
 
     # What transformers asks, in the order in which it asks.
 
@@ -96,6 +98,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         files = list(checkpoint_files or ())
         refuse_pickles(files)
         headers = read_headers(file for file in files if str(file).endswith(".safetensors"))
+        self.location = str(Path(files[0]).parent) if files else ""
         config = _for_base_model(self.quantization_config.of_checkpoint(headers), model)
         self.quantization_config, self.pre_quantized = config, config.is_serialized
         self.preparation = loading.prepare(
@@ -159,24 +162,29 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Check that all arrived, pack for the kernels, and leave the manifest and what saving needs."""
         assert self.preparation is not None
-        layers = self.preparation.layers
+        with located(self.location):
+            self._settle_layers(model, self.preparation)
+            loading.finish(model, self.preparation)
+        model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
+        self.preparation = None
+
+    def _settle_layers(self, model: nn.Module, preparation: loading.Preparation) -> None:
+        """Check that all of the layers' tensors arrived, and bring them to what the methods registered."""
+        layers = preparation.layers
         for layer in layers.values():
             _take_stored(layer)
         absent = [name for layer in layers.values() for name in _missing(layer)]
-        missing = [name for name in absent if not self.preparation.may_be_absent(name)]
+        missing = [name for name in absent if not preparation.may_be_absent(name)]
         if self.pre_quantized:
             missing += _missing_of_kept(model)
         for name in absent:
-            found = self.preparation.find(name)
+            found = preparation.find(name)
             if found is not None and found[1] in found[0].method.optional and self.pre_quantized:
                 found[0].drop_tensor(found[1])
         loading.check_loaded(model, missing)
         for layer in layers.values():
             _settle(layer, self.pre_quantized)
             layer.owns_weight = not self.pre_quantized
-        loading.finish(model, self.preparation)
-        model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
-        self.preparation = None
 
     # What transformers asks of a loaded model.
 
