@@ -26,7 +26,7 @@ from lowbit.ops.e2m1 import decode_e2m1_pairs
 from lowbit.ops.int8 import quantize_int8_per_token
 from lowbit.quantization import AscendConfig, build_quant_config
 from lowbit.quantization.plan import quantized_layers
-from tests.integrations.ascend_files import BIAS, E2M1, FLUX, LAYER, LAYERS, K, N, dynamic, static, write
+from tests.integrations.ascend_files import BIAS, E2M1, FLUX, LAYER, LAYERS, K, N, dynamic, mix, mxfp4, static, write
 from tests.integrations.models import FAMILIES, stored_config, tensors
 
 
@@ -257,6 +257,29 @@ def broken(folder: Path, change: Any) -> Path:
 def test_broken_checkpoints_are_named(change: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         load(broken(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("weight", torch.ones((), dtype=torch.int8)),
+        ("weight", torch.ones(N, K)),
+        ("input_offset", torch.ones(N)),
+        ("quant_bias", torch.ones(1, dtype=torch.int32)),
+        ("deq_scale", torch.ones(N, dtype=torch.float16)),
+        ("deq_scale", torch.ones(1)),
+    ],
+)
+def test_what_a_bias_is_worked_out_from_is_checked(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+    write(tmp_path, {**mix(BIAS)[0], name: tensor}, "W8A8_MIX", bias=None)
+    with pytest.raises(CheckpointError, match=rf"1 wrong:\n  {LAYER}.{name}: found"):
+        load(tmp_path)
+
+
+def test_a_packed_weight_without_extents(tmp_path: Path) -> None:
+    write(tmp_path, {**mxfp4()[0], "weight": torch.ones((), dtype=torch.uint8)}, "W4A4_MXFP4")
+    with pytest.raises(CheckpointError, match=rf"1 wrong:\n.*{LAYER}.weight: found U8 \[\]"):
+        load(tmp_path)
 
 
 JSON = st.recursive(

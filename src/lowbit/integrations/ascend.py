@@ -35,6 +35,13 @@ _WEIGHT_AND_SCALE = ("weight", "weight_scale")
 _STATIC = ("quant_bias", "input_scale", "input_offset", "deq_scale")
 # Type -> tensors of a layer that may be in the checkpoint and are not needed.
 _NOT_NEEDED: Mapping[str, Sequence[str]] = {"W8A8": ("weight_scale", "weight_offset"), "W8A8_MIX": _STATIC}
+# What a bias is worked out from -> dtypes.
+_BIAS_DTYPES: Mapping[str, Sequence[str]] = {
+    "weight": ("I8",),
+    "input_offset": ("F32", "F16", "BF16"),
+    "quant_bias": ("I32",),
+    "deq_scale": ("F32", "I64"),
+}
 # Class -> original name of a layer -> diffusers', one for one.
 _ORIGINAL_NAMES: Mapping[str, Layers] = {"WanTransformer3DModel": WAN}
 
@@ -225,22 +232,29 @@ def _folded(layer: str, weight: AscendTensor, mul_scale: AscendTensor) -> Ascend
 
 
 def _unpacked_shape(weight: AscendTensor) -> AscendTensor:
-    rows, *columns = weight.shape
-    is_packed = weight.encoding == "U8" and len(columns) == 1
-    return replace(weight, shape=(rows, 2 * columns[0])) if is_packed else weight
+    is_packed = weight.encoding == "U8" and len(weight.shape) == 2
+    return replace(weight, shape=(weight.shape[0], 2 * weight.shape[1])) if is_packed else weight
 
 
 def _bias(layer: str, own: Mapping[str, AscendTensor | None]) -> AscendTensor:
     """Return the bias that ``quant_bias`` holds, of a layer whose file has it nowhere else."""
-    names = ("weight", "input_offset", "quant_bias", "deq_scale")
-    parts = [own[name] for name in names]
-    missing = [f"{layer}.{name}" for name, part in zip(names, parts, strict=True) if part is None]
+    parts = {name: own[name] for name in _BIAS_DTYPES}
+    missing = [f"{layer}.{name}" for name, part in parts.items() if part is None]
     if missing:
         raise CheckpointError(f"{len(missing)} tensors are missing: {', '.join(missing)}")
+    found = {name: part for name, part in parts.items() if part is not None}
+    rows = found["weight"].shape[:1]
+    shapes = {"weight": (rows + found["weight"].shape[-1:],), "input_offset": ((), (1,))}
+    wrong = [
+        f"{layer}.{name}: found {part.encoding} {list(part.shape)}, needs {_BIAS_DTYPES[name][0]} for the layer's bias"
+        for name, part in found.items()
+        if part.encoding not in _BIAS_DTYPES[name] or part.shape not in shapes.get(name, (rows,))
+    ]
+    if wrong:
+        raise CheckpointError("\n  ".join([f"{len(wrong)} wrong:", *wrong]))
 
     def read() -> torch.Tensor:
-        weight, offset, bias, scale = (part.read() for part in parts if part is not None)
+        weight, offset, bias, scale = (part.read() for part in found.values())
         return bias_of(weight, offset, bias, bits_to_scale(scale) if scale.dtype == torch.int64 else scale)
 
-    assert parts[2] is not None
-    return AscendTensor(parts[2].shape, "in quant_bias", read)
+    return AscendTensor(found["quant_bias"].shape, "in quant_bias", read)
