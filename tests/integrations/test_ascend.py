@@ -126,6 +126,9 @@ def test_a_pipeline_finds_the_description(tmp_path: Path) -> None:
     for quantization in (None, "ascend"):
         pipeline = load_pipeline(OmniDiffusionConfig(model=str(tmp_path), quantization_config=quantization))
         assert list(quantized_layers(pipeline.transformer)) == [name]
+    elsewhere = {"transformer": {"method": "ascend", "weights_folder": str(place)}}
+    pipeline = load_pipeline(OmniDiffusionConfig(model=None, quantization_config=elsewhere))
+    assert list(quantized_layers(pipeline.transformer)) == [name]
     with pytest.raises(ConfigError, match="already quantized with 'ascend'.*'int8'"):
         load_pipeline(OmniDiffusionConfig(model=str(tmp_path), quantization_config="int8"))
     with pytest.raises(ConfigError, match="already quantized with 'ascend'.*'torchao'"):

@@ -120,7 +120,7 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
     found = replace(config, layer_types=layer_types, smoothed_layers=smoothed, weights_folder=None)
     handles = {file: safe_open(str(file), framework="pt") for file in {header.file for header in headers.values()}}
     sources = {name: _source(headers[key], key, handles[headers[key].file]) for name, key in stored.items()}
-    biased = {name for name in linear if model.get_submodule(name).bias is not None}
+    biased = {name: layer for name in linear if (layer := model.get_submodule(name)).bias is not None}
     tensors: dict[str, ForeignTensor] = dict(_of_model(sources, layer_types, biased))
     return ForeignWeights(str(description), found, tensors)
 
@@ -195,7 +195,7 @@ def _source(header: TensorHeader, key: str, handle: Any) -> AscendTensor:
 
 
 def _of_model(
-    sources: Mapping[str, AscendTensor], layer_types: Mapping[str, str], biased: set[str]
+    sources: Mapping[str, AscendTensor], layer_types: Mapping[str, str], biased: Mapping[str, nn.Module]
 ) -> dict[str, AscendTensor]:
     """Return the tensors by the model's names, of each quantized layer those that its method takes."""
     tensors = dict(sources)
@@ -210,7 +210,7 @@ def _of_model(
         if offset is not None and kind != "W8A8" and bool(offset.read().float().any()):
             raise UnsupportedError(f"ascend: {layer}.weight_offset is not zero: asymmetric weights are not read")
         if layer in biased and own["bias"] is None and kind in ("W8A8", "W8A8_MIX"):
-            tensors[f"{layer}.bias"] = _bias(layer, own)
+            tensors[f"{layer}.bias"] = _bias(layer, own, biased[layer])
         if kind.startswith("W4A4"):
             tensors[f"{layer}.weight"] = _unpacked_shape(sources[f"{layer}.weight"])
         scale = sources.get(f"{layer}.mul_scale")
@@ -236,19 +236,19 @@ def _unpacked_shape(weight: AscendTensor) -> AscendTensor:
     return replace(weight, shape=(weight.shape[0], 2 * weight.shape[1])) if is_packed else weight
 
 
-def _bias(layer: str, own: Mapping[str, AscendTensor | None]) -> AscendTensor:
+def _bias(layer: str, own: Mapping[str, AscendTensor | None], module: Any) -> AscendTensor:
     """Return the bias that ``quant_bias`` holds, of a layer whose file has it nowhere else."""
     parts = {name: own[name] for name in _BIAS_DTYPES}
     missing = [f"{layer}.{name}" for name, part in parts.items() if part is None]
     if missing:
         raise CheckpointError(f"{len(missing)} tensors are missing: {', '.join(missing)}")
     found = {name: part for name, part in parts.items() if part is not None}
-    rows = found["weight"].shape[:1]
-    shapes = {"weight": (rows + found["weight"].shape[-1:],), "input_offset": ((), (1,))}
+    rows, columns = module.out_features, module.in_features
+    shapes = {"weight": ((rows, columns),), "input_offset": ((), (1,))}
     wrong = [
         f"{layer}.{name}: found {part.encoding} {list(part.shape)}, needs {_BIAS_DTYPES[name][0]} for the layer's bias"
         for name, part in found.items()
-        if part.encoding not in _BIAS_DTYPES[name] or part.shape not in shapes.get(name, (rows,))
+        if part.encoding not in _BIAS_DTYPES[name] or part.shape not in shapes.get(name, ((rows,),))
     ]
     if wrong:
         raise CheckpointError("\n  ".join([f"{len(wrong)} wrong:", *wrong]))
