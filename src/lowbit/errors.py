@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
@@ -23,3 +24,19 @@ class UnsupportedError(ValueError):
     def __init__(self, message: str, reasons: Sequence[str] = ()) -> None:
         self.reasons = tuple(reasons)
         super().__init__("\n".join([message, *(f"  - {reason}" for reason in self.reasons)]))
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put ``where``, a file or a folder, in front of errors of lowbit's that do not name it."""
+    try:
+        yield
+    except UnsupportedError as error:
+        if where in str(error):
+            raise
+        message = str(error).partition("\n  - ")[0]
+        raise UnsupportedError(f"{where}: {message}", error.reasons) from error
+    except (ConfigError, CheckpointError) as error:
+        if where in str(error):
+            raise
+        raise type(error)(f"{where}: {error}") from error

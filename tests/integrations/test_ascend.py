@@ -9,139 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lowbit.engine.config import OmniDiffusionConfig
 from lowbit.engine.loading import load_pipeline
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.integrations.ascend import described, open_weights
 from lowbit.integrations.foreign import load_component
+from lowbit.integrations.reference_names import LAYOUTS, reference_tensors
 from lowbit.models.embedded import embedded_model
 from lowbit.ops.e2m1 import decode_e2m1_pairs
 from lowbit.ops.int8 import quantize_int8_per_token
 from lowbit.quantization import AscendConfig, build_quant_config
 from lowbit.quantization.plan import quantized_layers
+from tests.integrations.ascend_files import BIAS, E2M1, FLUX, LAYER, LAYERS, K, N, dynamic, mix, mxfp4, static, write
 from tests.integrations.models import FAMILIES, stored_config, tensors
-
-FLUX = FAMILIES["flux"]
-LAYER = "transformer_blocks.0.ff.net.2"  # [64, 256]
-E2M1 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
-N, K = 64, 256
-
-
-def scales(groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """E8M0 codes uint8 [N, groups] and their values per group."""
-    codes = torch.randint(118, 124, (N, groups), dtype=torch.uint8)
-    return codes, torch.exp2(codes.double() - 127)
-
-
-def per_channel() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randint(-127, 128, (N, K), dtype=torch.int8), torch.rand(N, 1) * 1e-3 + 1e-4
-
-
-def dynamic() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    weight, scale = per_channel()
-    return (
-        {"weight": weight, "weight_scale": scale, "weight_offset": torch.zeros(N, 1)},
-        weight.double() * scale.double(),
-    )
-
-
-def static(bias: torch.Tensor, bits: bool = False, offset: float = -11.0) -> tuple[dict[str, torch.Tensor], Any]:
-    weight, weight_scale = per_channel()
-    input_scale = torch.tensor([0.02])
-    deq_scale = (input_scale * weight_scale.flatten()).float()
-    sums = weight.double().sum(1)
-    quant_bias = (bias.double() / deq_scale.double() - sums * offset).round().to(torch.int32)
-    stored = deq_scale.view(torch.int32).long() if bits else deq_scale
-    parts = {"input_scale": input_scale, "input_offset": torch.tensor([offset]), "quant_bias": quant_bias}
-
-    def expected(x: torch.Tensor) -> torch.Tensor:
-        q = ((x.float() / 0.02).double().round() + offset).clamp(-128, 127)
-        return (q @ weight.double().t() + quant_bias.double()) * deq_scale.double()
-
-    return {"weight": weight, "deq_scale": stored, **parts}, expected
-
-
-def mix(bias: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    parts, _ = static(bias)
-    scale = (parts["deq_scale"] / parts["input_scale"]).unsqueeze(1)
-    stored = {**parts, "weight_scale": scale, "weight_offset": torch.zeros(N, 1)}
-    return stored, parts["weight"].double() * scale.double()
-
-
-def mxfp8() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    codes, values = scales(K // 32)
-    weight = torch.randn(N, K).to(torch.float8_e4m3fn)
-    return {"weight": weight, "weight_scale": codes}, weight.double() * values.repeat_interleave(32, 1)
-
-
-def mxfp4(unpacked: bool = False, dual: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    codes, values = scales(K // 32)
-    elements = torch.randint(0, 16, (N, K))
-    packed = (elements[:, 0::2] | (elements[:, 1::2] << 4)).to(torch.uint8)
-    numbers = E2M1[elements]
-    weight = numbers.to(torch.float8_e4m3fn) if unpacked else packed
-    decoded = numbers * values.repeat_interleave(32, 1)
-    if not dual:
-        return {"weight": weight, "weight_scale": codes}, decoded
-    second = torch.rand(N, 1, 1) + 0.5
-    return {"weight": weight, "weight_scale": codes, "weight_dual_scale": second}, decoded * second.double()[:, :, 0]
-
-
-def fp8() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    weight, scale = torch.randn(N, K).to(torch.float8_e4m3fn), torch.rand(N, 1) + 0.1
-    return {"weight": weight, "weight_scale": scale}, weight.double() * scale.double()
-
-
-BIAS = torch.linspace(-1, 1, N)
-LAYERS: dict[str, tuple[str, Any]] = {
-    "dynamic": ("W8A8_DYNAMIC", dynamic),
-    "w8a16": ("W8A16", dynamic),
-    "mix": ("W8A8_MIX", lambda: mix(BIAS)),
-    "mxfp8": ("W8A8_MXFP8", mxfp8),
-    "mxfp4": ("W4A4_MXFP4", mxfp4),
-    "mxfp4-unpacked": ("W4A4_MXFP4", lambda: mxfp4(unpacked=True)),
-    "dualscale": ("W4A4_MXFP4_DUALSCALE", lambda: mxfp4(dual=True)),
-    "dualscale-unpacked": ("W4A4_MXFP4_DUALSCALE", lambda: mxfp4(unpacked=True, dual=True)),
-    "fp8": ("WFP8AFP8_DYNAMIC", fp8),
-}
-
-
-def write(
-    folder: Path,
-    layer: dict[str, torch.Tensor],
-    kind: str,
-    *,
-    bias: torch.Tensor | None = BIAS,
-    mul_scale: torch.Tensor | None = None,
-    mindie: bool = False,
-) -> Path:
-    """Write a pipeline's folder whose transformer is msModelSlim's, with one quantized layer."""
-    torch.manual_seed(0)
-    model = FLUX.make().to(torch.bfloat16)
-    place = folder / "transformer"
-    place.mkdir(parents=True)
-    model.save_config(place)
-    content = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{LAYER}.")}
-    types = dict.fromkeys(content, "FLOAT")
-    inner = LAYER if mul_scale is None else f"{LAYER}.linear"
-    for name, tensor in layer.items():
-        content[f"{inner}.{name}"], types[f"{inner}.{name}"] = tensor, kind
-    if bias is not None:
-        content[f"{inner}.bias"], types[f"{inner}.bias"] = bias, "FLOAT"
-    if mul_scale is not None:
-        content[f"{LAYER}.div.mul_scale"], types[f"{LAYER}.div.mul_scale"] = mul_scale, "FLOAT"
-    suffix = ("_w8a8", "weight") if mindie else ("", "weights")
-    description = {"version": "1.0.0", "model_quant_type": kind, "group_size": 0, **types}
-    (place / f"quant_model_description{suffix[0]}.json").write_text(json.dumps(description))
-    save_file(
-        {k: v.contiguous() for k, v in content.items()}, place / f"quant_model_{suffix[1]}{suffix[0]}.safetensors"
-    )
-    return folder
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, kernel: str = "auto") -> Any:
@@ -240,12 +126,94 @@ def test_a_pipeline_finds_the_description(tmp_path: Path) -> None:
     for quantization in (None, "ascend"):
         pipeline = load_pipeline(OmniDiffusionConfig(model=str(tmp_path), quantization_config=quantization))
         assert list(quantized_layers(pipeline.transformer)) == [name]
+    elsewhere = {"transformer": {"method": "ascend", "weights_folder": str(place)}}
+    pipeline = load_pipeline(OmniDiffusionConfig(model=None, quantization_config=elsewhere))
+    assert list(quantized_layers(pipeline.transformer)) == [name]
     with pytest.raises(ConfigError, match="already quantized with 'ascend'.*'int8'"):
         load_pipeline(OmniDiffusionConfig(model=str(tmp_path), quantization_config="int8"))
     with pytest.raises(ConfigError, match="already quantized with 'ascend'.*'torchao'"):
         load_pipeline(OmniDiffusionConfig(model=str(tmp_path), quantization_config="torchao"))
     with pytest.raises(ConfigError, match="ascend is read, not made"):
         load_pipeline(OmniDiffusionConfig(model=None, quantization_config="ascend"))
+
+
+def wan_export(folder: Path, image: bool) -> tuple[WanTransformer3DModel, dict[str, torch.Tensor]]:
+    """Write a small Wan as msModelSlim does in MindIE's format: in the original names, two layers quantized.
+
+    Returns:
+        The model, and the weights of the two layers that their tensors stand for.
+    """
+    torch.manual_seed(0)
+    model = FAMILIES["wan"].make()
+    if image:
+        model = WanTransformer3DModel.from_config({**model.config, "image_dim": 32, "added_kv_proj_dim": 64})
+    (folder / "pipeline" / "transformer").mkdir(parents=True)
+    model.save_config(folder / "pipeline" / "transformer")
+    names = {
+        name: fused.parts[0]
+        for name, fused in reference_tensors(LAYOUTS["WanTransformer3DModel"], model.state_dict()).items()
+    }
+    content = {name: model.state_dict()[part] for name, part in names.items()}
+    converted = convert_wan_transformer_to_diffusers({name: tensor.clone() for name, tensor in content.items()})
+    assert all(torch.equal(converted[name], tensor) for name, tensor in model.state_dict().items())
+    assert converted.keys() == model.state_dict().keys()
+    types, expected = dict.fromkeys(content, "FLOAT"), {}
+    for layer, wrapper, ours in [
+        ("blocks.0.self_attn.q", ".linear", "blocks.0.attn1.to_q"),
+        ("blocks.1.ffn.2", "", "blocks.1.ffn.net.2"),
+    ]:
+        weight, bias = content.pop(f"{layer}.weight"), content.pop(f"{layer}.bias")
+        codes, scale = quantize_int8_per_token(weight)
+        made = {"weight": codes, "weight_scale": scale, "weight_offset": torch.zeros_like(scale), "bias": bias}
+        for name, tensor in made.items():
+            content[f"{layer}{wrapper}.{name}"] = tensor
+            types[f"{layer}{wrapper}.{name}"] = "FLOAT" if name == "bias" else "W8A8_DYNAMIC"
+        types = {name: kind for name, kind in types.items() if name in content}
+        expected[ours] = codes.double() * scale.double()
+    content["blocks.0.self_attn.q.div.mul_scale"] = torch.rand(64) + 0.5
+    types["blocks.0.self_attn.q.div.mul_scale"] = "FLOAT"
+    expected["blocks.0.attn1.to_q"] *= content["blocks.0.self_attn.q.div.mul_scale"].double()
+    place = folder / "export" / "high_noise_model"
+    place.mkdir(parents=True)
+    save_file(content, place / "quant_model_weight_w8a8_dynamic.safetensors")
+    description = {"model_quant_type": "W8A8_DYNAMIC", **types}
+    (place / "quant_model_description_w8a8_dynamic.json").write_text(json.dumps(description))
+    return model, expected
+
+
+def load_wan(folder: Path) -> Any:
+    config = AscendConfig(weights_folder=str(folder / "export" / "high_noise_model"))
+    return load_component(
+        str(folder / "pipeline"), "transformer", "diffusers", "WanTransformer3DModel", config, dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_wan_in_its_original_names(image: bool, tmp_path: Path) -> None:
+    model, expected = wan_export(tmp_path, image)
+    loaded = load_wan(tmp_path)
+    layers = quantized_layers(loaded)
+    assert layers.keys() == expected.keys()
+    for name, layer in layers.items():
+        layer.method.restore_weights(layer)
+        torch.testing.assert_close(layer.method.dequantize_weight(layer).double(), expected[name], rtol=1e-6, atol=0)
+    found = loaded.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name.removesuffix(".weight") not in layers:
+            assert torch.equal(found[name], tensor), name
+
+
+def test_both_kinds_of_names_at_once_are_refused(tmp_path: Path) -> None:
+    wan_export(tmp_path, image=False)
+    place = tmp_path / "export" / "high_noise_model"
+    file, notes = place / "quant_model_weight_w8a8_dynamic.safetensors", next(place.glob("*.json"))
+    content, types = load_file(file), json.loads(notes.read_text())
+    content["blocks.0.attn1.to_k.weight"] = content["blocks.0.self_attn.k.weight"].clone()
+    types["blocks.0.attn1.to_k.weight"] = "FLOAT"
+    save_file(content, file)
+    notes.write_text(json.dumps(types))
+    with pytest.raises(CheckpointError, match=r"high_noise_model: .*blocks.0.attn1.to_k.weight, blocks.0.self_attn.k"):
+        load_wan(tmp_path)
 
 
 def broken(folder: Path, change: Any) -> Path:
@@ -292,6 +260,29 @@ def broken(folder: Path, change: Any) -> Path:
 def test_broken_checkpoints_are_named(change: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         load(broken(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("weight", torch.ones((), dtype=torch.int8)),
+        ("weight", torch.ones(N, K)),
+        ("input_offset", torch.ones(N)),
+        ("quant_bias", torch.ones(1, dtype=torch.int32)),
+        ("deq_scale", torch.ones(N, dtype=torch.float16)),
+        ("deq_scale", torch.ones(1)),
+    ],
+)
+def test_what_a_bias_is_worked_out_from_is_checked(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+    write(tmp_path, {**mix(BIAS)[0], name: tensor}, "W8A8_MIX", bias=None)
+    with pytest.raises(CheckpointError, match=rf"1 wrong:\n  {LAYER}.{name}: found"):
+        load(tmp_path)
+
+
+def test_a_packed_weight_without_extents(tmp_path: Path) -> None:
+    write(tmp_path, {**mxfp4()[0], "weight": torch.ones((), dtype=torch.uint8)}, "W4A4_MXFP4")
+    with pytest.raises(CheckpointError, match=rf"1 wrong:\n.*{LAYER}.weight: found U8 \[\]"):
+        load(tmp_path)
 
 
 JSON = st.recursive(

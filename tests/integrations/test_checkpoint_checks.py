@@ -84,6 +84,20 @@ def test_a_header_that_promises_too_much(checkpoint: Path) -> None:
         read_headers([checkpoint / NAME])
 
 
+@pytest.mark.parametrize("shape", [[0, 2**62, 2**62], [0, 2**64 - 1], [2**57, 0]])
+def test_shapes_that_no_memory_holds(shape: list[int], checkpoint: Path) -> None:
+    header = json.dumps({"surplus.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (checkpoint / NAME).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match=rf"{NAME}: surplus.weight can't have the shape \[{shape[0]}, "):
+        check_component(checkpoint)
+
+
+def test_json_in_json_in_json(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config.json: can't be read as JSON"):
+        check_component(checkpoint)
+
+
 def test_pickles_are_refused(checkpoint: Path) -> None:
     torch.save(load_file(checkpoint / NAME), checkpoint / "diffusion_pytorch_model.bin")
     (checkpoint / NAME).unlink()

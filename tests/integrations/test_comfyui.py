@@ -20,14 +20,12 @@ from torch import nn
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.integrations.comfyui_export import export_comfyui
 from lowbit.integrations.foreign import load_component
-from lowbit.ops import mx, nvfp4
-from lowbit.ops.comfyui import comfyui_dequantize, swap_nibbles, to_blocked
+from lowbit.ops import nvfp4
+from lowbit.ops.comfyui import comfyui_dequantize
 from lowbit.ops.fp8 import E4M3
-from lowbit.ops.rotation import hadamard, rotate
 from lowbit.quantization import ComfyUiConfig, QuantizedLinear
+from tests.integrations.comfyui_files import FORMATS, METADATA, fp8_layer
 from tests.integrations.models import FAMILIES, relative_error, save
-
-METADATA = "_quantization_metadata"
 
 
 class Model:
@@ -94,51 +92,6 @@ def test_what_is_written_comes_back_bit_for_bit(name: str, tmp_path: Path) -> No
 
 LAYERS = ("transformer_blocks.0.img_mlp.net.2", "transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mlp.net.2")
 PREFIX = "model.diffusion_model."
-
-
-def int8_layer(weight: torch.Tensor, rotation: int | None, per_row: bool) -> dict[str, torch.Tensor]:
-    rotated = weight if rotation is None else rotate(weight, hadamard(rotation))
-    absmax = rotated.abs().amax(dim=1, keepdim=True) if per_row else rotated.abs().amax()
-    scale = absmax / 127
-    return {"weight": (rotated / scale).round().clamp(-127, 127).to(torch.int8), "weight_scale": scale}
-
-
-def nvfp4_layer(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    scale_2 = weight.abs().amax() / (6 * 448)
-    packed, scale = nvfp4.quantize_nvfp4(weight, scale_2)
-    return {"weight": swap_nibbles(packed), "weight_scale": to_blocked(scale), "weight_scale_2": scale_2}
-
-
-def mxfp8_layer(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    elements, scale = mx.quantize_mxfp8(weight)
-    return {"weight": elements, "weight_scale": to_blocked(scale)}
-
-
-def fp8_layer(weight: torch.Tensor, **extra: torch.Tensor) -> dict[str, torch.Tensor]:
-    scale = weight.abs().amax() / 448
-    return {"weight": (weight / scale).to(E4M3), "weight_scale": scale, **extra}
-
-
-FORMATS = {
-    "fp8": (fp8_layer, {"format": "float8_e4m3fn"}),
-    "fp8 static": (lambda w: fp8_layer(w, input_scale=torch.tensor([0.02])), {"format": "float8_e4m3fn"}),
-    "int8": (lambda w: int8_layer(w, None, per_row=False), {"format": "int8_tensorwise"}),
-    "int8 rows": (lambda w: int8_layer(w, None, per_row=True), {"format": "int8_tensorwise", "per_row": True}),
-    "convrot": (
-        lambda w: int8_layer(w, 64, per_row=True),
-        {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64},
-    ),
-    "convrot nested": (
-        lambda w: int8_layer(w, 16, per_row=True),
-        {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 16}},
-    ),
-    "nvfp4": (nvfp4_layer, {"format": "nvfp4"}),
-    "nvfp4 scaled": (
-        lambda w: {**nvfp4_layer(w / 2), "pre_quant_scale": torch.full((w.shape[1],), 2.0)},
-        {"format": "nvfp4"},
-    ),
-    "mxfp8": (mxfp8_layer, {"format": "mxfp8"}),
-}
 
 
 def write(made: Model, kind: str, how: str = "metadata", prefix: str = PREFIX) -> None:

@@ -25,10 +25,11 @@ from lowbit.quantization import (
     QuantizationConfig,
     QuantizedLinear,
     SvdQuantConfig,
+    build_quant_config,
     quantize_model,
 )
 from lowbit.quantization.calibration import calibration
-from tests.integrations.models import language_model, relative_error, same_bytes, save, stored_config, tensors
+from tests.integrations.models import METHODS, language_model, relative_error, same_bytes, save, stored_config, tensors
 
 BF16 = torch.bfloat16
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -208,6 +209,35 @@ def test_missing_tensors_of_quantized_layers(folder: Path, tmp_path: Path) -> No
     edit(folder, **{f"{LAYER}.weight": None})
     with pytest.raises(CheckpointError, match=f"1 tensors are missing: {LAYER}.weight"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=Int8Config())
+
+
+WHOLE = {
+    **{name: options for name, options in METHODS.items() if not {"smoothing", "activation_scheme"} & options.keys()},
+    "auto-round": {"method": "auto-round", "group_size": 32},
+    "auto-round-asymmetric": {"method": "auto-round", "group_size": 32, "sym": False, "bits": 8},
+    "svdquant-nvfp4": {"method": "svdquant", "rank": 8},
+    "svdquant-int4": {"method": "svdquant", "rank": 8, "precision": "int4"},
+}
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_every_tensor_that_is_missing_is_named(method: str, tmp_path: Path) -> None:
+    model = language_model().to(BF16)
+    quantize_model(model, build_quant_config(WHOLE[method]))
+    model.save_pretrained(tmp_path)
+    whole = tensors(tmp_path)
+    layer = model.get_submodule(LAYER)
+    assert isinstance(layer, QuantizedLinear)
+    optional = {f"{LAYER}.{layer.stored_name(name)}" for name in layer.method.optional}
+    own = [name for name in whole if name.startswith(f"{LAYER}.") and name not in optional]
+    kept = "model.layers.1.input_layernorm.weight"
+    for absent in [*([name, kept] for name in own), own]:
+        save_file({name: whole[name] for name in whole.keys() - set(absent)}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=rf"{tmp_path}: .* tensors are missing") as error:
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+        found = set(str(error.value).partition("missing: ")[2].split(", "))
+        # Nothing tells of a layer that lacks everything that it was quantized.
+        assert set(absent) <= found or (absent == own and f"{LAYER}.weight" in found)
 
 
 def test_scales_of_other_shapes(folder: Path, tmp_path: Path) -> None:

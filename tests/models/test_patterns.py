@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from lowbit.models.patterns import invalid_expression, matches
+from lowbit.errors import ConfigError
+from lowbit.models.patterns import MOST_PATTERNS, MOST_WILDCARDS, check_syntax, matches
 
 QWEN = "transformer_blocks.3.img_mlp.net.0.proj"
 
@@ -38,6 +39,19 @@ def test_matches(pattern: str, name: str, expected: bool) -> None:
     assert matches(pattern, name) is expected
 
 
-def test_what_is_no_regular_expression_is_named() -> None:
-    assert invalid_expression(["re:a.*", "a(", "*"]) is None
-    assert "'re:(' is no regular expression" in str(invalid_expression(["to_q", "re:("]))
+def test_patterns_of_a_checkpoint_are_checked() -> None:
+    check_syntax("ignored_layers", ["re:a.*", "a(", "*", *(f"layers.{index}.to_q" for index in range(5000))])
+    for patterns, message in [
+        (["to_q", "re:("], r"ignored_layers: '\(' is no regular expression"),
+        (["re:(a*)*b", "re:((a*)*)*b"], "a repeated group or look-ahead inside of another"),
+        (["*a"] * (MOST_WILDCARDS + 1), "1001 with wildcards, more than 1000"),
+        (["a"] * (MOST_PATTERNS + 1), "20001 patterns, more than 20000"),
+        (["*" + "a" * 2000], "2001 characters, more than 1000"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            check_syntax("ignored_layers", patterns)
+
+
+@pytest.mark.parametrize("pattern", ["*a*" * 300 + "b", "re:(a+)+$", "re:" + "a?" * 400 + "a" * 150])
+def test_patterns_that_backtracking_never_finishes(pattern: str) -> None:
+    assert not matches(pattern, "a" * 100 + "!")

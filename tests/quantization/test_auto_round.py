@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +22,11 @@ from lowbit.integrations.preflight import check_component
 from lowbit.ops.auto_round import auto_round_dequantize
 from lowbit.quantization import AutoRoundConfig, build_quant_config, quantize_model
 from lowbit.quantization.plan import quantized_layers
+from tests.integrations.auto_round_files import FIXTURES, FLUX, complete, model_class
 from tests.integrations.models import FAMILIES, language_model, stored_config, tensors
 
-FIXTURES = sorted((Path(__file__).parents[1] / "fixtures" / "auto-round").iterdir())
 INTEGERS = [path for path in FIXTURES if path.name.startswith("w") or path.name == "flux"]
-FLUX = next(path for path in FIXTURES if path.name == "flux")
 LAYER = "transformer_blocks.0.attn.to_q"
-
-
-def model_class(config: dict[str, Any]) -> Any:
-    return getattr(diffusers, config["_class_name"]) if "_class_name" in config else transformers.Qwen3ForCausalLM
-
-
-def rest_of_the_model(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Random tensors for a model of which only the quantized layers are known."""
-    torch.manual_seed(0)
-    own = {name: value for name, value in config.items() if name != "quantization_config"}
-    kind = model_class(config)
-    model = kind.from_config(own) if "_class_name" in config else kind(transformers.Qwen3Config(**own))
-    return {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-
-
-def complete(fixture: Path, folder: Path) -> Path:
-    """Write the whole checkpoint that ``fixture`` is the quantized part of."""
-    config = json.loads((fixture / "config.json").read_text())
-    (file,) = fixture.glob("*.safetensors")
-    quantized = load_file(file)
-    layers = {name.rpartition(".")[0] for name in quantized}
-    rest = rest_of_the_model(config)
-    kept = {name: tensor for name, tensor in rest.items() if name not in {f"{layer}.weight" for layer in layers}}
-    folder.mkdir()
-    shutil.copy(fixture / "config.json", folder)
-    dense = {name: tensor.clone() for name, tensor in {**kept, **quantized}.items()}
-    save_file(dense, folder / file.name, {"format": "pt"})
-    return folder
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -295,7 +265,9 @@ def test_extra_config_takes_names_and_expressions() -> None:
         ({"act_bits": 8}, UnsupportedError, "act_bits=8.*is not supported"),
         ({"packing_format": "auto_round:mlx"}, UnsupportedError, "auto_round:mlx"),
         ({"sym": False, "packing_format": "auto_gptq"}, ConfigError, "can't hold zero points of 0"),
-        ({"extra_config": {"(": {"bits": 8}}}, ConfigError, "no name and no regular expression"),
+        ({"extra_config": {"(": {"bits": 8}}}, ConfigError, "extra_config: '\\(' is no regular expression"),
+        ({"extra_config": {"((a+)+)+$": {"bits": 8}}}, ConfigError, "a repeated group or look-ahead inside of another"),
+        ({"extra_config": {4: {"bits": 8}}}, ConfigError, "must map layers"),
         ({"extra_config": ["a"]}, ConfigError, "must map layers"),
         ({"extra_config": {"a.0": {"bits": 1}}}, UnsupportedError, "bits=1"),
         ({"block_name_to_quantize": 5}, ConfigError, "must be names of blocks"),

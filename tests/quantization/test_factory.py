@@ -111,7 +111,7 @@ def test_what_is_written_holds_nothing_a_strict_reader_refuses() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"method": "int8", "ignored_layers": ["re:("]}, "ignored_layers: 're:\\(' is no regular expression"),
+        ({"method": "int8", "ignored_layers": ["re:("]}, "ignored_layers: '\\(' is no regular expression"),
         ({"method": "modelopt", "quant_algo": "FP8", "lora_rank": []}, "lora_rank must be from 1"),
         ({"method": "modelopt", "quant_algo": "FP8", "producer": {}, "ignore": [0]}, "ignore must be a list"),
         ({"method": "modelopt", "quant_algo": "FP8", "config_groups": [1]}, "config_groups must map"),

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
@@ -18,37 +14,20 @@ from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.formats.gguf import open_gguf
 from lowbit.integrations.preflight import check_component
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize
+from tools.fuzz.mutations import Target, edit, refused
+from tools.fuzz.readers import (
+    read_ascend,
+    read_auto_round,
+    read_comfyui,
+    read_nunchaku,
+    write_ascend,
+    write_auto_round,
+    write_comfyui,
+    write_nunchaku,
+)
 
 FIXTURES = Path(__file__).parents[2] / "tests" / "fixtures" / "modelopt"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-LONGEST_MESSAGE = 20_000
-"""One error names all tensors that are missing."""
-
-# What takes the place of a value in a configuration.
-VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 3, 16, 2**31, 2**64, 1e308, float("nan"), "", "int8", "NVFP4", "FP8", "*", "re:(",
-    "\u0000", "x" * 5000, [], [0], [128, 128], ["Linear"], [[[]]], {}, {"": None}, {"num_bits": 4, "type": "float"},
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Target:
-    """Something that reads files.
-
-    Attributes:
-        prepare: makes what is needed in an empty folder and returns inputs to begin with.
-        run: gives one input to the reader; the folder is the prepared one.
-    """
-
-    prepare: Callable[[Path], list[bytes]]
-    run: Callable[[Path, bytes], None]
-
-
-def refused(error: Exception, name: str) -> None:
-    """Check the message of an input that was refused."""
-    message = str(error)
-    assert name in message, f"does not name {name}: {message[:200]}"
-    assert len(message) <= LONGEST_MESSAGE, f"{len(message)} characters: {message[:200]}..."
 
 
 def write_gguf(folder: Path) -> list[bytes]:
@@ -127,26 +106,15 @@ def read_config(folder: Path, data: bytes) -> None:
     try:
         check_component(chosen)
     except (CheckpointError, ConfigError, UnsupportedError) as error:
-        refused(error, "")
-
-
-def edit(parent: Any, key: Any, numbers: list[int]) -> None:
-    """Change something at or below ``parent[key]``; ``numbers`` decide what, and are used up."""
-    child = parent[key]
-    inside = list(child) if isinstance(child, dict) else list(range(len(child))) if isinstance(child, list) else []
-    choice = numbers.pop() if numbers else 0
-    if inside and choice % 4:
-        edit(child, inside[(numbers.pop() if numbers else 0) % len(inside)], numbers)
-    elif isinstance(child, dict) and choice % 8 == 4:
-        child[f"unknown_{choice}"] = deepcopy(VALUES[choice % len(VALUES)])
-    elif isinstance(parent, dict) and choice % 8 == 0 and key != "quantization_config":
-        del parent[key]
-    else:
-        parent[key] = deepcopy(VALUES[(numbers.pop() if numbers else choice) % len(VALUES)])
+        refused(error, chosen.name)
 
 
 TARGETS = {
     "gguf": Target(write_gguf, read_gguf),
     "safetensors": Target(prepare_weights, read_weights),
     "configs": Target(prepare_configs, read_config),
+    "comfyui": Target(write_comfyui, read_comfyui),
+    "nunchaku": Target(write_nunchaku, read_nunchaku),
+    "auto-round": Target(write_auto_round, read_auto_round),
+    "ascend": Target(write_ascend, read_ascend),
 }

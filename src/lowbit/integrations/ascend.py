@@ -3,11 +3,13 @@
 Written by ``msmodelslim/core/quant_service/modelslim_v1/save`` as AscendV1 (``quant_model_description.json`` and
 ``quant_model_weights*.safetensors``) or MindIE (``quant_model_description_<type>.json``,
 ``quant_model_weight_<type>.safetensors``). A smoothed layer ``X`` is stored as ``X.div.mul_scale`` and ``X.linear.*``.
-Weights may also be in diffusers' own files beside a description.
+Weights may also be in diffusers' own files beside a description. Names are diffusers', or those of the model's original
+implementation (Wan's ``blocks.0.self_attn.q``), as msModelSlim quantizes that.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import nn
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.integrations.checks import TensorHeader, read_headers, read_json, weight_files
 from lowbit.integrations.foreign import ForeignTensor, ForeignWeights
+from lowbit.integrations.reference_names import WAN, Layers, names_of
 from lowbit.ops.int8_static import bias_of, bits_to_scale
 from lowbit.quantization.ascend import FLOAT, AscendConfig
 from lowbit.quantization.backends import BackendConfig
@@ -32,6 +35,15 @@ _WEIGHT_AND_SCALE = ("weight", "weight_scale")
 _STATIC = ("quant_bias", "input_scale", "input_offset", "deq_scale")
 # Type -> tensors of a layer that may be in the checkpoint and are not needed.
 _NOT_NEEDED: Mapping[str, Sequence[str]] = {"W8A8": ("weight_scale", "weight_offset"), "W8A8_MIX": _STATIC}
+# What a bias is worked out from -> dtypes.
+_BIAS_DTYPES: Mapping[str, Sequence[str]] = {
+    "weight": ("I8",),
+    "input_offset": ("F32", "F16", "BF16"),
+    "quant_bias": ("I32",),
+    "deq_scale": ("F32", "I64"),
+}
+# Class -> original name of a layer -> diffusers', one for one.
+_ORIGINAL_NAMES: Mapping[str, Layers] = {"WanTransformer3DModel": WAN}
 
 
 @dataclass(frozen=True)
@@ -101,14 +113,14 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
         raise CheckpointError(f"{folder}: has no {DESCRIPTIONS}")
     headers = read_headers(sorted(folder.glob(WEIGHTS)) or weight_files(folder))
     types = _tensor_types(description, headers)
-    stored = {_parameter_name(name, headers): name for name in headers}
+    stored = _own_names({_parameter_name(name, headers): name for name in headers}, model)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layer_types = _layer_types(description, {name: types[key] for name, key in stored.items()}, linear)
     smoothed = [name for name in layer_types if f"{name}.mul_scale" in stored]
     found = replace(config, layer_types=layer_types, smoothed_layers=smoothed, weights_folder=None)
     handles = {file: safe_open(str(file), framework="pt") for file in {header.file for header in headers.values()}}
     sources = {name: _source(headers[key], key, handles[headers[key].file]) for name, key in stored.items()}
-    biased = {name for name in linear if model.get_submodule(name).bias is not None}
+    biased = {name: layer for name in linear if (layer := model.get_submodule(name)).bias is not None}
     tensors: dict[str, ForeignTensor] = dict(_of_model(sources, layer_types, biased))
     return ForeignWeights(str(description), found, tensors)
 
@@ -136,6 +148,29 @@ def _parameter_name(stored: str, names: Mapping[str, Any]) -> str:
     return f"{wrapper}.{last}" if wrapper != module and f"{wrapper}.div.mul_scale" in names else stored
 
 
+def _own_names(stored: Mapping[str, str], model: nn.Module) -> dict[str, str]:
+    """Return the model's name -> the stored one, where the names are those of the original implementation.
+
+    Raises:
+        CheckpointError: two tensors get the same name.
+    """
+    layers, expected = _ORIGINAL_NAMES.get(type(model).__name__, {}), model.state_dict().keys()
+    renamed = {name: _diffusers_name(name, layers) for name in stored}
+    if len(expected & set(renamed.values())) <= len(expected & stored.keys()):
+        return dict(stored)
+    counts = Counter(renamed.values())
+    twice = sorted(key for name, key in stored.items() if counts[renamed[name]] > 1)
+    if twice:
+        raise CheckpointError(f"names of diffusers' beside those of the original implementation: {', '.join(twice)}")
+    return {renamed[name]: key for name, key in stored.items()}
+
+
+def _diffusers_name(name: str, layers: Layers) -> str:
+    layer, _, last = name.rpartition(".")
+    whole, parts = names_of(name, layers), names_of(layer, layers)
+    return whole[0] if whole else f"{parts[0]}.{last}" if parts else name
+
+
 def _layer_types(description: Path, types: Mapping[str, str], linear: set[str]) -> dict[str, str]:
     """Return layer -> type, those of ``FLOAT`` left out; raises for types on what is no linear layer."""
     found = {
@@ -160,7 +195,7 @@ def _source(header: TensorHeader, key: str, handle: Any) -> AscendTensor:
 
 
 def _of_model(
-    sources: Mapping[str, AscendTensor], layer_types: Mapping[str, str], biased: set[str]
+    sources: Mapping[str, AscendTensor], layer_types: Mapping[str, str], biased: Mapping[str, nn.Module]
 ) -> dict[str, AscendTensor]:
     """Return the tensors by the model's names, of each quantized layer those that its method takes."""
     tensors = dict(sources)
@@ -175,7 +210,7 @@ def _of_model(
         if offset is not None and kind != "W8A8" and bool(offset.read().float().any()):
             raise UnsupportedError(f"ascend: {layer}.weight_offset is not zero: asymmetric weights are not read")
         if layer in biased and own["bias"] is None and kind in ("W8A8", "W8A8_MIX"):
-            tensors[f"{layer}.bias"] = _bias(layer, own)
+            tensors[f"{layer}.bias"] = _bias(layer, own, biased[layer])
         if kind.startswith("W4A4"):
             tensors[f"{layer}.weight"] = _unpacked_shape(sources[f"{layer}.weight"])
         scale = sources.get(f"{layer}.mul_scale")
@@ -197,22 +232,29 @@ def _folded(layer: str, weight: AscendTensor, mul_scale: AscendTensor) -> Ascend
 
 
 def _unpacked_shape(weight: AscendTensor) -> AscendTensor:
-    rows, *columns = weight.shape
-    is_packed = weight.encoding == "U8" and len(columns) == 1
-    return replace(weight, shape=(rows, 2 * columns[0])) if is_packed else weight
+    is_packed = weight.encoding == "U8" and len(weight.shape) == 2
+    return replace(weight, shape=(weight.shape[0], 2 * weight.shape[1])) if is_packed else weight
 
 
-def _bias(layer: str, own: Mapping[str, AscendTensor | None]) -> AscendTensor:
+def _bias(layer: str, own: Mapping[str, AscendTensor | None], module: Any) -> AscendTensor:
     """Return the bias that ``quant_bias`` holds, of a layer whose file has it nowhere else."""
-    names = ("weight", "input_offset", "quant_bias", "deq_scale")
-    parts = [own[name] for name in names]
-    missing = [f"{layer}.{name}" for name, part in zip(names, parts, strict=True) if part is None]
+    parts = {name: own[name] for name in _BIAS_DTYPES}
+    missing = [f"{layer}.{name}" for name, part in parts.items() if part is None]
     if missing:
         raise CheckpointError(f"{len(missing)} tensors are missing: {', '.join(missing)}")
+    found = {name: part for name, part in parts.items() if part is not None}
+    rows, columns = module.out_features, module.in_features
+    shapes = {"weight": ((rows, columns),), "input_offset": ((), (1,))}
+    wrong = [
+        f"{layer}.{name}: found {part.encoding} {list(part.shape)}, needs {_BIAS_DTYPES[name][0]} for the layer's bias"
+        for name, part in found.items()
+        if part.encoding not in _BIAS_DTYPES[name] or part.shape not in shapes.get(name, ((rows,),))
+    ]
+    if wrong:
+        raise CheckpointError("\n  ".join([f"{len(wrong)} wrong:", *wrong]))
 
     def read() -> torch.Tensor:
-        weight, offset, bias, scale = (part.read() for part in parts if part is not None)
+        weight, offset, bias, scale = (part.read() for part in found.values())
         return bias_of(weight, offset, bias, bits_to_scale(scale) if scale.dtype == torch.int64 else scale)
 
-    assert parts[2] is not None
-    return AscendTensor(parts[2].shape, "in quant_bias", read)
+    return AscendTensor(found["quant_bias"].shape, "in quant_bias", read)

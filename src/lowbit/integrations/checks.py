@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from lowbit.integrations.loading import Preparation
 # What diffusers and transformers call a model's weights.
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
+
+LARGEST = 1 << 56
+"""Elements of a tensor."""
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -51,6 +55,11 @@ class TensorHeader:
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
+
+    @property
+    def is_absurd(self) -> bool:
+        """Whether its extents, but for those of zero, are more than any memory holds: numbers that torch can't take."""
+        return math.prod(max(extent, 1) for extent in self.shape) > LARGEST
 
     def empty(self) -> torch.Tensor:
         """Return a tensor like it on the meta device; of an unknown dtype, as bytes."""
@@ -116,7 +125,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: can't be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: is not a JSON object")
@@ -133,13 +142,19 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorHeader]:
     """Return every tensor's header. The library checks that offsets are in order and end where the file ends.
 
     Raises:
-        CheckpointError: files that are missing, truncated or damaged, all of them.
+        CheckpointError: files that are missing, truncated or damaged, and absurd shapes, all of them.
     """
     headers: dict[str, TensorHeader] = {}
     problems = []
     for file in map(Path, files):
         try:
-            headers.update(_read_header(file))
+            found = _read_header(file)
+            problems += [
+                f"{file}: {name} can't have the shape {list(header.shape)}"
+                for name, header in found.items()
+                if header.is_absurd
+            ]
+            headers.update(found)
         except (SafetensorError, OSError) as error:
             size = f"{file.stat().st_size:,} bytes" if file.is_file() else "missing"
             problems.append(f"{file} ({size}): not a whole safetensors file: {error}")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
+from lowbit.errors import CheckpointError, ConfigError, UnsupportedError, located
 from lowbit.integrations.checks import TensorHeader
 from lowbit.integrations.foreign import ForeignTensor, ForeignWeights
 from lowbit.integrations.hub import resolve_safetensors
@@ -148,10 +148,8 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
     layers, plain = read_layers(file)
     heights = {name: _height(file.headers[stored]) for name, stored in plain.items()}
     heights.update({f"{name}.weight": layer.rows for name, layer in layers.items()})
-    try:
+    with located(str(file.path)):
         recipe, missing = find_recipe(model, heights)
-    except (CheckpointError, UnsupportedError) as error:
-        raise type(error)(f"{file.path}: {error}") from error
     reader = _Reader(file, layers, plain, config, model)
     tensors: dict[str, ForeignTensor] = {}
     formats: dict[str, dict[str, Any]] = {}

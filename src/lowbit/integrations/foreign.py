@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
-from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.errors import CheckpointError, UnsupportedError, located
 from lowbit.integrations import loading
 from lowbit.integrations.diffusers import attach
 from lowbit.quantization.base import QuantizationConfig
@@ -109,7 +109,9 @@ def load_component(
     settings.pop("quantization_config", None)  # of the weights that are not used
     with init_empty_weights():
         model: nn.Module = kind.from_config(settings)
-    load_weights(model, open_weights(config, model), dtype, device)
+    weights = open_weights(config, model)
+    with located(weights.location):
+        load_weights(model, weights, dtype, device)
     model.register_to_config(_name_or_path=source)  # type: ignore[operator]
     return model
 
@@ -117,7 +119,8 @@ def load_component(
 def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights:
     """Open what ``config.weights_from`` names, for ``model`` (on the meta device)."""
     reader = importlib.import_module(_READERS[config.get_name()])
-    weights: ForeignWeights = reader.open_weights(config, model)
+    with located(str(config.weights_from)):
+        weights: ForeignWeights = reader.open_weights(config, model)
     return weights
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
+from lowbit.errors import CheckpointError, ConfigError, UnsupportedError, located
 from lowbit.formats.gguf import GgufFile, GgufTensor, open_gguf
 from lowbit.integrations.foreign import ForeignWeights
 from lowbit.integrations.hub import download, first_line
@@ -121,10 +121,8 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
     _check_architecture(file, model)
     names = strip_prefix(file.tensors)
     tensors = {short: _with_shape(file, file.tensors[name]) for short, name in names.items()}
-    try:
+    with located(str(file.path)):
         recipe, missing = find_recipe(model, {name: tensor.shape[0] for name, tensor in tensors.items()})
-    except (CheckpointError, UnsupportedError) as error:
-        raise type(error)(f"{file.path}: {error}") from error
     found = {name: _weight(file, tensors, parts) for name, parts in recipe.items()}
     linear = {name for name, layer in model.named_modules() if type(layer) is nn.Linear}
     types = {

@@ -11,7 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from lowbit.errors import CheckpointError, ConfigError
+from lowbit.errors import CheckpointError, ConfigError, located
 from lowbit.integrations import dispatch, loading
 from lowbit.integrations.checks import (
     TensorHeader,
@@ -90,7 +90,8 @@ def check_component(
     if stored is None or quantization is not None:
         model = _empty_model(config)
         if model is not None:
-            _check_diffusers_model(model, quantization, headers, device)
+            with located(str(folder)):
+                _check_diffusers_model(model, quantization, headers, device)
 
 
 def _pipeline_entries(folder: Path) -> dict[str, tuple[str, str]]:
@@ -132,12 +133,10 @@ def _effective(folder: Path, stored: Any, requested: QuantizationConfig | None) 
     """Return lowbit's configuration to load a component with; ``None`` for none or for somebody else's."""
     if stored is None:
         return requested
-    if requested is None:
-        return dispatch.merge_configs(stored, None) if dispatch.claims(stored) else None
-    try:
+    with located(str(folder)):
+        if requested is None and not dispatch.claims(stored):
+            return None
         return dispatch.merge_configs(stored, requested)
-    except ConfigError as error:
-        raise ConfigError(f"{folder}: {error}") from error
 
 
 def _empty_model(config: Mapping[str, Any]) -> nn.Module | None:

@@ -5,7 +5,9 @@ transformers calls a quantizer of its own ``"fp8"``; ``dispatch.claims`` says wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, located
 from lowbit.integrations import dispatch, loading
 from lowbit.integrations.checks import read_headers, refuse_pickles
 from lowbit.quantization import plan as quantization_plan
@@ -74,6 +76,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.preparation: loading.Preparation | None = None
+        self.location = ""  # of the checkpoint, for messages
 
     # What transformers asks, in the order in which it asks.
 
@@ -95,6 +98,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         files = list(checkpoint_files or ())
         refuse_pickles(files)
         headers = read_headers(file for file in files if str(file).endswith(".safetensors"))
+        self.location = str(Path(files[0]).parent) if files else ""
         config = _for_base_model(self.quantization_config.of_checkpoint(headers), model)
         self.quantization_config, self.pre_quantized = config, config.is_serialized
         self.preparation = loading.prepare(
@@ -158,22 +162,29 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Check that all arrived, pack for the kernels, and leave the manifest and what saving needs."""
         assert self.preparation is not None
-        layers = self.preparation.layers
+        with located(self.location):
+            self._settle_layers(model, self.preparation)
+            loading.finish(model, self.preparation)
+        model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
+        self.preparation = None
+
+    def _settle_layers(self, model: nn.Module, preparation: loading.Preparation) -> None:
+        """Check that all of the layers' tensors arrived, and bring them to what the methods registered."""
+        layers = preparation.layers
         for layer in layers.values():
             _take_stored(layer)
         absent = [name for layer in layers.values() for name in _missing(layer)]
-        missing = [name for name in absent if not self.preparation.may_be_absent(name)]
+        missing = [name for name in absent if not preparation.may_be_absent(name)]
+        if self.pre_quantized:
+            missing += _missing_of_kept(model)
         for name in absent:
-            found = self.preparation.find(name)
+            found = preparation.find(name)
             if found is not None and found[1] in found[0].method.optional and self.pre_quantized:
                 found[0].drop_tensor(found[1])
         loading.check_loaded(model, missing)
         for layer in layers.values():
             _settle(layer, self.pre_quantized)
             layer.owns_weight = not self.pre_quantized
-        loading.finish(model, self.preparation)
-        model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
-        self.preparation = None
 
     # What transformers asks of a loaded model.
 
@@ -247,6 +258,23 @@ def _missing(layer: QuantizedLinear) -> list[str]:
         f"{layer.prefix}.{layer.stored_name(name)}"
         for name, tensor in layer.named_parameters()
         if not getattr(tensor, _LOADED, False)
+    ]
+
+
+def _missing_of_kept(model: Any) -> list[str]:
+    """Return the names of the other parameters that transformers made up as they did not come from the checkpoint.
+
+    Those of a head are not among them: transformers puts a new one on a model without.
+    """
+    expected = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or "$^")
+    base = model.base_model
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+    return [
+        f"{prefix}{name}.{parameter}" if name else f"{prefix}{parameter}"
+        for name, module in base.named_modules()
+        if not isinstance(module, QuantizedLinear)
+        for parameter, tensor in module.named_parameters(recurse=False)
+        if not getattr(tensor, _LOADED, False) and not expected.search(f"{prefix}{name}.{parameter}")
     ]
 
 

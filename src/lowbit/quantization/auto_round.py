@@ -18,7 +18,6 @@ compute with: ``weight``, ``weight_scale`` float32 [N, groups] and ``zero_point`
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from lowbit.errors import ConfigError, UnsupportedError
+from lowbit.models.expressions import check_expressions, compile_expression
 from lowbit.ops import auto_round
 from lowbit.quantization.auto_round_linear import (
     UNQUANTIZED_BITS,
@@ -143,7 +143,9 @@ class AutoRoundConfig(QuantizationConfig):
         extra = self.extra_config or {}
         found = extra.get(name)
         if found is None:
-            found = next((keys for pattern, keys in extra.items() if keys and re.search(pattern, name)), {})
+            expressions = (key for key, keys in extra.items() if keys)
+            match = next((key for key in expressions if compile_expression(key).is_in(name, anywhere=True)), None)
+            found = {} if match is None else extra[match]
         return replace(self.scheme, **{key: found[key] for key in _SCHEME_KEYS if found.get(key) is not None})
 
     def is_in_blocks(self, name: str) -> bool:
@@ -256,11 +258,9 @@ def _checked_extra(extra: Any) -> dict[str, dict[str, Any]] | None:
     """Return ``extra_config``; raises ``ConfigError`` when it does not map names or expressions to keys."""
     if not extra:
         return None
-    if not isinstance(extra, Mapping) or not all(isinstance(keys, Mapping) for keys in extra.values()):
-        raise ConfigError(f"extra_config must map layers to their keys, such as {{'bits': 16}}, not {extra!r}")
-    for pattern in extra:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"extra_config: {pattern!r} is no name and no regular expression ({error})") from error
+    if not isinstance(extra, Mapping) or not (
+        _are_names(list(extra)) and all(isinstance(keys, Mapping) for keys in extra.values())
+    ):
+        raise ConfigError(f"extra_config must map layers to their keys, such as {{'bits': 16}}, not {extra!r:.200}")
+    check_expressions("extra_config", extra)
     return {name: dict(keys) for name, keys in extra.items()}

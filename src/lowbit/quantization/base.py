@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from lowbit.errors import CheckpointError, ConfigError
-from lowbit.models.patterns import invalid_expression, matches_any
+from lowbit.models.patterns import check_syntax, matches_any
 from lowbit.ops.dispatch import AUTO, Implementation, Problem, select
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ class QuantizationConfig(ABC):
             layers = getattr(self, option) or []
             if not isinstance(layers, list | tuple | set) or not all(isinstance(layer, str) for layer in layers):
                 raise ConfigError(f"{option} must be a list of layer names or patterns, not {layers!r}")
-            if fault := invalid_expression(layers):
-                raise ConfigError(f"{option}: {fault}")
+            check_syntax(option, layers)
         if not isinstance(self.kernel, str):
             raise ConfigError(f"kernel must be a name, not {self.kernel!r}")
         # A normalization at construction, so that everyone after sees a list of their own.

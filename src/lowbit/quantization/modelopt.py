@@ -24,6 +24,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -96,6 +97,10 @@ class ModelOptConfig(QuantizationConfig):
             raise ConfigError("modelopt: quantized_layers must map names of layers to {'quant_algo': ...}")
         return [(name, entry["quant_algo"]) for name, entry in layers.items()]
 
+    @cached_property
+    def _algorithms(self) -> Mapping[str, str]:
+        return dict(self._named())
+
     @classmethod
     def get_name(cls) -> str:
         """Return ``"modelopt"``."""
@@ -147,7 +152,7 @@ class ModelOptConfig(QuantizationConfig):
         found = super().get_quant_method(layer, prefix) if self.quant_algo != MIXED_PRECISION else None
         if self.quant_algo != MIXED_PRECISION or not isinstance(layer, torch.nn.Linear):
             return found
-        algorithm = dict(self._named()).get(prefix)
+        algorithm = self._algorithms.get(prefix)
         return None if algorithm is None or self.is_ignored(prefix) else self._method(algorithm)
 
     def kept_reason(self, name: str) -> str:

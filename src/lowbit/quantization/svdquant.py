@@ -48,7 +48,8 @@ PRECISIONS: Mapping[str, Precision] = {
     "nvfp4": Precision("nvfp4", nvfp4.IMPLEMENTATIONS, nvfp4.GROUP_SIZE, E4M3),
     "int4": Precision("w4a4", w4a4.IMPLEMENTATIONS, w4a4.GROUP_SIZE, torch.bfloat16),
 }
-_WEIGHT = ".qweight"
+# Tensors that only quantized layers have; a layer that lacks some is broken, not unquantized.
+_SUFFIXES = (".qweight", ".wscales", ".smooth_factor", ".proj_down", ".proj_up")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +124,11 @@ class SvdQuantConfig(QuantizationConfig):
         return self.smoothing is not None and not self.is_serialized
 
     def of_checkpoint(self, tensor_names: Collection[str]) -> Self:
-        """Take the layers that have a ``qweight`` as those that are quantized.
+        """Take the layers that have a tensor of SVDQuant's as those that are quantized.
 
         vLLM-Omni's ``modules_to_not_convert`` are parts of names, so that they can't tell one layer from another.
         """
-        layers = [name.removesuffix(_WEIGHT) for name in tensor_names if name.endswith(_WEIGHT)]
+        layers = [name.rpartition(".")[0] for name in tensor_names if name.endswith(_SUFFIXES)]
         return replace(self, quantized_layers=dict.fromkeys(layers), smoothing=None) if layers else self
 
     def without_prefix(self, prefix: str) -> Self:
