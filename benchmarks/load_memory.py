@@ -2,7 +2,7 @@
 
 Writes a random BF16 checkpoint in the shape of Z-Image's transformer, shard by shard, then loads it in fresh processes
 through diffusers: in BF16, in Int8 and in FP8, and from checkpoints that are quantized already (``int8-serialized``,
-``fp8-serialized``). Prints one JSON object. The checkpoints are deleted afterwards.
+``fp8-serialized``, and ``gguf``, a file of Q8_0). Prints one JSON object. The checkpoints are deleted afterwards.
 
 Files are in the page cache. A hypervisor may take free memory back and give it out again page by page: so that it is
 not that which is measured, as much memory as the model will need is touched and freed just before loading;
@@ -36,7 +36,9 @@ from benchmarks.timing import write
 
 METHODS = ("bf16", "int8", "fp8")
 SERIALIZED = "-serialized"
-ALL_METHODS = (*METHODS, "int8-serialized", "fp8-serialized")
+GGUF = "gguf"
+GGUF_FILE = "transformer.gguf"
+ALL_METHODS = (*METHODS, "int8-serialized", "fp8-serialized", GGUF)
 SHARD_BYTES = 2_000_000_000
 TEXT_TOKENS, TEXT_WIDTH = 64, 2560
 HEAD_WIDTH = 128
@@ -48,8 +50,10 @@ def main() -> None:
         print(json.dumps(measure(Path(options.worker), options)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        size = write_checkpoint(Path(folder), options.dim, options.layers, options.refiner_layers)
-        runs = [run_worker(Path(folder), method, options) for method in options.methods]
+        component = Path(folder) / "transformer"
+        component.mkdir()
+        size = write_checkpoint(component, options.dim, options.layers, options.refiner_layers)
+        runs = [run_worker(component, method, options) for method in options.methods]
     results = {"checkpoint_bytes": size, "runs": runs}
     print(json.dumps(results, indent=2))
     if options.output:
@@ -127,7 +131,7 @@ def split_into_shards(sizes: dict[str, int]) -> Iterator[list[str]]:
 
 
 def warm_cache(folder: Path) -> None:
-    for file in folder.glob("*.safetensors"):
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.gguf")):
         with file.open("rb") as opened:
             while opened.read(1 << 24):
                 pass
@@ -137,7 +141,9 @@ def run_worker(folder: Path, method: str, options: argparse.Namespace) -> dict[s
     """Load in a fresh process; a quantized checkpoint is written by another one before."""
     flags = [f"--{name}" for name in ("step", "cold-memory") if getattr(options, name.replace("-", "_"))]
     source = folder
-    if method.endswith(SERIALIZED):
+    if method == GGUF:
+        write_gguf(folder)
+    elif method.endswith(SERIALIZED):
         source = folder / method
         start_worker(folder, method.removesuffix(SERIALIZED), ["--cold-memory", "--save", str(source)])
     warm_cache(source)
@@ -145,6 +151,32 @@ def run_worker(folder: Path, method: str, options: argparse.Namespace) -> dict[s
     if source != folder:
         shutil.rmtree(source)
     return found
+
+
+def write_gguf(folder: Path) -> None:
+    from lowbit.integrations.gguf_export import export_gguf
+    from lowbit.quantization.gguf import GgufConfig
+
+    export_gguf(folder, "ZImageTransformer2DModel", GgufConfig(gguf_type="Q8_0"), folder / GGUF_FILE)
+
+
+def load(folder: Path, method: str) -> Any:
+    """Load the transformer of ``folder`` as ``method`` says."""
+    import torch
+    from diffusers import ZImageTransformer2DModel
+
+    import lowbit  # noqa: F401 - a quantized checkpoint is read by it
+    from lowbit.integrations.foreign import load_component
+    from lowbit.quantization import build_quant_config
+
+    if method == GGUF:
+        from lowbit.quantization.gguf import GgufConfig
+
+        file = GgufConfig(gguf_model=str(folder / GGUF_FILE))
+        kind = ZImageTransformer2DModel.__name__
+        return load_component(str(folder.parent), folder.name, "diffusers", kind, file, dtype=torch.bfloat16)
+    config = None if method == "bf16" or method.endswith(SERIALIZED) else build_quant_config(method)
+    return ZImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16, quantization_config=config)
 
 
 def start_worker(source: Path, method: str, flags: list[str]) -> dict[str, Any]:
@@ -194,22 +226,19 @@ class MemoryWatch:
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Load ``folder`` in this process and return what it took."""
-    import torch
-    from diffusers import ZImageTransformer2DModel
-
-    from lowbit.quantization import build_quant_config
-
     method = options.methods[0]
-    config = None if method == "bf16" or method.endswith(SERIALIZED) else build_quant_config(method)
-    import lowbit  # noqa: F401 - a quantized checkpoint is read by it
+    import torch  # noqa: F401 - importing libraries is not loading
+    from diffusers import ZImageTransformer2DModel  # noqa: F401
+
+    import lowbit  # noqa: F401
 
     preparing = time.perf_counter()
-    if config is not None and not options.cold_memory:
+    if method in ("int8", "fp8") and not options.cold_memory:
         warm_memory(sum(file.stat().st_size for file in folder.glob("*.safetensors")) // 2)
     preparing = time.perf_counter() - preparing
     watch = MemoryWatch()
     begin, cpu = time.perf_counter(), time.process_time()
-    model = ZImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16, quantization_config=config)
+    model = load(folder, method)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     watch.stop()
     times = {"load_seconds": seconds, "load_cpu_seconds": cpu}

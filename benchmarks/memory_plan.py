@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.published_models import MODELS, Component, PublishedModel
-from lowbit.engine.unused import find_layer
+from lowbit.engine.placement import find_embedding, find_layer
 from lowbit.integrations import loading
 from lowbit.models.unused import UNUSED_LAYERS
 from lowbit.quantization.int8 import Int8Config
@@ -43,10 +43,11 @@ def quantized(component: Component) -> tuple[nn.Module, Manifest]:
     return model, make_manifest(model, preparation.plan)
 
 
-def used_bytes(model: nn.Module, unused: Sequence[str]) -> int:
-    """Return the bytes of a model's tensors without those of layers that are set aside."""
-    layers = [find_layer(model, name) for name in unused]
-    return held_bytes(model) - sum(held_bytes(layer) for layer in layers if layer is not None)
+def device_bytes(model: nn.Module, unused: Sequence[str]) -> int:
+    """Return the bytes of a model's tensors that ``Omni`` leaves on the device."""
+    embedding = find_embedding(model)
+    elsewhere = [find_layer(model, name) for name in unused] + ([embedding[1]] if embedding else [])
+    return held_bytes(model) - sum(held_bytes(layer) for layer in elsewhere if layer is not None)
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -56,7 +57,7 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def plan_model(model: PublishedModel) -> dict[str, Any]:
-    """Return bytes per component and plan; with lowbit, layers that the pipeline does not look at are set aside."""
+    """Return bytes per component and plan: of lowbit's, those on the device."""
     unused = UNUSED_LAYERS.get(model.pipeline, {})
     built = {name: component.build() for name, component in model.components.items()}
     before = {name: held_bytes(part) for name, part in built.items()}
@@ -67,7 +68,7 @@ def plan_model(model: PublishedModel) -> dict[str, Any]:
         parts = dict(before)
         for name in built if extra is not None else ():
             is_quantized = name.startswith("transformer") or name in (extra or ())
-            parts[name] = used_bytes(after[name][0] if is_quantized else built[name], unused.get(name, ()))
+            parts[name] = device_bytes(after[name][0] if is_quantized else built[name], unused.get(name, ()))
         plans[plan] = {"total": sum(parts.values()), **parts}
     summaries = {name: manifest.summary() for name, (_, manifest) in after.items()}
     return {"title": model.title, "bytes": plans, "manifests": summaries}

@@ -134,7 +134,6 @@ def test_method_and_options_combine() -> None:
 def test_one_file_for_two_components_is_refused() -> None:
     from lowbit.engine import loading
 
-    config = OmniDiffusionConfig(device="cpu")
     foreign = dict.fromkeys(("transformer", "transformer_2"), GgufConfig(gguf_model="x.gguf"))
     with pytest.raises(ConfigError, match="transformer, transformer_2 would all take it"):
-        loading._load_foreign(config, "source", {}, foreign)
+        loading._check_places(foreign)

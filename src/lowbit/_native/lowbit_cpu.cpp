@@ -353,8 +353,10 @@ void take_pieces(void* data) {
 constexpr int64_t kElementsWorthAThread = 1 << 15;  // about 10 microseconds of work
 constexpr int64_t kElementsPerPiece = 1 << 16;
 
+// Pieces are multiples of `unit`.
 template <typename Job>
-void run(void (*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t count, int64_t elements, int threads) {
+void run(void (*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t count, int64_t elements, int threads,
+         int64_t unit = 1) {
     if (count <= 0) return;
     if (parallel == nullptr || threads < 2 || count < 2 || elements < 2 * kElementsWorthAThread) {
         kernel(job, 0, count);
@@ -362,7 +364,7 @@ void run(void (*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t c
     }
     const int64_t pieces = blocks(elements, kElementsPerPiece);
     const int64_t wanted = pieces < 4 * threads ? 4 * threads : pieces;
-    Shared<Job> shared{kernel, &job, count, blocks(count, wanted), {0}};
+    Shared<Job> shared{kernel, &job, count, blocks(blocks(count, wanted), unit) * unit, {0}};
     const int64_t useful = smaller(threads, blocks(elements, kElementsWorthAThread));
     parallel(take_pieces<Job>, &shared, static_cast<unsigned>(useful), 0);
 }
@@ -446,7 +448,9 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
     const ProductJob job{x, x_scale, weight, weight_scale, bias, rows, columns, depth, block, row_blocks, output, ++products};
     constexpr int64_t kProductsPerElement = 64;  // multiply-adds in the time of one element of the other kernels
     const int64_t work = rows * columns * depth / kProductsPerElement;
-    run(avx512_vnni::multiplications[element_type], job, groups * row_blocks, work, threads);
+    // All rows of a group of panels are one thread's where there are groups enough: then it alone packs them.
+    const int64_t unit = groups < 4 * threads ? 1 : row_blocks;
+    run(avx512_vnni::multiplications[element_type], job, groups * row_blocks, work, threads, unit);
 #endif
 }
 

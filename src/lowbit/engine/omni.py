@@ -18,8 +18,8 @@ from lowbit.cache.base import Skips
 from lowbit.engine.config import OmniDiffusionConfig, merge_quantization
 from lowbit.engine.loading import load_pipeline, route_attention, routed
 from lowbit.engine.memory import PeakMemory
+from lowbit.engine.placement import keep_embeddings_on_host, set_aside
 from lowbit.engine.sizes import check_size
-from lowbit.engine.unused import set_aside
 from lowbit.errors import ConfigError
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.integrations.attention import AttentionRecord, quantize_attention, speed_up_attention
@@ -117,6 +117,7 @@ class Omni:
             self.cache.check(self.transformers())
         self._calibrate(self.config.calibration_prompts)
         self.set_aside = set_aside(self.pipeline)
+        on_host = {} if self.device.type == "cpu" else keep_embeddings_on_host(self.pipeline)
         if not enforce_eager:
             for transformer in self.transformers().values():
                 transformer.compile_repeated_blocks(fullgraph=True)
@@ -126,6 +127,8 @@ class Omni:
             logger.info("%s: %s", name, record.summary())
         for name, layers in self.set_aside.items():
             logger.info("%s: %s not computed, the pipeline does not look at them", name, ", ".join(layers))
+        for name, layer in on_host.items():
+            logger.info("%s: %s stays in the CPU's memory", name, layer)
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from lowbit.errors import ConfigError
-from lowbit.models.expressions import LONGEST, check_expressions, compile_expression
+from lowbit.models.expressions import LONGEST, check_expressions, expression_matches
 
 MOST_PATTERNS = 20_000
 MOST_WILDCARDS = 1_000
@@ -43,7 +43,7 @@ def matches(pattern: str, name: str) -> bool:
         ConfigError: a ``re:`` pattern that can't be used.
     """
     if pattern.startswith(_EXPRESSION):
-        return compile_expression(pattern.removeprefix(_EXPRESSION)).is_in(name, anywhere=False)
+        return expression_matches(pattern.removeprefix(_EXPRESSION), name, anywhere=False)
     head, _, last = pattern.rpartition(".")
     if last in FUSED_LAYERS:
         prefix = f"{head}." if head else ""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from lowbit.errors import ConfigError, UnsupportedError
-from lowbit.models.expressions import check_expressions, compile_expression
+from lowbit.models.expressions import check_expressions, expression_matches
 from lowbit.ops import auto_round
 from lowbit.quantization.auto_round_linear import (
     UNQUANTIZED_BITS,
@@ -144,7 +144,7 @@ class AutoRoundConfig(QuantizationConfig):
         found = extra.get(name)
         if found is None:
             expressions = (key for key, keys in extra.items() if keys)
-            match = next((key for key in expressions if compile_expression(key).is_in(name, anywhere=True)), None)
+            match = next((key for key in expressions if expression_matches(key, name, anywhere=True)), None)
             found = {} if match is None else extra[match]
         return replace(self.scheme, **{key: found[key] for key in _SCHEME_KEYS if found.get(key) is not None})
 

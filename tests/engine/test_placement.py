@@ -1,4 +1,4 @@
-"""Layers that a pipeline does not look at."""
+"""Layers that need not be on the device."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3Config, Qwen3Model
 
 from lowbit import Omni, OmniDiffusionSamplingParams
 from lowbit.engine.loading import load_pipeline
-from lowbit.engine.unused import find_layer, set_aside
+from lowbit.engine.placement import HostEmbedding, find_layer, keep_embeddings_on_host, set_aside
 from lowbit.models.unused import UNUSED_LAYERS
 
 PROMPT = "a red circle above a blue star"
@@ -21,7 +22,7 @@ PROMPT = "a red circle above a blue star"
 
 def pipeline(kind: str, text_encoder: object) -> Any:
     """Return what has a pipeline's class name and a text encoder."""
-    return type(kind, (SimpleNamespace,), {})(text_encoder=text_encoder)
+    return type(kind, (SimpleNamespace,), {})(text_encoder=text_encoder, components={"text_encoder": text_encoder})
 
 
 def qwen_vl(tied: bool) -> Qwen2_5_VLForConditionalGeneration:
@@ -102,3 +103,33 @@ def test_the_picture_and_what_is_saved_are_the_same(tmp_path: Path) -> None:
     files = [tmp_path / name / "text_encoder" / "model.safetensors" for name in ("saved", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert find_layer(omni.pipeline.text_encoder, "layers.-1") is not None
+
+
+def test_a_table_of_embeddings_on_the_host_gives_the_same() -> None:
+    model = qwen_vl(tied=False)
+    before, names, own = hidden_states(model), list(model.state_dict()), len(list(model.parameters()))
+    assert keep_embeddings_on_host(pipeline("QwenImagePipeline", model)) == {}  # too small to matter
+    moved = keep_embeddings_on_host(pipeline("QwenImagePipeline", model), least_bytes=0)
+    assert moved == {"text_encoder": "model.language_model.embed_tokens"}
+    layer = model.get_input_embeddings()
+    assert isinstance(layer, HostEmbedding)
+    assert len(list(model.parameters())) == own - 1
+    assert sorted(model.state_dict()) == sorted(names)
+    assert torch.equal(hidden_states(model)[-1], before[-1])
+    model.to("meta")
+    assert model.device.type == "meta"
+    assert layer.weight.device.type == "cpu"
+
+
+def test_a_table_that_a_head_shares_stays() -> None:
+    assert keep_embeddings_on_host(pipeline("QwenImagePipeline", qwen_vl(tied=True)), least_bytes=0) == {}
+
+
+def test_a_model_with_its_table_on_the_host_is_saved_whole(tmp_path: Path) -> None:
+    model = qwen_vl(tied=False)
+    model.save_pretrained(tmp_path / "before")
+    keep_embeddings_on_host(pipeline("QwenImagePipeline", model), least_bytes=0)
+    model.save_pretrained(tmp_path / "after")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
