@@ -43,7 +43,6 @@ def test_patterns_of_a_checkpoint_are_checked() -> None:
     check_syntax("ignored_layers", ["re:a.*", "a(", "*", *(f"layers.{index}.to_q" for index in range(5000))])
     for patterns, message in [
         (["to_q", "re:("], r"ignored_layers: '\(' is no regular expression"),
-        (["re:(a*)*b", "re:((a*)*)*b"], "a repeated group or look-ahead inside of another"),
         (["*a"] * (MOST_WILDCARDS + 1), "1001 with wildcards, more than 1000"),
         (["a"] * (MOST_PATTERNS + 1), "20001 patterns, more than 20000"),
         (["*" + "a" * 2000], "2001 characters, more than 1000"),
@@ -52,6 +51,5 @@ def test_patterns_of_a_checkpoint_are_checked() -> None:
             check_syntax("ignored_layers", patterns)
 
 
-@pytest.mark.parametrize("pattern", ["*a*" * 300 + "b", "re:(a+)+$", "re:" + "a?" * 400 + "a" * 150])
-def test_patterns_that_backtracking_never_finishes(pattern: str) -> None:
-    assert not matches(pattern, "a" * 100 + "!")
+def test_wildcards_that_backtracking_never_finishes() -> None:
+    assert not matches("*a*" * 300 + "b", "a" * 100 + "!")
