@@ -38,7 +38,8 @@ for folder in sys.argv[1:]:
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     encoder = AutoModel.from_pretrained(folder + "/text_encoder", dtype=torch.bfloat16)
     with torch.no_grad():
-        hidden = [model(tokens).last_hidden_state.double().sum().item() for model in (encoder, pipeline.text_encoder)]
+        states = [model(tokens, output_hidden_states=True).hidden_states for model in (encoder, pipeline.text_encoder)]
+        hidden = [state[-2].double().sum().item() for state in states]  # which the pipeline takes
     results[folder] = {
         "layers": {
             name: sum(type(layer).__name__ == "QuantizedLinear" for layer in model.modules())
@@ -84,7 +85,8 @@ def test_plain_from_pretrained_works(folders: dict[str, tuple[Path, Omni]]) -> N
         assert loaded["layers"] == {part: len(made.quantized) for part, made in omni.manifests.items()}, name
         assert loaded["methods"] == sorted({layer.method for layer in omni.manifests["transformer"].quantized})
         with torch.no_grad():
-            hidden = omni.pipeline.text_encoder(TOKENS).last_hidden_state.double().sum().item()
+            states = omni.pipeline.text_encoder(TOKENS, output_hidden_states=True).hidden_states
+            hidden = states[-2].double().sum().item()
         assert loaded["hidden"] == [hidden, hidden], name
         expected = {key: digest(tensor) for key, tensor in omni.pipeline.transformer.state_dict().items()}
         assert loaded["transformer"] == expected, name

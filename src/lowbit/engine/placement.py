@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import embedding
-from transformers import PreTrainedModel
 
 from lowbit.models.unused import UNUSED_LAYERS
 
@@ -89,6 +88,8 @@ def keep_embeddings_on_host(pipeline: Any, least_bytes: int = LEAST_BYTES) -> di
 
 def find_embedding(model: Any, least_bytes: int = LEAST_BYTES) -> tuple[str, nn.Embedding] | None:
     """Return name and layer of the embedding that ``keep_embeddings_on_host`` moves, ``None`` where it moves none."""
+    from transformers import PreTrainedModel
+
     layer = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     if type(layer) is not nn.Embedding or _shares_weights(model, layer) or layer.weight.nbytes < least_bytes:
         return None
