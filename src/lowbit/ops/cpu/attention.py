@@ -4,8 +4,9 @@ Without instructions for bfloat16 torch's scaled_dot_product_attention multiplie
 Unquantized bfloat16 is multiplied here as 16-bit integers, 32 at a time, summed in int32: queries and keys (less
 their mean, which softmax does not see) with an exponent per token, 14 bits or more, so that by Cauchy's inequality no
 sum overflows; values with 13 bits and an exponent per channel and 64 keys; the softmax with 12 bits relative to its
-highest value of 64 keys. What that loses is less than rounding the result to bfloat16 may. Other dtypes are multiplied in float32. FP8 has no instructions on any CPU: there it shows what 8-bit
-floating point would do to the pictures, at float32's speed.
+highest value of 64 keys. What that loses is less than rounding the result to bfloat16 may. Other dtypes are
+multiplied in float32. FP8 has no instructions on any CPU: there it shows what 8-bit floating point would do to the
+pictures, at float32's speed.
 """
 
 from __future__ import annotations
