@@ -107,7 +107,7 @@ class Exported:
         """Write the file again with other tensors or metadata."""
         file = open_gguf(self.path)
         found = {
-            name: TensorToWrite(name, t.type.name, t.shape, lambda t=t: file.read_rows(t))
+            name: TensorToWrite(name, t.type.name, t.shape, lambda t=t: file.rows(t))
             for name, t in file.tensors.items()
         }
         change(found)
@@ -209,7 +209,7 @@ def test_the_gguf_package_reads_the_same(name: str, tmp_path: Path) -> None:
         found = ours.tensors[tensor.name]
         assert tuple(int(extent) for extent in reversed(tensor.shape)) == tuple(found.shape)
         values = torch.from_numpy(package.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        expected = gguf_dequantize(ours.read_rows(found), found.type.name)
+        expected = gguf_dequantize(ours.rows(found), found.type.name)
         assert torch.equal(values.reshape(expected.shape), expected), tensor.name
 
 

@@ -56,7 +56,7 @@ def read_gguf(folder: Path, data: bytes) -> None:
     try:
         file = open_gguf(path)
         for tensor in file.tensors.values():
-            gguf_dequantize(file.read_rows(tensor), tensor.type.name)
+            gguf_dequantize(file.rows(tensor), tensor.type.name)
     except (CheckpointError, UnsupportedError) as error:
         refused(error, path.name)
 

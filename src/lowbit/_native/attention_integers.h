@@ -8,19 +8,27 @@ struct Attention8 : Dot8 {
     using Element = int8_t;
     static constexpr int kQueryOffset = 128;  // the instruction's first factor has no sign
     static constexpr float kLargestPower = 255.0f, kLargestValue = 127.0f;
-    static constexpr int kDegree = 5;
 
     static float scale_of(const float* values, int64_t width) { return not_zero(absmax_of(values, width)) / 127.0f; }
     static void store(Element* to, __m512i codes) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(codes));
     }
+
+    // Narrows 64 powers and returns their sum's parts; within 128 bits instructions keep their order, not beyond.
+    static __m512i store_powers(Element* to, const __m512i* powers) {
+        const __m512i low = _mm512_packs_epi32(powers[0], powers[1]), high = _mm512_packs_epi32(powers[2], powers[3]);
+        const __m512i all = _mm512_packus_epi16(low, high);
+        _mm512_store_si512(to, all);
+        return _mm512_dpbusd_epi32(_mm512_setzero_si512(), all, _mm512_set1_epi8(1));
+    }
+    // Whose power is at a position after that.
+    static constexpr int64_t key_at(int64_t position) { return position % 16 / 4 * 16 + position / 16 * 4 + position % 4; }
 };
 
 struct Attention16 : Dot16 {
     using Element = int16_t;
     static constexpr int kQueryOffset = 0;
     static constexpr float kLargestPower = 4095.0f, kLargestValue = 8191.0f;  // times 64 keys: below 2**31
-    static constexpr int kDegree = 5;
 
     // By Cauchy's inequality no score, nor a part of its sum, exceeds the product of the norms: 46000 ** 2 < 2 ** 31.
     static float scale_of(const float* values, int64_t width) {
@@ -36,6 +44,17 @@ struct Attention16 : Dot16 {
     }
     static void store(Element* to, __m512i codes) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(codes));
+    }
+
+    static __m512i store_powers(Element* to, const __m512i* powers) {
+        const __m512i low = _mm512_packs_epi32(powers[0], powers[1]), high = _mm512_packs_epi32(powers[2], powers[3]);
+        _mm512_store_si512(to, low);
+        _mm512_store_si512(to + 32, high);
+        const __m512i ones = _mm512_set1_epi16(1);
+        return _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(_mm512_setzero_si512(), low, ones), high, ones);
+    }
+    static constexpr int64_t key_at(int64_t position) {
+        return position / 32 * 32 + position % 8 / 4 * 16 + position % 32 / 8 * 4 + position % 4;
     }
 };
 
@@ -65,7 +84,7 @@ LOWBIT_INLINE void pack_keys(const float* rows, int64_t width, int64_t block, co
     }
 }
 
-// rows [64][width] -> [width / 16][words of the keys][16 channels], a scale a channel.
+// rows [64][width] -> [width / 16][words of the keys][16 channels], a scale a channel; keys in the powers' order.
 template <typename Kind>
 LOWBIT_INLINE void pack_values(const float* rows, int64_t width, int64_t block, const Head<typename Kind::Element>& head) {
     constexpr int64_t kPerWord = 4 / sizeof(typename Kind::Element), kBits = 32 / kPerWord;
@@ -82,7 +101,7 @@ LOWBIT_INLINE void pack_values(const float* rows, int64_t width, int64_t block, 
         for (int64_t key = 0; key < kBlockKeys; key += kPerWord) {
             __m512i word = _mm512_setzero_si512();
             for (int64_t i = 0; i < kPerWord; ++i) {
-                const __m512i codes = codes_of(_mm512_load_ps(from + (key + i) * width), scale);
+                const __m512i codes = codes_of(_mm512_load_ps(from + Kind::key_at(key + i) * width), scale);
                 word = _mm512_or_si512(word, _mm512_sllv_epi32(_mm512_and_si512(codes, element), _mm512_set1_epi32(kBits * i)));
             }
             _mm512_store_si512(packed + key * 16, word);
@@ -121,10 +140,12 @@ LOWBIT_INLINE void quantize_queries(const AttentionJob& job, const Input* from, 
                                     float* scale, float* poison) {
     alignas(64) float values[kLargestWidth] = {};
     const int64_t width = padded(job.width);
+    const float sign = job.scale < 0.0f ? -1.0f : 1.0f;  // of the queries, so that the scale has none
     for (int64_t row = 0; row < rows; ++row, from += job.query_stride[1], codes += width) {
-        for (int64_t i = 0; i < job.width; ++i) values[i] = avx512::widen(from[i]);
+        prefetch_row(from + kRowsAhead * job.query_stride[1], job.width * sizeof(Input));
+        for (int64_t i = 0; i < job.width; ++i) values[i] = sign * avx512::widen(from[i]);
         const float step = Kind::scale_of(values, width);
-        scale[row] = step * job.scale;
+        scale[row] = step * sign * job.scale;
         poison[row] += poison_of(step);
         for (int64_t i = 0; i < width; i += 16) {
             const __m512i code = codes_of(_mm512_load_ps(values + i), _mm512_set1_ps(step));
@@ -133,30 +154,30 @@ LOWBIT_INLINE void quantize_queries(const AttentionJob& job, const Input* from, 
     }
 }
 
-// A row of 64 integers -> scores, then powers of two relative to the highest, as integers up to kLargestPower.
+// A row of 64 integers -> scores, then powers of two relative to the highest, as integers up to kLargestPower. scale >= 0.
 template <typename Kind>
 LOWBIT_INLINE void soften_row(const int32_t* integers, const int32_t* key_sum, const float* key_scale, float scale,
                               uint64_t bits, typename Kind::Element* powers, float* highest, float* sum) {
-    __m512 score[4];
-    __m512i total = _mm512_setzero_si512();
+    __m512 score[4];  // less the scale
+    __m512i power[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-        const __m512i integer = _mm512_add_epi32(_mm512_load_si512(integers + 16 * i), _mm512_load_si512(key_sum + 16 * i));
-        score[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(integer),
-                                 _mm512_mul_ps(_mm512_load_ps(key_scale + 16 * i), _mm512_set1_ps(scale)));
-        score[i] = _mm512_mask_mov_ps(_mm512_set1_ps(kNoScore), static_cast<__mmask16>(bits >> (16 * i)), score[i]);
+        __m512i integer = _mm512_load_si512(integers + 16 * i);
+        if (Kind::kQueryOffset != 0) integer = _mm512_add_epi32(integer, _mm512_load_si512(key_sum + 16 * i));
+        score[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(integer), _mm512_load_ps(key_scale + 16 * i));
     }
-    *highest =
-        _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(score[0], score[1]), _mm512_max_ps(score[2], score[3])));
+    if (bits != ~uint64_t{0}) {
+        const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        for (int i = 0; i < 4; ++i) score[i] = _mm512_mask_mov_ps(none, static_cast<__mmask16>(bits >> (16 * i)), score[i]);
+    }
+    const __m512 low = _mm512_max_ps(score[0], score[1]), high = _mm512_max_ps(score[2], score[3]);
+    *highest = _mm512_reduce_max_ps(_mm512_max_ps(low, high)) * scale;
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-        const __m512 power =
-            exp2_of<Kind::kDegree>(_mm512_sub_ps(score[i], _mm512_set1_ps(*highest)), -20.0f, Kind::kLargestPower);
-        const __m512i code = _mm512_cvtps_epi32(power);
-        Kind::store(powers + 16 * i, code);
-        total = _mm512_add_epi32(total, code);
+        const __m512 exponent = _mm512_fmsub_ps(score[i], _mm512_set1_ps(scale), _mm512_set1_ps(*highest));
+        power[i] = _mm512_cvtps_epi32(exp2_of<4>(exponent, -20.0f, Kind::kLargestPower));
     }
-    *sum = static_cast<float>(_mm512_reduce_add_epi32(total));
+    *sum = static_cast<float>(_mm512_reduce_add_epi32(Kind::store_powers(powers, power)));
 }
 
 // What a task works with; 90 to 130 KiB, most of it in use only for the widest heads.

@@ -53,8 +53,8 @@ LOWBIT_INLINE void load_block_scales(const WeightJob& job, int64_t channel, int6
     const int64_t index = channel / job.block_rows * blocks(job.depth, job.block_columns) + first / job.block_columns;
     load_scales(job, index, number, to.scales);
     if (job.outer_scale) {
-        const int64_t outer = job.outer_columns ? channel * blocks(job.depth, job.outer_columns) + first / job.outer_columns : 0;
-        for (int64_t i = 0; i < number; ++i) to.scales[i] *= job.outer_scale[outer];
+        const float outer = outer_scale_at(job, channel, first);
+        for (int64_t i = 0; i < number; ++i) to.scales[i] *= outer;
     }
     if (std::is_same<Code, Int4>::value)
         for (int64_t i = 0; i < number; ++i) to.zeros[i] = job.zero_point ? job.zero_point[index + i] : 8.0f;
@@ -62,7 +62,7 @@ LOWBIT_INLINE void load_block_scales(const WeightJob& job, int64_t channel, int6
 
 // Output channels [channel, channel + Channels) of Rows rows x. Block: inputs with one scale, or 0: any multiple of 32.
 template <typename Code, int Rows, int Channels, int Block>
-LOWBIT_INLINE void multiply_channels(const WeightJob& job, const float* x, int64_t stride, int64_t channel) {
+LOWBIT_INLINE void multiply_channels(const WeightJob& job, int64_t channel) {
     Lanes sums[Channels][Rows];
     __m256i largest[Channels];
     const Code* codes[Channels];
@@ -93,7 +93,7 @@ LOWBIT_INLINE void multiply_channels(const WeightJob& job, const float* x, int64
                     decode_group(codes[c], tables[c], largest[c], values);
                     codes[c] += kGroup * kBits<Code> / 8;
                     for (int row = 0; row < Rows; ++row) {
-                        const float* activations = x + row * stride + first + j;
+                        const float* activations = job.x + row * job.x_stride + first + j;
                         parts[c][row] = multiply_add(load_lanes(activations), values[0], parts[c][row]);
                         parts[c][row] = multiply_add(load_lanes(activations + 16), values[1], parts[c][row]);
                     }
@@ -120,24 +120,33 @@ LOWBIT_INLINE void multiply_channels(const WeightJob& job, const float* x, int64
 }
 
 template <typename Code, int Rows, int Block>
-void multiply_few_rows(const WeightJob& job, const float* x, int64_t stride, int64_t first, int64_t last) {
+void multiply_few_rows(const WeightJob& job, int64_t first, int64_t last) {
     constexpr int kChannels = Rows <= 2 ? 2 : 1;  // at a time, as registers allow
-    for (; first + kChannels <= last; first += kChannels) multiply_channels<Code, Rows, kChannels, Block>(job, x, stride, first);
-    for (; first < last; ++first) multiply_channels<Code, Rows, 1, Block>(job, x, stride, first);
+    for (; first + kChannels <= last; first += kChannels) multiply_channels<Code, Rows, kChannels, Block>(job, first);
+    for (; first < last; ++first) multiply_channels<Code, Rows, 1, Block>(job, first);
 }
 
 template <typename Code, int Block>
-void multiply_blocks(const WeightJob& job, const float* x, int64_t stride, int64_t first, int64_t last) {
+void multiply_blocks(const WeightJob& job, int64_t first, int64_t last) {
     switch (job.rows) {
-        case 1: return multiply_few_rows<Code, 1, Block>(job, x, stride, first, last);
-        case 2: return multiply_few_rows<Code, 2, Block>(job, x, stride, first, last);
-        case 3: return multiply_few_rows<Code, 3, Block>(job, x, stride, first, last);
-        case 4: return multiply_few_rows<Code, 4, Block>(job, x, stride, first, last);
+        case 1: return multiply_few_rows<Code, 1, Block>(job, first, last);
+        case 2: return multiply_few_rows<Code, 2, Block>(job, first, last);
+        case 3: return multiply_few_rows<Code, 3, Block>(job, first, last);
+        case 4: return multiply_few_rows<Code, 4, Block>(job, first, last);
     }
 }
 
-// Rows with the even inputs of each 32 before the odd ones.
-LOWBIT_INLINE const float* split_pairs(const WeightJob& job) {
+// Whether load_block_scales finds the scales of every chunk.
+template <typename Code>
+LOWBIT_INLINE bool has_whole_groups(const WeightJob& job) {
+    const bool whole = job.block_columns >= job.depth || job.block_columns % kChunk == 0;
+    const bool even = job.block_columns % kGroup == 0 && kChunk % job.block_columns == 0 && job.depth % job.block_columns == 0;
+    const bool halves = kBits<Code> == 4 && job.block_columns == 16;
+    return job.depth % kGroup == 0 && (whole || even || halves);
+}
+
+void split_activations(WeightJob& job) {
+    if (!has_whole_groups<E2M1>(job)) return;
     static thread_local std::vector<float> rows;
     rows.resize(static_cast<size_t>(job.rows * job.depth));
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -149,23 +158,54 @@ LOWBIT_INLINE const float* split_pairs(const WeightJob& job) {
             store_lanes(to, _mm512_permutex2var_ps(low, even, high));
             store_lanes(to + 16, _mm512_permutex2var_ps(low, odd, high));
         }
-    return rows.data();
+    job.x = rows.data(), job.x_stride = job.depth, job.is_split = true;
+}
+
+// Inputs [first, first + count) of a channel, where a chunk begins, to output float32: the table is scaled, not the values.
+template <typename Code, int Block>
+LOWBIT_INLINE void decode_pairs(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output) {
+    BlockScales scales;
+    const Code* codes = channel_codes<Code>(job, channel) + first / 2;
+    const int64_t block = Block ? Block : smaller(job.block_columns, count), step = Block == 16 ? kGroup : block;
+    load_block_scales<Code>(job, channel, first, blocks(count, block), scales);
+    for (int64_t i = 0, at = 0; i < count; i += step, at += Block == 16 ? 2 : 1) {
+        const float* scale = scales.scales + at;
+        Lanes table = table_of(Code{}, scales.zeros[Block == 16 ? 0 : at]), factor = _mm512_set1_ps(*scale);
+        if (Block == 16) factor = _mm512_mask_mov_ps(factor, 0xff00, _mm512_set1_ps(scale[1]));
+        else table = _mm512_mul_ps(table, factor);
+        for (int64_t j = i; j < i + (Block ? kGroup : block); j += kGroup, codes += kGroup / 2) {
+            Lanes values[2];
+            __m256i unused;
+            decode_group(codes, table, unused, values);
+            for (int half = 0; half < 2; ++half)
+                store_lanes(output + j + 16 * half, Block == 16 ? _mm512_mul_ps(values[half], factor) : values[half]);
+        }
+    }
+}
+
+template <typename Code>
+LOWBIT_INLINE void decode_pairs(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output) {
+    if (!job.is_split || !has_whole_groups<Code>(job)) decode_chunk(job, channel, first, count, output, Code{});
+    else if (job.block_columns == 16) decode_pairs<Code, 16>(job, channel, first, count, output);
+    else if (job.block_columns == kGroup) decode_pairs<Code, kGroup>(job, channel, first, count, output);
+    else decode_pairs<Code, 0>(job, channel, first, count, output);
+}
+
+LOWBIT_INLINE void decode_to(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output, Int4) {
+    decode_pairs<Int4>(job, channel, first, count, output);
+}
+
+LOWBIT_INLINE void decode_to(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output, E2M1) {
+    decode_pairs<E2M1>(job, channel, first, count, output);
 }
 
 // Multiplies groups [first, last) of kTaskChannels output channels, or returns false for what it is not made for.
 template <typename Code>
 bool multiply_direct(const WeightJob& job, int64_t first, int64_t last) {
-    constexpr bool kPairs = kBits<Code> == 4;
-    const bool whole = job.block_columns >= job.depth || job.block_columns % kChunk == 0;
-    const bool even = job.block_columns % kGroup == 0 && kChunk % job.block_columns == 0 && job.depth % job.block_columns == 0;
-    const bool halves = kPairs && job.block_columns == 16;
-    if (job.rows > kDirectRows || job.depth % kGroup || !(whole || even || halves)) return false;
+    if (job.rows > kDirectRows || !has_whole_groups<Code>(job)) return false;
     first *= kTaskChannels, last = smaller(last * kTaskChannels, job.columns);
-    const bool unsplit = std::is_same<Code, E2M1>::value;
-    const float* x = unsplit ? split_pairs(job) : job.x;
-    const int64_t stride = unsplit ? job.depth : job.x_stride;
-    if (halves) multiply_blocks<Code, 16>(job, x, stride, first, last);
-    else if (job.block_columns == kGroup) multiply_blocks<Code, kGroup>(job, x, stride, first, last);
-    else multiply_blocks<Code, 0>(job, x, stride, first, last);
+    if (kBits<Code> == 4 && job.block_columns == 16) multiply_blocks<Code, 16>(job, first, last);
+    else if (job.block_columns == kGroup) multiply_blocks<Code, kGroup>(job, first, last);
+    else multiply_blocks<Code, 0>(job, first, last);
     return true;
 }

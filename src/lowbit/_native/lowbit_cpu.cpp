@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -113,11 +114,13 @@ struct WeightJob {
     const float* bias;  // [columns], or null
     void* output;       // [rows, columns]
     int element_type;
+    bool is_split;  // of each 32 activations the even ones come first, then the odd ones; of int4 always
 };
 
 struct WeightKernels {
     void (*multiply[4])(const WeightJob&, int64_t, int64_t);  // int8, e4m3, int4, e2m1
     void (*decode_int4)(const WeightJob&, int64_t, int64_t);
+    void (*split)(WeightJob&);  // the activations of e2m1, where that is faster; they live as long as the calling thread
     int64_t task_channels;
 };
 
@@ -492,8 +495,11 @@ LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_st
                                       const uint8_t* zero_point, int64_t block_rows, int64_t block_columns,
                                       const float* outer_scale, int64_t outer_columns, const float* bias, void* output,
                                       int element_type, int threads) {
-    const WeightJob job{x,          rows,       x_stride,      depth,       weight,        columns, scale,  scale_type,
-                        zero_point, block_rows, block_columns, outer_scale, outer_columns, bias,    output, element_type};
+    constexpr int kInt4 = 2, kE2M1 = 3;
+    WeightJob job{x,           rows,          x_stride, depth,  weight,       columns,           scale,
+                  scale_type,  zero_point,    block_rows, block_columns, outer_scale, outer_columns, bias,
+                  output,      element_type,  code_type == kInt4};
+    if (code_type == kE2M1) selected_weight->split(job);
     const int64_t tasks = blocks(columns, selected_weight->task_channels);
     run(selected_weight->multiply[code_type], job, tasks, columns * depth / 4 * (4 + rows) / 4, threads);
 }
@@ -503,7 +509,7 @@ LOWBIT_EXPORT void lowbit_int4_decode(const void* weight, int64_t columns, int64
                                       int scale_type, const uint8_t* zero_point, int64_t group_size, float* output,
                                       int threads) {
     const WeightJob job{nullptr,    0, 0,          depth,   weight, columns, scale,  scale_type,
-                        zero_point, 1, group_size, nullptr, 0,      nullptr, output, 0};
+                        zero_point, 1, group_size, nullptr, 0,      nullptr, output, 0, true};
     run(selected_weight->decode_int4, job, columns, columns * depth, threads);
 }
 

@@ -78,12 +78,15 @@ LOWBIT_INLINE float scale_at(const WeightJob& job, int64_t index) {
     }
 }
 
+LOWBIT_INLINE float outer_scale_at(const WeightJob& job, int64_t channel, int64_t input) {
+    if (!job.outer_scale) return 1.0f;
+    if (!job.outer_columns) return job.outer_scale[0];
+    return job.outer_scale[channel * blocks(job.depth, job.outer_columns) + input / job.outer_columns];
+}
+
 // Of the block that begins at an input of a channel: its scale times the outer one.
 LOWBIT_INLINE float scale_at(const WeightJob& job, int64_t index, int64_t channel, int64_t input) {
-    const float scale = scale_at(job, index);
-    if (!job.outer_scale) return scale;
-    if (!job.outer_columns) return scale * job.outer_scale[0];
-    return scale * job.outer_scale[channel * blocks(job.depth, job.outer_columns) + input / job.outer_columns];
+    return scale_at(job, index) * outer_scale_at(job, channel, input);
 }
 
 LOWBIT_INLINE void decode_codes(const Int8* input, int64_t count, float scale, float* output) {
@@ -290,36 +293,28 @@ LOWBIT_INLINE void load_scales(const WeightJob& job, int64_t index, int64_t coun
         for (int64_t i = 0; i < count; ++i) scales[i] = scale_at(job, index + i);
 }
 
-// For each register of inputs [first, first + count) of a channel, where a chunk begins: its scale, of int4 its zero point.
-LOWBIT_INLINE void spread_scales(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* scales,
-                                 float* zeros) {
+// For each register of inputs [first, first + count) of a channel, where a chunk begins: its scale.
+LOWBIT_INLINE void spread_scales(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* scales) {
     const int64_t steps = blocks(count, kStep), per_row = blocks(job.depth, job.block_columns);
     const int64_t row = channel / job.block_rows * per_row;
-    float outer = 1.0f;
-    if (job.outer_scale)
-        outer = job.outer_scale[job.outer_columns ? channel * blocks(job.depth, job.outer_columns) + first / job.outer_columns : 0];
+    const float outer = outer_scale_at(job, channel, first);
     float found[kChunk / kStep];
     const int64_t block = first / job.block_columns, within = first - block * job.block_columns;
     load_scales(job, row + block, blocks(within + count, job.block_columns), found);
-    const uint8_t* zero_points = job.zero_point ? job.zero_point + row + block : nullptr;
     if (within + count <= job.block_columns) {
         for (int64_t step = 0; step < steps; ++step) scales[step] = found[0] * outer;
-        for (int64_t step = 0; zeros && step < steps; ++step) zeros[step] = zero_points ? zero_points[0] : 8.0f;
     } else if (kChunk % job.block_columns == 0) {  // as here most often, and without branches in the loop
         int shift = 0;
         while (kStep << shift < job.block_columns) ++shift;
         for (int64_t step = 0; step < steps; ++step) scales[step] = found[step >> shift] * outer;
-        for (int64_t step = 0; zeros && step < steps; ++step) zeros[step] = zero_points ? zero_points[step >> shift] : 8.0f;
     } else {
         int64_t at = 0, left = job.block_columns - within;
         for (int64_t step = 0; step < steps; ++step, left -= kStep) {
             if (left <= 0) ++at, left += job.block_columns;
             scales[step] = found[at] * outer;
-            if (zeros) zeros[step] = zero_points ? zero_points[at] : 8.0f;
         }
     }
     scales[steps] = 0.0f;  // of the half that a last pair of registers may lack
-    if (zeros) zeros[steps] = 0.0f;
 }
 
 template <typename Code>
@@ -330,13 +325,13 @@ LOWBIT_INLINE const Code* channel_codes(const WeightJob& job, int64_t channel) {
 LOWBIT_INLINE __mmask32 first_inputs(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1u; }
 
 // Two registers of inputs [i, i + 32) of a channel, unscaled; codes beyond the last of `left` are 0.
-LOWBIT_INLINE void decode_steps(const Int8* codes, int64_t i, int64_t left, const float*, Lanes* values) {
+LOWBIT_INLINE void decode_steps(const Int8* codes, int64_t i, int64_t left, Lanes* values) {
     const __m256i bytes = _mm256_maskz_loadu_epi8(first_inputs(left), codes + i);
     values[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
     values[1] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
 }
 
-LOWBIT_INLINE void decode_steps(const E4M3* codes, int64_t i, int64_t left, const float*, Lanes* values) {
+LOWBIT_INLINE void decode_steps(const E4M3* codes, int64_t i, int64_t left, Lanes* values) {
     const __m256i bytes = _mm256_maskz_loadu_epi8(first_inputs(left), codes + i), magnitude = _mm256_set1_epi8(0x7f);
     const uint32_t not_numbers = _mm256_cmpeq_epi8_mask(_mm256_and_si256(bytes, magnitude), magnitude);
     const __m512i half = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7),
@@ -350,38 +345,16 @@ LOWBIT_INLINE void decode_steps(const E4M3* codes, int64_t i, int64_t left, cons
     }
 }
 
-LOWBIT_INLINE __m128i load_pairs(const void* codes, int64_t i, int64_t left) {
-    const auto mask = static_cast<__mmask16>(first_inputs(left >= 32 ? 16 : (left + 1) / 2));
-    return _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(codes) + i / 2);
-}
-
-LOWBIT_INLINE void decode_steps(const Int4* codes, int64_t i, int64_t left, const float* zeros, Lanes* values) {
-    const __m512i pairs = _mm512_cvtepu8_epi32(load_pairs(codes, i, left));
-    const __m512i low = _mm512_and_si512(pairs, _mm512_set1_epi32(15));
-    values[0] = _mm512_sub_ps(_mm512_cvtepi32_ps(low), _mm512_set1_ps(zeros[0]));
-    values[1] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(pairs, 4)), _mm512_set1_ps(zeros[1]));
-}
-
-LOWBIT_INLINE void decode_steps(const E2M1* codes, int64_t i, int64_t left, const float*, Lanes* values) {
-    const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f,
-                                        -3.0f, -4.0f, -6.0f);
-    const __m256i pairs = _mm256_cvtepu8_epi16(load_pairs(codes, i, left));
-    // The odd input's code goes to the lower half of the next byte; what is above it is not looked at.
-    const __m256i bytes = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
-    values[0] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(bytes)), table);
-    values[1] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(bytes, 1)), table);
-}
-
 // Inputs [first, first + count) of a channel, where a chunk begins, to output float32.
 template <typename Code>
-LOWBIT_INLINE void decode_to(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output) {
+LOWBIT_INLINE void decode_to(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output, Code) {
     if (!has_even_blocks(job)) return decode_chunk(job, channel, first, count, output, Code{});
-    float scales[kChunk / kStep + 1], zeros[kChunk / kStep + 1];
+    float scales[kChunk / kStep + 1];
     const Code* codes = channel_codes<Code>(job, channel);
-    spread_scales(job, channel, first, count, scales, kBits<Code> == 4 ? zeros : nullptr);
+    spread_scales(job, channel, first, count, scales);
     for (int64_t i = 0; i < count; i += 2 * kStep) {
         Lanes values[2];
-        decode_steps(codes, first + i, count - i, zeros + i / kStep, values);
+        decode_steps(codes, first + i, count - i, values);
         for (int step = 0; step < 2; ++step)
             store_lanes(output + i + step * kStep, _mm512_mul_ps(values[step], _mm512_set1_ps(scales[i / kStep + step])));
     }
@@ -390,7 +363,7 @@ LOWBIT_INLINE void decode_to(const WeightJob& job, int64_t channel, int64_t firs
 #include "few_rows.h"
 #else
 template <typename Code>
-LOWBIT_INLINE void decode_to(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output) {
+LOWBIT_INLINE void decode_to(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output, Code) {
     decode_chunk(job, channel, first, count, output, Code{});
 }
 
@@ -398,6 +371,8 @@ template <typename Code>
 bool multiply_direct(const WeightJob&, int64_t, int64_t) {
     return false;
 }
+
+void split_activations(WeightJob&) {}
 #endif
 
 // Groups [first, last) of kTaskChannels output channels.
@@ -415,7 +390,7 @@ void multiply_weight(const WeightJob& job, int64_t first, int64_t last) {
                 float* to = decoded + channel * kChunk;
                 const int64_t present = channel < columns ? count : 0;
                 prefetch_codes(job, column + channel, input, count, kBits<Code>);
-                if (present) decode_to<Code>(job, column + channel, input, count, to);
+                if (present) decode_to(job, column + channel, input, count, to, Code{});
                 for (int64_t i = present; i < padded; ++i) to[i] = 0.0f;
             }
             add_rows(job, input, padded, decoded, sums);
@@ -435,5 +410,6 @@ void decode_int4(const WeightJob& job, int64_t first, int64_t last) {
 const WeightKernels weight_kernels = {
     {multiply_weight<Int8>, multiply_weight<E4M3>, multiply_weight<Int4>, multiply_weight<E2M1>},
     decode_int4,
+    split_activations,
     kTaskChannels,
 };

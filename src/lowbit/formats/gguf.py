@@ -2,7 +2,9 @@
 
 A file is untrusted: every length, count and offset is checked against the size of the file before it is used, so that
 a damaged or hostile file ends in a ``CheckpointError`` that names file, tensor and fault, in time and memory bounded by
-the header. Tensors are read by positioned reads, not mapped: a file that is cut short later is an error, not a crash.
+the header. The tensors of an open file are a private mapping of it, as those of safetensors files are: memory is taken
+and the disk read when a value is wanted. A file that another program cuts short meanwhile ends the process, on systems
+that answer so; one that is replaced does no harm.
 
 The layout (ggml's ``docs/gguf.md``): magic, version, tensor count, metadata count; metadata as (key, type, value);
 tensors as (name, dimensions, type, offset), the fastest dimension first; then the data, aligned.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 import os
 import struct
 from collections.abc import Mapping
@@ -98,32 +101,17 @@ class GgufFile:
     path: Path
     metadata: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, GgufTensor] = field(repr=False)
+    _data: torch.Tensor = field(repr=False, compare=False)
 
-    def read_rows(self, tensor: GgufTensor, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Read rows ``first`` to ``last`` (all by default) of a tensor: uint8 [rows, bytes per row].
-
-        Raises:
-            CheckpointError: the file can't be read, or has become shorter.
-        """
+    def rows(self, tensor: GgufTensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Return rows ``first`` to ``last`` (all by default) of a tensor: uint8 [rows, bytes per row], in the mapping."""
         count = (tensor.rows if last is None else last) - first
-        raw = torch.empty((count, tensor.row_bytes), dtype=torch.uint8)
-        view = memoryview(raw.view(-1).numpy())  # type: ignore[arg-type]
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(tensor.offset + first * tensor.row_bytes)
-                done = 0
-                while done < len(view):
-                    read = file.readinto(view[done:])
-                    if not read:
-                        raise CheckpointError(f"{self.path}: {tensor.name}: the file ends within it")
-                    done += read
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: {tensor.name}: can't be read ({error})") from error
-        return raw
+        start = tensor.offset + first * tensor.row_bytes
+        return self._data[start : start + count * tensor.row_bytes].view(count, tensor.row_bytes)
 
 
 def open_gguf(path: str | Path) -> GgufFile:
-    """Read the header of a GGUF file.
+    """Read the header of a GGUF file and map the rest.
 
     Raises:
         CheckpointError: it is missing, no GGUF file, damaged, or holds types lowbit does not read (these are listed).
@@ -158,7 +146,12 @@ class _Header:
         metadata = self._metadata(self._count("metadata entries", _SMALLEST_ENTRY))
         tensors = self._tensors(tensor_count)
         start = _aligned(self.position, self._alignment(metadata))
-        return GgufFile(self.path, metadata, self._placed(tensors, start, self._alignment(metadata)))
+        placed = self._placed(tensors, start, self._alignment(metadata))
+        try:
+            mapped = mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_COPY)
+        except ValueError as error:  # it has become shorter
+            raise self._fault(f"can't be mapped ({error})") from error
+        return GgufFile(self.path, metadata, placed, torch.frombuffer(mapped, dtype=torch.uint8))
 
     def _metadata(self, count: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}

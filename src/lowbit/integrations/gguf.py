@@ -96,12 +96,12 @@ class GgufWeight:
 
     def _rows(self, source: FileTensor, first: int, last: int) -> torch.Tensor:
         inner = math.prod(source.shape[1:-1])
-        return self.file.read_rows(source.tensor, first * inner, last * inner)
+        return self.file.rows(source.tensor, first * inner, last * inner)
 
     def _values(self, source: FileTensor, first: int, last: int) -> torch.Tensor:
         kind = source.tensor.type.name
         if source.is_reshaped:
-            values: torch.Tensor = dequantize_operator(self.file.read_rows(source.tensor), kind, torch.float32)
+            values: torch.Tensor = dequantize_operator(self.file.rows(source.tensor), kind, torch.float32)
             return values.reshape(source.shape)[first:last]
         values = dequantize_operator(self._rows(source, first, last), kind, torch.float32)
         return values.reshape(last - first, *source.shape[1:])

@@ -138,6 +138,21 @@ def test_masked_keys_are_not_looked_at_and_no_keys_give_zeros(kind: str) -> None
 
 
 @NEEDS_KERNEL
+@pytest.mark.parametrize("kind", ["int8", UNQUANTIZED])
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-20, 40.0])
+def test_any_scale(scale: float, kind: str) -> None:
+    query, key, value, mask = make(CASES["ragged"], torch.bfloat16, True)
+    result = attention.attention(query, key, value, mask, scale, False, kind)
+    if kind == "int8":
+        expected, allowed = reference.attention(query, key, value, mask, scale, False, kind), 5e-3
+    else:
+        expected = exact(query, key, value, mask, scale, False)
+        theirs = sdpa.attention(query, key, value, mask, scale, False, UNQUANTIZED)
+        allowed = relative_error(theirs, expected) + 2**-11
+    assert relative_error(result, expected) <= allowed
+
+
+@NEEDS_KERNEL
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_and_outliers(kind: str) -> None:
     query, key, value, _ = make(Case(1, 20, 100, 2, 2, 48), torch.float32, False)
