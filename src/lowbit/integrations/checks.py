@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lowbit.errors import CheckpointError
+from lowbit.formats.json_file import read_json
 from lowbit.integrations.loading import Preparation
 
 # What diffusers and transformers call a model's weights.
@@ -115,21 +115,6 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{index}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}")
     return [index.parent / name for name in names]
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in ``file``.
-
-    Raises:
-        CheckpointError: it is missing or not a JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: can't be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: is not a JSON object")
-    return content
 
 
 def separate_config(folder: Path) -> dict[str, Any] | None:
