@@ -79,10 +79,10 @@ def prepare(folder: Path, name: str, options: dict[str, Any]) -> None:
     torch.save(expected, folder / "expected.pt")
 
 
-def read(python: Path, folder: Path, dtype: str) -> dict[str, Any]:
+def read(python: Path, folder: Path) -> dict[str, Any]:
     """Return what the reader finds, in the other environment."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [str(python), str(READER), str(folder), dtype]
+    command = [str(python), str(READER), str(folder), *DTYPES]
     done = subprocess.run(
         command, env={**environment, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
     )
@@ -102,11 +102,11 @@ def main() -> None:
     for name, options in CASES:
         with tempfile.TemporaryDirectory() as place:
             prepare(Path(place), name, options)
-            for dtype in DTYPES:
-                found = read(arguments.python, Path(place), dtype)
-                versions = found.pop("versions")
-                rows.append({"model": name, "options": options, "dtype": dtype, **found})
-                print(json.dumps(rows[-1]), flush=True)
+            found = read(arguments.python, Path(place))
+        versions = found["versions"]
+        for dtype, result in found["results"].items():
+            rows.append({"model": name, "options": options, "dtype": dtype, **result})
+            print(json.dumps(rows[-1]), flush=True)
     if arguments.output is not None:
         write(arguments.output, {"reader": versions, "rows": rows})
 

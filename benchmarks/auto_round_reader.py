@@ -1,6 +1,6 @@
 """In auto-round's environment, without lowbit: what diffusers' own auto-round quantizer makes of a folder.
 
-``benchmarks.auto_round_in_diffusers`` runs it: ``python benchmarks/auto_round_reader.py FOLDER DTYPE`` prints JSON.
+``benchmarks.auto_round_in_diffusers`` runs it: ``python benchmarks/auto_round_reader.py FOLDER DTYPE...`` prints JSON.
 """
 
 from __future__ import annotations
@@ -62,12 +62,14 @@ def read(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line."""
-    try:
-        result = read(Path(sys.argv[1]), getattr(torch, sys.argv[2]))
-    except Exception as error:  # what the other tool can't read is a result
-        result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    results = {}
+    for dtype in sys.argv[2:]:
+        try:
+            results[dtype] = read(Path(sys.argv[1]), getattr(torch, dtype))
+        except Exception as error:  # what the other tool can't read is a result
+            results[dtype] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
     assert "lowbit" not in sys.modules
-    print(json.dumps({**result, "versions": {name: version(name) for name in PACKAGES}}))
+    print(json.dumps({"results": results, "versions": {name: version(name) for name in PACKAGES}}))
 
 
 if __name__ == "__main__":
