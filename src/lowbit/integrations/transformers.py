@@ -130,7 +130,8 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         """Tell whether to quantize a tensor, or whether its shape is not for transformers to check.
 
         That is so for a quantized checkpoint's, and for those that are known to be wrong: they are taken, so that all
-        that is wrong and missing comes in one error after loading.
+        that is wrong and missing comes in one error after loading. transformers' ``ignore_mismatched_sizes``, which
+        puts random weights in their place to be trained, does not apply to a model that can't be.
         """
         if param_name in self.wrong:
             return True
