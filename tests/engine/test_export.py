@@ -22,6 +22,7 @@ from lowbit.engine.export import export_pipeline
 from lowbit.engine.partial_folder import STATE, partial_folder, partial_path
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models.embedded import embedded_model
+from lowbit.models.generation_defaults import FILE_NAME
 from lowbit.quantization.calibration import static_layers, uncalibrated_layers
 from lowbit.quantization.manifest import Manifest
 from tests.integrations.models import same_bytes, save_pipeline
@@ -93,7 +94,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_is_whole_and_loads_as_what_was_quantized(whole: Path) -> None:
-    assert {path.name for path in whole.iterdir()} == {*ORDER, "model_index.json", "README.md"}
+    assert {path.name for path in whole.iterdir()} == {*ORDER, "model_index.json", "README.md", FILE_NAME}
     assert [path.name for path in whole.parent.iterdir()] == ["small"]
     assert all(file.stat().st_mode & 0o777 == 0o644 for file in whole.rglob("*") if file.is_file())
     quantized, loaded = Omni(quantization_config=INT8, device="cpu"), Omni(str(whole), device="cpu")
@@ -102,6 +103,8 @@ def test_a_folder_is_whole_and_loads_as_what_was_quantized(whole: Path) -> None:
         assert same_bytes(loaded.modules()[name].state_dict(), part.state_dict()), name
     text = (whole / "README.md").read_text()
     assert text == card(quantized.manifests)
+    assert loaded.defaults == quantized.defaults
+    assert quantized.defaults["num_inference_steps"] == embedded_model().num_inference_steps
 
 
 @pytest.mark.parametrize(
@@ -120,6 +123,7 @@ def test_every_method_comes_back(spec: dict[str, Any], tmp_path: Path) -> None:
     export(tmp_path / "small", spec, model=model)
     quantized = Omni(model, quantization_config=spec, device="cpu")
     loaded = Omni(str(tmp_path / "small"), device="cpu")
+    assert loaded.defaults == {}
     assert loaded.manifests.keys() == spec.keys()
     for name, part in quantized.modules().items():
         assert same_bytes(loaded.modules()[name].state_dict(), part.state_dict()), name

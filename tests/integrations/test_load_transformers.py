@@ -251,6 +251,38 @@ def test_scales_of_other_shapes(folder: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_wrong_and_missing_tensors_in_one_error(auto: type, quantized: bool, folder: Path, tmp_path: Path) -> None:
+    options = {"dtype": BF16, "quantization_config": Int8Config()}
+    if quantized:
+        AutoModelForCausalLM.from_pretrained(folder, **options).save_pretrained(tmp_path / "int8")
+        folder, options = tmp_path / "int8", {}
+    absent, kept, tied = "layers.0.mlp.up_proj.weight", "layers.1.input_layernorm.weight", "embed_tokens.weight"
+    edit(
+        folder,
+        **{
+            f"model.{absent}": None,
+            f"model.{kept}": torch.zeros(7),
+            f"model.{tied}": torch.zeros(128, 32, dtype=BF16),
+            f"{LAYER}.weight": torch.zeros(3, 64, dtype=torch.int8 if quantized else BF16),
+        },
+    )
+    with pytest.raises(CheckpointError) as error:
+        auto.from_pretrained(folder, **options)
+    prefix = "" if auto is AutoModel else "model."
+    layer = "found int8 [3, 64], int8 needs int8 [64, 64]" if quantized else "found BF16 [3, 64], needs [64, 64]"
+    for part in (
+        f"{folder}: Qwen3",
+        f"1 tensors are missing: {prefix}{absent}\n",
+        "3 tensors are wrong:\n",
+        f"  {prefix}{kept}: found F32 [7], needs [64] (model.safetensors)",
+        f"  {prefix}{tied}: found BF16 [128, 32], needs [128, 64] (model.safetensors)",
+        f"  {prefix}{LAYER.removeprefix('model.')}.weight: {layer} (model.safetensors)",
+    ):
+        assert part in str(error.value)
+
+
 def test_a_config_that_keeps_what_was_quantized(folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, quantization_config=Int8Config())
     model.save_pretrained(tmp_path / "saved")

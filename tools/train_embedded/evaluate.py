@@ -1,7 +1,7 @@
 """Generates held-out captions with the stock pipeline and lets the detector judge them.
 
-``python -m tools.train_embedded.evaluate --model FOLDER`` writes ``evaluation.json``, ``samples.png``
-and the model card into the folder.
+``python -m tools.train_embedded.evaluate --model FOLDER`` writes ``evaluation.json``,
+``generation_defaults.json``, ``samples.png`` and the model card into the folder.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import transformers
 from diffusers import DiffusionPipeline, ZImagePipeline
 from PIL import Image
 from tqdm import tqdm
+
+from lowbit.models.generation_defaults import FILE_NAME, generation_defaults_text
 
 from .captions import held_out_captions, parse
 from .detector import judge
@@ -115,7 +117,10 @@ def card(result: dict[str, Any]) -> str:
 
 
 def evaluate(folder: Path, count: int, seed: int, steps: int, guidance: float) -> dict[str, Any]:
-    """Score the model in BF16 on held-out captions; writes evaluation.json, samples.png and README.md."""
+    """Score the model in BF16 on held-out captions.
+
+    Writes evaluation.json, generation_defaults.json, samples.png and README.md.
+    """
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
     captions = held_out_captions(count, seed)
     seeds = [1000 * seed + index for index in range(count)]
@@ -141,6 +146,8 @@ def evaluate(folder: Path, count: int, seed: int, steps: int, guidance: float) -
         },
     }
     write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    defaults = {name: result[name] for name in ("height", "width", "num_inference_steps", "guidance_scale")}
+    write_text(folder / FILE_NAME, generation_defaults_text(defaults))
     write_text(folder / "README.md", card(result))
     shown = generate(pipeline, list(SHOWCASE), list(range(len(SHOWCASE))), steps, guidance)
     grid(shown + pictures[: 32 - len(shown)]).save(folder / "samples.png", optimize=True)

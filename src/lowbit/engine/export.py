@@ -17,9 +17,10 @@ from lowbit.engine.config import OmniDiffusionConfig
 from lowbit.engine.loading import PipelineLoader, local_pipeline, read_components, resolve_model, route, routed
 from lowbit.engine.omni import Omni, check_prompts, missing_scales
 from lowbit.engine.partial_folder import PartialFolder, partial_folder
-from lowbit.integrations.checks import read_json
+from lowbit.formats.json_file import read_json
 from lowbit.integrations.loading import manifests
 from lowbit.integrations.parts import parts_class
+from lowbit.models.generation_defaults import FILE_NAME, generation_defaults_text, read_generation_defaults
 from lowbit.quantization.calibration import uncalibrated_layers
 from lowbit.quantization.manifest import LayerRecord, Manifest
 
@@ -86,7 +87,7 @@ def export_pipeline(
             resumed(list(partial.finished))
         _add_components(partial, loader, report)
         made = _manifests(partial, loader.components)
-        partial.finish({INDEX: _index(partial, loader), "README.md": card(made)})
+        partial.finish({INDEX: _index(partial, loader), "README.md": card(made), **_defaults(loader)})
     return made
 
 
@@ -94,7 +95,7 @@ def _settings(config: OmniDiffusionConfig, elsewhere: Iterable[str]) -> dict[str
     """Return what the written bytes depend on beside the method's options."""
     source = resolve_model(config.model)
     folders = [Path(source) / name for name in read_components(source)]
-    roots = [Path(source) / INDEX, *folders, *(Path(place) for place in elsewhere)]
+    roots = [Path(source) / INDEX, Path(source) / FILE_NAME, *folders, *(Path(place) for place in elsewhere)]
     libraries = (lowbit, torch, diffusers, transformers)
     return {
         "model": str(Path(source).absolute()),
@@ -162,6 +163,12 @@ def _manifests(partial: PartialFolder, order: Iterable[str]) -> dict[str, Manife
         name: Manifest(**{**about, "layers": [LayerRecord(**layer) for layer in about["layers"]]})
         for name, about in kept.items()
     }
+
+
+def _defaults(loader: PipelineLoader) -> dict[str, str]:
+    """Return the file that says how the pipeline is meant to be run, if the source has it."""
+    defaults = read_generation_defaults(loader.source)
+    return {FILE_NAME: generation_defaults_text(defaults)} if defaults else {}
 
 
 def _index(partial: PartialFolder, loader: PipelineLoader) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from lowbit.engine.config import OmniDiffusionConfig, parse_attention
 from lowbit.errors import CheckpointError, ConfigError
+from lowbit.formats.json_file import read_json
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
 from lowbit.quantization.backends import BackendConfig
@@ -153,7 +154,7 @@ def _described(
 
 def _separate_configs(folder: Path, chosen: Mapping[str, QuantizationConfig]) -> dict[str, QuantizationConfig]:
     """Return the configurations of components that have theirs in ``hf_quant_config.json``, which diffusers ignores."""
-    from lowbit.integrations.checks import read_json, separate_config
+    from lowbit.integrations.checks import separate_config
     from lowbit.integrations.dispatch import merge_configs
 
     found = {}

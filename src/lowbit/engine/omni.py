@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from lowbit.cache import build_cache
 from lowbit.cache.base import Skips
 from lowbit.engine.config import OmniDiffusionConfig, merge_quantization
-from lowbit.engine.loading import load_pipeline, route_attention, routed
+from lowbit.engine.loading import load_pipeline, resolve_model, route_attention, routed
 from lowbit.engine.memory import PeakMemory
 from lowbit.engine.placement import keep_embeddings_on_host, set_aside
 from lowbit.engine.sizes import check_size
@@ -25,7 +26,8 @@ from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.integrations.attention import AttentionRecord, quantize_attention, speed_up_attention
 from lowbit.integrations.loading import manifests
 from lowbit.models import is_diffusion_transformer
-from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
+from lowbit.models.embedded import EMBEDDED_NAME
+from lowbit.models.generation_defaults import FILE_NAME, generation_defaults_text, read_generation_defaults
 from lowbit.outputs import OmniRequestOutput
 from lowbit.quantization.calibration import calibration, uncalibrated_layers
 from lowbit.quantization.factory import QuantizationSpec
@@ -51,6 +53,7 @@ class Omni:
         load_peak_memory_mb: highest memory while loading, in 10^6 bytes (see ``engine.memory``).
         cache: what lets denoising steps reuse earlier ones' work, ``None`` for nothing.
         attention: component -> what was done to its attention, for those whose attention is quantized.
+        defaults: of the pipeline's arguments, where its folder has others than its class.
         set_aside: component -> layers that are not computed, because the pipeline does not look at their results.
     """
 
@@ -107,6 +110,7 @@ class Omni:
         )
         self.cache = build_cache(cache_backend, cache_config)
         check_prompts(self.config)
+        self.defaults = read_generation_defaults(resolve_model(self.config.model))
         peak, start = PeakMemory(self.device), time.perf_counter()
         self.pipeline = load_pipeline(self.config)
         self.attention = self._choose_attention()
@@ -188,6 +192,8 @@ class Omni:
     def save_pretrained(self, folder: str) -> None:
         """Write the pipeline with its quantized components to ``folder``; ``Omni(folder)`` loads it again."""
         self.pipeline.save_pretrained(folder, safe_serialization=True)
+        if self.defaults:
+            (Path(folder) / FILE_NAME).write_text(generation_defaults_text(self.defaults), encoding="utf-8")
 
     def _arguments(self, params: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Return the pipeline's arguments other than prompt and generator, checked."""
@@ -200,7 +206,7 @@ class Omni:
             "num_frames": params.num_frames,
             "num_images_per_prompt": params.num_outputs_per_prompt if params.num_outputs_per_prompt > 1 else None,
         }
-        arguments = {**self._defaults(), **{key: value for key, value in asked.items() if value is not None}}
+        arguments = {**self.defaults, **{key: value for key, value in asked.items() if value is not None}}
         arguments.update(params.extra_args)
         known = inspect.signature(self.pipeline.__call__).parameters
         if "num_frames" in known:  # videos are arrays unless asked for otherwise
@@ -212,17 +218,6 @@ class Omni:
             )
         check_size(self.pipeline, arguments.get("height"), arguments.get("width"))
         return arguments
-
-    def _defaults(self) -> Mapping[str, Any]:
-        if self.config.model is not None:
-            return {}
-        model = embedded_model()
-        return {
-            "height": model.height,
-            "width": model.width,
-            "num_inference_steps": model.num_inference_steps,
-            "guidance_scale": model.guidance_scale,
-        }
 
     def _generate_one(
         self,

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
-from lowbit.integrations.checks import TensorHeader, read_headers, read_json, weight_files
+from lowbit.formats.json_file import read_json
+from lowbit.integrations.checks import TensorHeader, read_headers, weight_files
 from lowbit.integrations.foreign import ForeignTensor, ForeignWeights
 from lowbit.integrations.reference_names import WAN, Layers, names_of
 from lowbit.ops.int8_static import bias_of, bits_to_scale

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lowbit.errors import CheckpointError
+from lowbit.formats.json_file import read_json
 from lowbit.integrations.loading import Preparation
 
 # What diffusers and transformers call a model's weights.
@@ -117,21 +117,6 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in ``file``.
-
-    Raises:
-        CheckpointError: it is missing or not a JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: can't be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: is not a JSON object")
-    return content
-
-
 def separate_config(folder: Path) -> dict[str, Any] | None:
     """Return the ``quantization_config`` that ModelOpt wrote to ``hf_quant_config.json``, ``None`` if there is none."""
     file = folder / "hf_quant_config.json"
@@ -202,17 +187,51 @@ def check_tensors(
         for name in wanted
         if name in headers and (problem := _mismatch(name, expected[name], headers[name], preparation))
     ]
-    if not (missing or unexpected or wrong):
-        return
-    listed = [f"{len(missing)} missing: {', '.join(missing)}"] if missing else []
-    listed += [f"{len(unexpected)} unexpected: {', '.join(unexpected)}"] if unexpected else []
-    listed += [f"{len(wrong)} wrong:", *(f"  {line}" for line in wrong)] if wrong else []
     where = ", ".join(sorted({str(header.file.parent) for header in headers.values()}))
     method = f" in {preparation.config.get_name()}" if preparation and preparation.config.is_serialized else ""
-    raise CheckpointError("\n  ".join([f"{where}: not the tensors of {type(model).__name__}{method}", *listed]))
+    refuse(f"{where}: not the tensors of {type(model).__name__}{method}", missing, unexpected, wrong)
+
+
+def refuse(
+    heading: str, missing: Sequence[str], unexpected: Sequence[str], wrong: Sequence[str], note: str = ""
+) -> None:
+    """Raise ``CheckpointError`` with what is wrong with a checkpoint's tensors, if anything is.
+
+    Args:
+        heading: first line.
+        missing: names.
+        unexpected: names.
+        wrong: lines, such as ``"bias: found F32 [7], needs [64]"``.
+        note: on those that are missing.
+    """
+    listed = [f"{len(missing)} missing: {', '.join(missing)}{note}"] if missing else []
+    listed += [f"{len(unexpected)} unexpected: {', '.join(unexpected)}"] if unexpected else []
+    listed += [f"{len(wrong)} wrong:", *(f"  {line}" for line in wrong)] if wrong else []
+    if listed:
+        raise CheckpointError("\n  ".join([heading, *listed]))
 
 
 def _mismatch(name: str, expected: torch.Tensor, found: TensorHeader, preparation: Preparation | None) -> str | None:
+    wrong = wrong_shape(name, expected, found, preparation)
+    quantized = preparation.find(name) if preparation is not None else None
+    if wrong is not None or (quantized is not None and preparation is not None and preparation.config.is_serialized):
+        return wrong
+    if (quantized is not None or expected.is_floating_point()) and found.dtype not in _FLOATS:
+        return f"found {found}, needs an unquantized floating dtype"
+    return None
+
+
+def wrong_shape(name: str, expected: torch.Tensor, found: TensorHeader, preparation: Preparation | None) -> str | None:
+    """Return what a checkpoint's tensor is instead of what is needed; ``None`` if its shape is right.
+
+    Of a quantized checkpoint's quantized data the dtype is compared as well.
+
+    Args:
+        name: of the tensor in the model.
+        expected: it, on the meta device.
+        found: what the checkpoint has.
+        preparation: how the quantized layers take their tensors.
+    """
     quantized = preparation.find(name) if preparation is not None else None
     if quantized is not None and preparation is not None and preparation.config.is_serialized:
         layer, parameter = quantized
@@ -224,8 +243,4 @@ def _mismatch(name: str, expected: torch.Tensor, found: TensorHeader, preparatio
     needed = tuple(expected.shape)
     if quantized is not None and quantized[1] == "weight":  # to be quantized: to bytes of another shape, maybe
         needed = (quantized[0].out_features, quantized[0].in_features)
-    if needed != found.shape:
-        return f"found {found}, needs {list(needed)}"
-    if (quantized is not None or expected.is_floating_point()) and found.dtype not in _FLOATS:
-        return f"found {found}, needs an unquantized floating dtype"
-    return None
+    return None if needed == found.shape else f"found {found}, needs {list(needed)}"

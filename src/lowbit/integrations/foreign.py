@@ -18,8 +18,9 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
-from lowbit.errors import CheckpointError, UnsupportedError, located
+from lowbit.errors import UnsupportedError, located
 from lowbit.integrations import loading
+from lowbit.integrations.checks import refuse
 from lowbit.integrations.diffusers import attach
 from lowbit.quantization.base import QuantizationConfig
 
@@ -176,13 +177,9 @@ def _check(
             needed = (found[0].out_features, found[0].in_features)
         if _squeezed(tensor.shape) != _squeezed(needed):
             wrong.append(f"{name}: found {tensor.encoding} {list(tensor.shape)}, needs {list(needed)}")
-    if not (missing or unexpected or wrong):
-        return
     in_file = f" (in the file: {', '.join(weights.missing)})" if weights.missing else ""
-    listed = [f"{len(missing)} missing: {', '.join(missing)}{in_file}"] if missing else []
-    listed += [f"{len(unexpected)} unexpected: {', '.join(unexpected)}"] if unexpected else []
-    listed += [f"{len(wrong)} wrong:", *(f"  {line}" for line in sorted(wrong))] if wrong else []
-    raise CheckpointError("\n  ".join([f"{weights.location}: not the tensors of {type(model).__name__}", *listed]))
+    heading = f"{weights.location}: not the tensors of {type(model).__name__}"
+    refuse(heading, missing, unexpected, sorted(wrong), in_file)
 
 
 def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:

@@ -168,19 +168,24 @@ def drop_absent(layers: Iterable[QuantizedLinear]) -> None:
                 layer.drop_tensor(name)
 
 
-def check_loaded(model: nn.Module, missing: Iterable[str] = ()) -> None:
+def check_loaded(model: nn.Module, missing: Iterable[str] = (), wrong: Mapping[str, str] | None = None) -> None:
     """Check that everything arrived.
 
     Args:
         model: after its tensors were loaded.
         missing: further names known not to have arrived.
+        wrong: name -> what it is instead of what is needed.
 
     Raises:
-        CheckpointError: tensors are missing, or linear layers that should be unquantized are not; names them all.
+        CheckpointError: tensors are missing or wrong, or linear layers that should be unquantized are not; names them
+            all.
     """
     absent = {*_absent(model), *missing}
-    if absent:
-        raise CheckpointError(f"{type(model).__name__}: {len(absent)} tensors are missing: {', '.join(sorted(absent))}")
+    problems = [f"{len(absent)} tensors are missing: {', '.join(sorted(absent))}"] if absent else []
+    if wrong:
+        problems += [f"{len(wrong)} tensors are wrong:", *(f"  {name}: {wrong[name]}" for name in sorted(wrong))]
+    if problems:
+        raise CheckpointError(f"{type(model).__name__}: " + "\n  ".join(problems))
     foreign = [
         f"{name}.weight ({str(layer.weight.dtype).removeprefix('torch.')})"
         for name, layer in model.named_modules()

@@ -12,12 +12,12 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from lowbit.errors import CheckpointError, ConfigError, located
+from lowbit.formats.json_file import read_json
 from lowbit.integrations import dispatch, loading
 from lowbit.integrations.checks import (
     TensorHeader,
     check_tensors,
     read_headers,
-    read_json,
     separate_config,
     weight_files,
 )

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import nn
 
 from lowbit.errors import ConfigError, UnsupportedError
-from lowbit.integrations.checks import TensorHeader, read_headers, read_json, weight_files
+from lowbit.formats.json_file import read_json
+from lowbit.integrations.checks import TensorHeader, read_headers, weight_files
 from lowbit.integrations.reference_names import LAYOUTS, Fused, Layout, reference_tensors
 from lowbit.integrations.single_file import Rows, find_recipe
 from lowbit.integrations.skeleton import empty_component

@@ -6,7 +6,8 @@ transformers calls a quantizer of its own ``"fp8"``; ``dispatch.claims`` says wh
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from lowbit.errors import CheckpointError, located
 from lowbit.integrations import dispatch, loading
-from lowbit.integrations.checks import read_headers, refuse_pickles
+from lowbit.integrations.checks import TensorHeader, read_headers, refuse_pickles, wrong_shape
 from lowbit.quantization import plan as quantization_plan
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.linear import QuantizedLinear
@@ -77,6 +78,8 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.preparation: loading.Preparation | None = None
         self.location = ""  # of the checkpoint, for messages
+        self.find_wrong: Callable[[Sequence[Any]], dict[str, str]] | None = None
+        self.wrong: Mapping[str, str] = {}  # tensor -> what it is instead of what is needed
 
     # What transformers asks, in the order in which it asks.
 
@@ -93,7 +96,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         """Check the files and replace the linear layers.
 
-        Which tensors are missing is known only later: transformers renames and splits them while it loads.
+        Which tensors are missing or wrong is known only later: transformers renames and splits them while it loads.
         """
         files = list(checkpoint_files or ())
         refuse_pickles(files)
@@ -108,6 +111,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
             device=loading.first_device(device_map),
             kept=_kept_by_model(model),
         )
+        self.find_wrong = partial(_wrong_tensors, model, self.preparation, headers)
         for layer in self.preparation.layers.values():
             setattr(layer, _LOADED, True)  # or transformers would initialize it as a linear layer
             if config.is_serialized:
@@ -116,8 +120,21 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         ignored = [*(model._keys_to_ignore_on_load_missing or ()), *(rf"\.{name}$" for name in optional)]
         model._keys_to_ignore_on_load_missing = ignored
 
+    def update_weight_conversions(self, weight_conversions: Sequence[Any], *args: Any) -> Sequence[Any]:
+        """Find the tensors of a wrong shape, now that it is known how transformers renames them; change nothing."""
+        conversions: Sequence[Any] = super().update_weight_conversions(weight_conversions, *args)
+        self.wrong = self.find_wrong(conversions) if self.find_wrong is not None else {}
+        return conversions
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """Tell whether to quantize a tensor; of a quantized checkpoint, whether its shape is not for transformers."""
+        """Tell whether to quantize a tensor, or whether its shape is not for transformers to check.
+
+        That is so for a quantized checkpoint's, and for those that are known to be wrong: they are taken, so that all
+        that is wrong and missing comes in one error after loading. transformers' ``ignore_mismatched_sizes``, which
+        puts random weights in their place to be trained, does not apply to a model that can't be.
+        """
+        if param_name in self.wrong:
+            return True
         found = self.preparation.find(param_name) if self.preparation is not None else None
         return found is not None and (self.pre_quantized or found[1] == "weight")
 
@@ -148,7 +165,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
             CheckpointError: it has not the layer's shape, or is quantized already.
         """
         found = self.preparation.find(name) if self.preparation is not None else None
-        if found is None:
+        if found is None or name in self.wrong:
             return {name: tensor}
         layer, _ = found
         if tensor.shape != (layer.out_features, layer.in_features) or tensor.dtype not in loading.COMPUTE_DTYPES:
@@ -166,7 +183,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
             self._settle_layers(model, self.preparation)
             loading.finish(model, self.preparation)
         model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
-        self.preparation = None
+        self.preparation = self.find_wrong = None
 
     def _settle_layers(self, model: nn.Module, preparation: loading.Preparation) -> None:
         """Check that all of the layers' tensors arrived, and bring them to what the methods registered."""
@@ -181,7 +198,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
             found = preparation.find(name)
             if found is not None and found[1] in found[0].method.optional and self.pre_quantized:
                 found[0].drop_tensor(found[1])
-        loading.check_loaded(model, missing)
+        loading.check_loaded(model, missing, self.wrong)
         for layer in layers.values():
             _settle(layer, self.pre_quantized)
             layer.owns_weight = not self.pre_quantized
@@ -236,6 +253,29 @@ def _kept_by_model(model: Any) -> dict[str, list[str]]:
         "tied weight": sorted({name.removesuffix(".weight") for name in [*tied.keys(), *tied.values()]}),
         "last projection": [name for name, module in model.named_modules() if output is not None and module is output],
     }
+
+
+def _wrong_tensors(
+    model: Any, preparation: loading.Preparation, headers: Mapping[str, TensorHeader], conversions: Sequence[Any]
+) -> dict[str, str]:
+    """Return tensor -> what it is instead of what the model needs.
+
+    Those that transformers splits or merges are left to it.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    expected = model.state_dict()
+    found = {}
+    for stored, header in headers.items():
+        name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
+        if name not in expected or converter is not None or preparation.is_made_here(name):
+            continue
+        problem = wrong_shape(name, expected[name], header, preparation)
+        if problem is not None:
+            found[name] = f"{problem} ({header.file.name})"
+    return found
 
 
 def _expect_stored(layer: QuantizedLinear) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from lowbit.models.generation_defaults import read_generation_defaults
 
 EMBEDDED_NAME = "embedded"
 
@@ -31,13 +32,6 @@ class EmbeddedModel:
 
 @cache
 def embedded_model() -> EmbeddedModel:
-    """Return the embedded model's facts, read from the evaluation beside it."""
+    """Return the embedded model's facts, read from its folder."""
     folder = Path(__file__).resolve().parent.parent / "assets" / "embedded"
-    settings = json.loads((folder / "evaluation.json").read_text())
-    return EmbeddedModel(
-        folder,
-        height=settings["height"],
-        width=settings["width"],
-        num_inference_steps=settings["num_inference_steps"],
-        guidance_scale=settings["guidance_scale"],
-    )
+    return EmbeddedModel(folder, **read_generation_defaults(folder))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from lowbit.ops.dispatch import Problem
@@ -20,3 +23,9 @@ def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
 def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
     """Return ``packed``: see ``pack_weight``."""
     return packed
+
+
+def apply_to_rows(product: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """Return ``product(rows, *arguments)`` [M, N] of the rows [M, K] of x [..., K] as [..., N]."""
+    result = product(x.reshape(-1, x.shape[-1]), *arguments)
+    return result.reshape(*x.shape[:-1], result.shape[-1])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import apply_to_rows, pack_weight, supports, unpack_weight
 from lowbit.ops.fp8 import dequantize_fp8
 from lowbit.ops.library import define_operator, register_kernel_lazily
 
@@ -65,5 +65,4 @@ def linear(
     Arguments and result as in ``lowbit.ops.fp8.linear``; ``input_scale`` is not needed, as nothing is rounded.
     """
     block = None if weight_block_size is None else list(weight_block_size)
-    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, block)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
+    return apply_to_rows(product_operator, x, packed, weight_scale, bias, block)

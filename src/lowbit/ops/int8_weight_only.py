@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import apply_to_rows, pack_weight, supports, unpack_weight
 from lowbit.ops.library import define_operator, register_kernel_lazily
 
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
@@ -55,5 +55,4 @@ def linear(
 
     Arguments and result as in ``lowbit.ops.int8.linear``.
     """
-    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
+    return apply_to_rows(product_operator, x, packed, weight_scale, bias)

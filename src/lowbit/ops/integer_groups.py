@@ -6,7 +6,11 @@ A code c from 0 to 2**bits - 1 stands for ``(c - zero_point) * scale``, computed
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from lowbit.ops.canonical import apply_to_rows
 
 SMALLEST_SCALE = 1e-30
 GROUP_MULTIPLE = 32
@@ -81,3 +85,19 @@ def fake_product(
 ) -> torch.Tensor:
     """Return an empty [M, N], the shape function of the families' products."""
     return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+def linear_layer(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return the ``linear`` of an implementation whose product, of the families' arguments, is ``product``."""
+
+    def linear(
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        zero_point: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Apply a linear layer to x [..., K]; returns [..., N] in ``x.dtype``. Other arguments as of the product."""
+        return apply_to_rows(product, x, packed, weight_scale, bias, zero_point)
+
+    return linear

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import apply_to_rows, pack_weight, supports, unpack_weight
 from lowbit.ops.library import define_operator, register_kernel_lazily
 from lowbit.ops.mx import dequantize_mx
 
@@ -52,5 +52,4 @@ def linear(
     dual_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply a linear layer with an MX weight to unquantized activations; arguments as in ``lowbit.ops.mx.linear``."""
-    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, dual_scale)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
+    return apply_to_rows(product_operator, x, packed, weight_scale, bias, dual_scale)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import apply_to_rows, pack_weight, supports, unpack_weight
 from lowbit.ops.library import define_operator, register_kernel_lazily
 from lowbit.ops.nvfp4 import dequantize_nvfp4
 
@@ -57,5 +57,4 @@ def linear(
 
     Arguments and result as in ``lowbit.ops.nvfp4.linear``; ``input_scale`` is not needed, as nothing is rounded.
     """
-    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, global_scale)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
+    return apply_to_rows(product_operator, x, packed, weight_scale, bias, global_scale)

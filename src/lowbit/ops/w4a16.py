@@ -26,6 +26,7 @@ from lowbit.ops.integer_groups import (
     check_group_size,
     dequantize_groups,
     fake_product,
+    linear_layer,
     quantize_per_group,
     symmetric_zero_point,
 )
@@ -122,26 +123,5 @@ product_operator = define_operator(
 )
 register_kernel_lazily("w4a16_mm", "CPU", "lowbit.ops.cpu.w4a16")
 
-
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Apply a linear layer with 4-bit weights to x [..., K]; returns [..., N] in ``x.dtype``."""
-    result = w4a16_mm(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, zero_point)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
-
-
-def operator_linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Apply a linear layer as ``linear`` does, by the kernel that is registered for the device."""
-    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, zero_point)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
+linear = linear_layer(w4a16_mm)
+operator_linear = linear_layer(product_operator)  # the kernel that is registered for the device

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import supports
+from lowbit.ops.canonical import apply_to_rows, supports
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.int8 import SMALLEST_ABSMAX
 from lowbit.ops.library import define_operator
@@ -129,5 +129,4 @@ def linear(
     x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Apply a W4A4 linear layer to x [..., K]; returns [..., N] in ``x.dtype``. Other arguments as of ``w4a4_mm``."""
-    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
+    return apply_to_rows(product_operator, x, packed, weight_scale, bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import supports
+from lowbit.ops.canonical import apply_to_rows, supports
 from lowbit.ops.w4a4 import pack_weight, unpack_weight
 from lowbit.ops.w4a16 import product_operator
 
@@ -15,5 +15,4 @@ def linear(
     x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Apply a linear layer to unquantized activations; arguments and result as of ``lowbit.ops.w4a4.linear``."""
-    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed.view(torch.uint8), weight_scale, bias)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
+    return apply_to_rows(product_operator, x, packed.view(torch.uint8), weight_scale, bias)

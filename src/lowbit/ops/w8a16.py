@@ -20,7 +20,7 @@ import torch
 
 from lowbit.ops.canonical import pack_weight, supports, unpack_weight
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation
-from lowbit.ops.integer_groups import dequantize_groups, fake_product
+from lowbit.ops.integer_groups import dequantize_groups, fake_product, linear_layer
 from lowbit.ops.library import define_operator, register_kernel_lazily
 
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
@@ -71,26 +71,5 @@ product_operator = define_operator(
 )
 register_kernel_lazily("w8a16_mm", "CPU", "lowbit.ops.cpu.w8a16")
 
-
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Apply a linear layer with 8-bit weights to x [..., K]; returns [..., N] in ``x.dtype``."""
-    result = w8a16_mm(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, zero_point)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
-
-
-def operator_linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Apply a linear layer as ``linear`` does, by the kernel that is registered for the device."""
-    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, zero_point)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
+linear = linear_layer(w8a16_mm)
+operator_linear = linear_layer(product_operator)  # the kernel that is registered for the device

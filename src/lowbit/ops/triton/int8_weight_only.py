@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lowbit.ops.canonical import pack_weight, unpack_weight
-from lowbit.ops.int8_weight_only import product_operator
+from lowbit.ops.int8_weight_only import linear
 from lowbit.ops.library import register_kernel
 from lowbit.ops.triton.launch import expect_shape, on_device_of, row_major, supports
 from lowbit.ops.triton.rounding import decode_e4m3
@@ -122,11 +122,3 @@ def int8_weight_only_mm(
 
 for _key in ("CUDA", "XPU"):
     register_kernel("int8_weight_only_mm", _key, int8_weight_only_mm)
-
-
-def linear(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """Apply a linear layer with int8 weights to unquantized activations; as ``lowbit.ops.int8_weight_only.linear``."""
-    result: torch.Tensor = product_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
