@@ -220,7 +220,12 @@ def test_missing_tensors_of_quantized_layers(folder: Path, tmp_path: Path) -> No
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=Int8Config())
 
 
-WHOLE = {name: options for name, options in METHODS.items() if name not in STATIC and "smoothing" not in options}
+# comfyui's checkpoints tell quantized layers by their scales: without one a layer counts as kept, of a wrong dtype.
+WHOLE = {
+    name: options
+    for name, options in METHODS.items()
+    if name not in (*STATIC, "comfyui") and "smoothing" not in options
+}
 
 
 @pytest.mark.parametrize("method", WHOLE)

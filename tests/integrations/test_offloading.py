@@ -124,6 +124,8 @@ def test_the_kernel_follows_tensors_that_others_move(method: str) -> None:
     options = {name: value for name, value in METHODS[method].items() if name not in ("smoothing", "kernel")}
     if method in STATIC:
         pytest.skip("needs calibration, and moves as dynamic does")
+    if method == "svdquant-int4":
+        pytest.skip("accelerate casts what it sets to the dtype it finds: without hooks that of the kernel's layout")
     quantize_model(parent, options, kernel="onednn" if method == "int8-onednn" else "auto")
     layer = parent[1]
     assert isinstance(layer, QuantizedLinear)

@@ -187,6 +187,7 @@ class QuantizedLinear(nn.Linear):
         """Compute x [..., K] -> [..., N] in ``x.dtype``."""
         # Nobody moves weights of a compiled model behind its back, and tracing shows them in other layouts.
         if self.kernel is None or (not torch.compiler.is_compiling() and self._is_moved()):
+            self.owns_weight = self.owns_weight and self.kernel is None  # what others put here may be theirs
             self.method.restore_weights(self)
             self.method.process_weights_after_loading(self)
         return self._compute_offloaded(x) if self.is_offloaded else self.method.apply(self, x, self.bias)
