@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from lowbit import Omni, build_quant_config, quantize_model, register_quantization_method
+from lowbit.cli.info import info
 from lowbit.cli.quantize import refuse_other_backends
 from lowbit.engine.loading import read_components, resolve_model
 from lowbit.errors import ConfigError, UnsupportedError
@@ -127,6 +129,26 @@ def test_beside_a_method_of_lowbit(backend: str) -> None:
 
 
 @needs("torchao", "quanto", "sdnq")
+@pytest.mark.parametrize("backend", ["torchao", "quanto", "sdnq"])
+def test_checkpoints_that_they_wrote(backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    omni = Omni(quantization=backend, device="cpu")
+    expected = picture(omni)
+    # quanto's can't be saved but as a pickle.
+    safe = backend != "quanto"
+    if not safe:
+        pytest.skip("diffusers saves no safetensors of quanto's")
+    omni.save_pretrained(str(tmp_path / "saved"))
+    again = Omni(str(tmp_path / "saved"), device="cpu")
+    assert again.manifests["transformer"].by_kernel().keys() == {(backend, "through diffusers")}
+    np.testing.assert_array_equal(picture(again), expected)
+    capsys.readouterr()
+    info(str(tmp_path / "saved"), *[None] * 7)
+    assert f"quantized with {backend}, by its own library" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=f"already quantized with '{backend}'"):
+        Omni(str(tmp_path / "saved"), quantization="int8", device="cpu")
+
+
+@needs("torchao", "quanto", "sdnq")
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -157,8 +179,6 @@ def test_bitsandbytes_without_a_gpu() -> None:
 
 @needs("torchao")
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
-    from lowbit.cli.info import info
-
     info("embedded", "torchao", None, None, None, None)
     shown = capsys.readouterr().out
     assert "torchao (through diffusers)" in shown

@@ -166,7 +166,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             self.progress.close()
         loading.drop_absent(self.preparation.layers.values())
         loading.check_loaded(model)
-        loading.finish(model, self.preparation)
+        loading.finish(model, self.preparation, self.files)
         model.register_to_config(quantization_config=loading.serialized_config(model))  # type: ignore[operator]
         self.preparation = self.progress = self.shard = None
 

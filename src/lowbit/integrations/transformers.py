@@ -76,6 +76,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.preparation: loading.Preparation | None = None
+        self.files: list[str] = []
         self.location = ""  # of the checkpoint, for messages
 
     # What transformers asks, in the order in which it asks.
@@ -98,20 +99,18 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         files = list(checkpoint_files or ())
         refuse_pickles(files)
         headers = read_headers(file for file in files if str(file).endswith(".safetensors"))
-        self.location = str(Path(files[0]).parent) if files else ""
-        config = _for_base_model(self.quantization_config.of_checkpoint(headers), model)
+        self.files, self.location = files, str(Path(files[0]).parent) if files else ""
+        config = for_base_model(self.quantization_config.of_checkpoint(headers), model)
         self.quantization_config, self.pre_quantized = config, config.is_serialized
         self.preparation = loading.prepare(
             model,
             config,
             model.dtype,
             device=loading.first_device(device_map),
-            kept=_kept_by_model(model),
+            kept=kept_by_model(model),
         )
         for layer in self.preparation.layers.values():
             setattr(layer, _LOADED, True)  # or transformers would initialize it as a linear layer
-            if config.is_serialized:
-                _expect_stored(layer)
         optional = sorted({name for layer in self.preparation.layers.values() for name in layer.method.optional})
         ignored = [*(model._keys_to_ignore_on_load_missing or ()), *(rf"\.{name}$" for name in optional)]
         model._keys_to_ignore_on_load_missing = ignored
@@ -164,7 +163,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.preparation is not None
         with located(self.location):
             self._settle_layers(model, self.preparation)
-            loading.finish(model, self.preparation)
+            loading.finish(model, self.preparation, self.files)
         model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
         self.preparation = None
 
@@ -218,7 +217,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _for_base_model(config: QuantizationConfig, model: Any) -> QuantizationConfig:
+def for_base_model(config: QuantizationConfig, model: Any) -> QuantizationConfig:
     """Return the configuration of a checkpoint of a model with a head (``model.layers.0``) for the model without."""
     prefix = f"{model.base_model_prefix}."
     if not config.is_serialized or prefix == "." or hasattr(model, model.base_model_prefix):
@@ -226,7 +225,7 @@ def _for_base_model(config: QuantizationConfig, model: Any) -> QuantizationConfi
     return config.without_prefix(prefix)
 
 
-def _kept_by_model(model: Any) -> dict[str, list[str]]:
+def kept_by_model(model: Any) -> dict[str, list[str]]:
     """Return reason -> names of the layers that a model itself wants in float32, tied, or as its output."""
     tied = {**getattr(model, "all_tied_weights_keys", {})}
     output = model.get_output_embeddings()
@@ -238,18 +237,12 @@ def _kept_by_model(model: Any) -> dict[str, list[str]]:
     }
 
 
-def _expect_stored(layer: QuantizedLinear) -> None:
-    """Give the layer what transformers looks up under a checkpoint's names, where those are not the parameters'."""
-    for name, stored in layer.method.stored_names.items():
-        layer.__dict__[stored] = layer.get_parameter(name)
-
-
 def _take_stored(layer: QuantizedLinear) -> None:
     """Move the tensors that transformers set under a checkpoint's names to the parameters, as they are."""
     for name, stored in layer.method.stored_names.items():
         if stored in layer._parameters:
             layer._parameters[name] = layer._parameters.pop(stored)
-        layer.__dict__[stored] = None
+    layer.forget_stored()
 
 
 def _missing(layer: QuantizedLinear) -> list[str]:
