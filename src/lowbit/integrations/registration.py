@@ -42,7 +42,9 @@ def install() -> None:
 
 
 def _register(module: ModuleType) -> None:
-    importlib.import_module(_PLUGINS[module.__name__]).register(module)
+    ours = importlib.import_module(_PLUGINS[module.__name__])
+    if hasattr(ours, "register"):  # or it is being imported, and installs at its end
+        ours.register(module)
 
 
 def _is_initializing(module: ModuleType) -> bool:

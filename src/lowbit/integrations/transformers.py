@@ -16,7 +16,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from lowbit.errors import CheckpointError, located
-from lowbit.integrations import dispatch, loading
+from lowbit.integrations import dispatch, loading, registration
 from lowbit.integrations.checks import read_headers, refuse_pickles
 from lowbit.quantization import plan as quantization_plan
 from lowbit.quantization.base import QuantizationConfig
@@ -286,3 +286,7 @@ def _settle(layer: QuantizedLinear, from_checkpoint: bool) -> None:
         layer.replace_tensor(name, layer.method.canonical_tensor(layer, name, tensor) if from_checkpoint else tensor)
     if layer.bias is not None:
         layer.bias.requires_grad_(False)
+
+
+# Where this module is imported first, it brings the library's, which can't be registered with before here.
+registration.install()
