@@ -128,8 +128,11 @@ def _show_model(model: str, spec: Any) -> None:
     source = resolve_model(model)
     components = read_components(source)
     asked = route(build_quant_config(spec), components)
-    chosen = {name: config for name, config in asked.items() if isinstance(config, BackendConfig)}
-    own = {name: own_config(source, name, asked.get(name)) for name in components if name not in chosen}  # type: ignore[arg-type]
+    chosen: dict[str, QuantizationConfig | BackendConfig] = {
+        name: config for name, config in asked.items() if isinstance(config, BackendConfig)
+    }
+    ours = {name: config for name, config in asked.items() if isinstance(config, QuantizationConfig)}
+    own = {name: own_config(source, name, ours.get(name)) for name in components if name not in chosen}
     chosen.update({name: config for name, config in own.items() if config is not None})
     others = {name: method_of(stored) for name in own if (stored := stored_config(source, name)) is not None}
     if not chosen and not others and spec is None:
@@ -149,6 +152,7 @@ def _show_component(source: str, name: str, entry: tuple[str, str], config: Quan
     from lowbit.integrations.inspection import inspect_component
     from lowbit.integrations.skeleton import empty_component
 
+    weights: Mapping[str, int]
     if isinstance(config, BackendConfig):
         skeleton = empty_component(source, name, *entry)
         fates = _fates_elsewhere(skeleton, config)

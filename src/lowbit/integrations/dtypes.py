@@ -30,5 +30,6 @@ def _parameter_dtype(original: Callable[[nn.Module], torch.dtype], model: nn.Mod
             return module.compute_dtype
         for name, tensor in module.named_parameters(recurse=False):
             if tensor.is_floating_point() and not any(part in f"{prefix}.{name}" for part in float32):
-                return tensor.dtype
+                dtype: torch.dtype = tensor.dtype
+                return dtype
     return original(model)
