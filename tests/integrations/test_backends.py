@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,26 +125,6 @@ def test_beside_a_method_of_lowbit(backend: str) -> None:
     assert omni.manifests["text_encoder"].by_kernel().keys() == {(backend, "through transformers")}
     assert {method for method, _ in omni.manifests["transformer"].by_kernel()} == {"int8"}
     assert ((picture(omni) - picture(Omni(device="cpu"))) ** 2).mean() < 1
-
-
-@needs("torchao", "quanto", "sdnq")
-@pytest.mark.parametrize("backend", ["torchao", "quanto", "sdnq"])
-def test_checkpoints_that_they_wrote(backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    omni = Omni(quantization=backend, device="cpu")
-    expected = picture(omni)
-    # quanto's can't be saved but as a pickle.
-    safe = backend != "quanto"
-    if not safe:
-        pytest.skip("diffusers saves no safetensors of quanto's")
-    omni.save_pretrained(str(tmp_path / "saved"))
-    again = Omni(str(tmp_path / "saved"), device="cpu")
-    assert again.manifests["transformer"].by_kernel().keys() == {(backend, "through diffusers")}
-    np.testing.assert_array_equal(picture(again), expected)
-    capsys.readouterr()
-    info(str(tmp_path / "saved"), *[None] * 7)
-    assert f"quantized with {backend}, by its own library" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=f"already quantized with '{backend}'"):
-        Omni(str(tmp_path / "saved"), quantization="int8", device="cpu")
 
 
 @needs("torchao", "quanto", "sdnq")
