@@ -1,4 +1,4 @@
-"""What Int8 and FP8 do to the pictures of the embedded model.
+"""What the methods do to the pictures of the embedded model.
 
 Every variant draws the same held-out captions from the same seeds; the detector counts the pictures that show what
 their caption says, and PSNR tells how far each is from the BF16 picture. BF16 against FP32 is the noise floor: what no
@@ -52,6 +52,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nvfp4_reference": {"quantization_config": {"method": "nvfp4", "kernel": "reference"}},
     "nvfp4_weight_only": {"quantization_config": {"method": "nvfp4", "weight_only": True}},
     "fp8_weight_only": {"quantization_config": {"method": "fp8", "kernel": "weight_only"}},
+    **{
+        f"gguf_{kind}": {"quantization_config": {"method": "gguf", "gguf_type": kind}}
+        for kind in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
+    },
+    "auto_round": {"quantization": "auto-round"},
+    "svdquant_reference": {"quantization_config": {"method": "svdquant", "kernel": "reference"}},
+    "svdquant_int4_reference": {
+        "quantization_config": {"method": "svdquant", "precision": "int4", "kernel": "reference"}
+    },
+    "modelopt_fp8_reference": {
+        "quantization_config": {"method": "modelopt", "quant_algo": "FP8", "kernel": "reference"},
+        "calibration_prompts": held_out_captions(CALIBRATION_COUNT, seed=1),
+    },
+    "comfyui_reference": {"quantization_config": {"method": "comfyui", "kernel": "reference"}},
 }
 TITLES = {"bf16": "BF16", "int8": "Int8", "fp8_reference": "FP8"}
 

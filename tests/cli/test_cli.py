@@ -91,7 +91,7 @@ def test_quantize_writes_a_checkpoint_that_generates(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
     assert "# small" in (tmp_path / "small" / "README.md").read_text()
-    result = lowbit("info", "small", "-q", "int8", cwd=tmp_path)
+    result = lowbit("info", "small", cwd=tmp_path)
     assert "int8 takes" in result.stdout, result.stderr
     result = lowbit("generate", PROMPT, "--model", "small", "--output", "picture.png", cwd=tmp_path)
     assert " 20 steps " in result.stdout, result.stderr

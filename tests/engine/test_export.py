@@ -114,7 +114,8 @@ def test_a_folder_is_whole_and_loads_as_what_was_quantized(whole: Path) -> None:
         {"transformer": {"method": "gguf", "gguf_type": "Q4_0"}, "text_encoder": "mxfp4"},
         {"transformer": "nvfp4", "text_encoder": "mxfp8"},
         {"transformer": {"method": "modelopt", "quant_algo": "W4A16_NVFP4"}},
-        {"transformer": "svdquant"},
+        {"transformer": "svdquant", "text_encoder": "comfyui"},
+        {"transformer": {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 1}, "text_encoder": "int8"},
     ],
     ids=str,
 )
@@ -166,8 +167,16 @@ def test_calibration_is_not_repeated_when_what_needs_it_is_there(
     assert contents(target) == contents(uninterrupted)
 
 
-def test_static_scales_are_found_and_written(tmp_path: Path) -> None:
-    spec = {"method": "fp8", "activation_scheme": "static"}
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"method": "fp8", "activation_scheme": "static"},
+        {"method": "modelopt", "quant_algo": "FP8"},
+        {"method": "modelopt", "quant_algo": "NVFP4"},
+    ],
+    ids=str,
+)
+def test_static_scales_are_found_and_written(spec: dict[str, Any], tmp_path: Path) -> None:
     assert export(tmp_path / "small", spec, calibration_prompts=["a red circle"])[0] == "transformer"
     transformer = Omni(str(tmp_path / "small"), device="cpu").transformers()["transformer"]
     assert static_layers(transformer)

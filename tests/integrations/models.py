@@ -178,7 +178,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "nvfp4-weight_only": {"method": "nvfp4", "weight_only": True},
     "gguf-Q8_0": {"method": "gguf", "gguf_type": "Q8_0"},
     "gguf-Q4_0": {"method": "gguf", "gguf_type": "Q4_0"},
+    "auto-round": {"method": "auto-round", "group_size": 32},
+    "auto-round-asymmetric": {"method": "auto-round", "group_size": 32, "sym": False, "bits": 8},
+    "svdquant-nvfp4": {"method": "svdquant", "rank": 8},
+    "svdquant-int4": {"method": "svdquant", "rank": 8, "precision": "int4"},
+    "svdquant-smoothing": {"method": "svdquant", "rank": 8, "smoothing": 0.5, "kernel": "reference"},
+    "modelopt-FP8": {"method": "modelopt", "quant_algo": "FP8", "kernel": "reference"},
+    "modelopt-NVFP4": {"method": "modelopt", "quant_algo": "NVFP4"},
+    "modelopt-MXFP8": {"method": "modelopt", "quant_algo": "MXFP8"},
+    "comfyui": {"method": "comfyui"},
 }
+# Those whose activations have one scale, found beforehand.
+STATIC = ("fp8-static", "modelopt-FP8", "modelopt-NVFP4")
 
 
 def quantized_model(family: Family, method: str) -> Any:
@@ -197,7 +208,7 @@ def _quantized_model(family: Family, method: str) -> Any:
         with watched_inputs(model) as seen:
             family.run(model)
     quantize_model(model, config, seen_inputs=seen)
-    if METHODS[method].get("activation_scheme") == "static":
+    if method in STATIC:
         with calibration(model):
             family.run(model)
     return model

@@ -333,6 +333,14 @@ def test_mutated_configurations_give_errors_of_lowbits_own(options: dict[str, An
         build_quant_config({"quant_method": "ascend", **options})
 
 
+def test_quantized_layers_can_not_be_ignored(tmp_path: Path) -> None:
+    folder = write(tmp_path, dynamic()[0], "W8A8_DYNAMIC")
+    config = described(folder / "transformer", AscendConfig(ignored_layers=["ff.net.2"]))
+    assert config is not None
+    with pytest.raises(ConfigError, match=rf"ignored_layers can't keep what .*json has quantized: {LAYER}"):
+        load_component(str(folder), "transformer", "diffusers", "FluxTransformer2DModel", config, dtype=torch.float32)
+
+
 def test_a_folder_without_description(tmp_path: Path) -> None:
     assert described(tmp_path, None) is None
     with pytest.raises(CheckpointError, match="has no quant_model_description"):

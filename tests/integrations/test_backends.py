@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lowbit import Omni, build_quant_config, quantize_model, register_quantization_method
+from lowbit.cli.info import info
 from lowbit.cli.quantize import refuse_other_backends
 from lowbit.engine.loading import read_components, resolve_model
 from lowbit.errors import ConfigError, UnsupportedError
@@ -157,8 +158,6 @@ def test_bitsandbytes_without_a_gpu() -> None:
 
 @needs("torchao")
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
-    from lowbit.cli.info import info
-
     info("embedded", "torchao", None, None, None, None)
     shown = capsys.readouterr().out
     assert "torchao (through diffusers)" in shown

@@ -21,6 +21,13 @@ METHODS = {
     "mxfp4_dualscale": {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 1},
     "nvfp4": {"method": "nvfp4"},
     "gguf": {"method": "gguf", "gguf_type": "Q8_0"},
+    "fp8-block": {"method": "fp8", "weight_block_size": [32, 32]},
+    "int8-rotation": {"method": "int8", "rotation": 16},
+    "auto-round": {"method": "auto-round", "group_size": 32},
+    "svdquant": {"method": "svdquant", "rank": 8},
+    "modelopt": {"method": "modelopt", "quant_algo": "W4A16_NVFP4"},
+    "modelopt-FP8": {"method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+    "comfyui": {"method": "comfyui"},
 }
 TOKENS = torch.arange(3, 11)[None]
 

@@ -183,6 +183,20 @@ def test_ignored_layers(checkpoint: Path, tmp_path: Path) -> None:
     assert {record.name for record in reloaded.lowbit_manifest.kept} == kept.keys()
 
 
+@pytest.mark.parametrize("method", ["int8", "fp8"])
+def test_the_dtype_of_a_model_is_that_of_activations(method: str) -> None:
+    """Also where its first layer is quantized, whose weight and scales are of other floating dtypes."""
+    model: Any = FAMILIES["flux"].make().to(torch.bfloat16)
+    first = torch.nn.Sequential(torch.nn.Linear(64, 64, dtype=torch.bfloat16))
+    quantize_model(first, method)
+    tail = model._modules.copy()
+    model._modules.clear()
+    model._modules.update({"first": first, **tail})
+    assert next(iter(model.parameters())).dtype != torch.bfloat16
+    assert model.dtype == torch.bfloat16
+    assert model.to(torch.float16).dtype == torch.float16
+
+
 def test_float32_modules_stay_float32(tmp_path: Path) -> None:
     folder = save(FAMILIES["wan"].make(), tmp_path / "wan")
     model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=BF16, quantization_config=Int8Config())

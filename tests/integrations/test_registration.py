@@ -50,6 +50,11 @@ def test_every_import_order(order: str) -> None:
     run("\n".join([*ORDERS[order], CHECK]))
 
 
+@pytest.mark.parametrize("module", ["diffusers", "transformers", "inspection"])
+def test_every_module_of_ours_may_be_first(module: str) -> None:
+    run(f"import lowbit.integrations.{module}\n{CHECK}")
+
+
 def test_importing_lowbit_is_light() -> None:
     run(
         "import sys, lowbit\n"

@@ -42,6 +42,14 @@ def test_rounds_half_to_even() -> None:
     assert quantized.tolist() == [[127, 0, 2, 2, 0, -2]]
 
 
+def test_every_code_decodes_as_float64_rounds_it() -> None:
+    weight = torch.arange(-128, 128, dtype=torch.int8).repeat(40, 1)
+    scale = torch.logspace(-30, 30, 40)[:, None]
+    exact = weight.double() * scale.double()
+    assert torch.equal(int8.dequantize_int8(weight, scale), exact.float())
+    assert torch.equal(int8.dequantize_int8(weight, scale[3, 0]), (weight.double() * scale[3].double()).float())
+
+
 def test_product_is_exact_in_integers() -> None:
     x = torch.full((3, 20_000), 127, dtype=torch.int8)  # the sum passes 2**24, where float32 stops counting
     weight = torch.full((5, 20_000), 127, dtype=torch.int8)

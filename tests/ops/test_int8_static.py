@@ -60,6 +60,14 @@ def test_nan_makes_its_row_nan_and_infinity_saturates(module: object) -> None:
     assert result[[0, 2]].isfinite().all()
 
 
+def test_the_decoder_against_float64() -> None:
+    weight = torch.arange(-128, 128, dtype=torch.int8).repeat(9, 1)
+    deq_scale, input_scale = torch.rand(9) * 1e-4, torch.tensor([0.02])
+    exact = weight.double() * deq_scale.double()[:, None] / input_scale.double()
+    found = int8_static.dequantize_int8_static(weight, deq_scale, input_scale)
+    torch.testing.assert_close(found.double(), exact, rtol=2e-7, atol=0)
+
+
 def test_scales_as_bits_and_bias() -> None:
     tensors = layer(-9.0)
     bits = tensors["deq_scale"].view(torch.int32).long()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -22,7 +22,6 @@ from lowbit.ops.dispatch import AnyProblem, Implementation, Problem, verdicts
 from lowbit.quantization.backends import BACKENDS, BackendConfig
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS, build_quant_config, config_class
-from lowbit.quantization.plan import plan_layers
 
 EXAMPLES = """Examples:
 
@@ -31,6 +30,8 @@ EXAMPLES = """Examples:
   lowbit info embedded --quantization int8
 
   lowbit info ./z-image --quantization fp8 --ignored-layers feed_forward
+
+  lowbit info ./z-image-int8
 """
 
 _PACKAGES = ("torch", "diffusers", "transformers", "triton")
@@ -38,7 +39,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "triton")
 
 def info(
     model: Annotated[str | None, typer.Argument(help="A folder, a Hub id, or `embedded`.")] = None,
-    quantization: options.Quantization = "int8",
+    quantization: options.Quantization = None,
     quantization_config: options.QuantizationConfigText = None,
     ignored_layers: options.IgnoredLayers = None,
     gguf_model: options.GgufModel = None,
@@ -46,15 +47,17 @@ def info(
     comfyui_model: options.ComfyUiModel = None,
     svdquant_model: options.SvdQuantModel = None,
 ) -> None:
-    """Show which kernels run here and why not the others; of a MODEL, what would be quantized and why not the rest."""
+    """Show which kernels run here and why not the others; of a MODEL, what is or would be quantized, and why not all.
+
+    A model that is quantized already is shown as it is. Of another one, what int8 would do if no method is named.
+    """
     if model is None:
         _show_machine()
     else:
-        method = None if quantization_config is not None else quantization
         _show_model(
             model,
             options.quantization_spec(
-                method,
+                quantization,
                 quantization_config,
                 ignored_layers,
                 gguf_model=gguf_model,
@@ -119,51 +122,73 @@ def _version(package: str) -> str:
 
 def _show_model(model: str, spec: Any) -> None:
     from lowbit.engine.loading import read_components, resolve_model, route
-    from lowbit.integrations.skeleton import empty_component
+    from lowbit.integrations.dispatch import method_of
+    from lowbit.integrations.inspection import files_on_disk, own_config, stored_config
 
-    config = build_quant_config(spec)
     source = resolve_model(model)
     components = read_components(source)
-    chosen = route(config, components)
-    for name, (library, class_name) in components.items():
-        if name not in chosen:
-            typer.echo(f"{name}: {class_name}, as it is")
+    asked = route(build_quant_config(spec), components)
+    chosen: dict[str, QuantizationConfig | BackendConfig] = {
+        name: config for name, config in asked.items() if isinstance(config, BackendConfig)
+    }
+    ours = {name: config for name, config in asked.items() if isinstance(config, QuantizationConfig)}
+    own = {name: own_config(source, name, ours.get(name)) for name in components if name not in chosen}
+    chosen.update({name: config for name, config in own.items() if config is not None})
+    others = {name: method_of(stored) for name in own if (stored := stored_config(source, name)) is not None}
+    if not chosen and not others and spec is None:
+        chosen = route(build_quant_config("int8"), components)
+    for name, entry in components.items():
+        if name in chosen:
+            _show_component(source, name, entry, chosen[name])
             continue
-        _show_component(name, class_name, empty_component(source, name, library, class_name), chosen[name])
-    if not chosen:
+        size = files_on_disk(source, name)
+        what = f"quantized with {others[name]}, by its own library" if name in others else "as it is"
+        typer.echo(f"{name}: {entry[1]}, {what}" + (f", {size / 1e6:,.1f} MB on disk" if size else ""))
+    if not chosen and not others:
         raise ConfigError("Nothing to quantize: give --quantization or --quantization-config")
 
 
-def _show_component(
-    name: str, class_name: str, skeleton: torch.nn.Module, config: QuantizationConfig | BackendConfig
-) -> None:
-    fates = _fates(skeleton, config)
-    groups: Counter[tuple[str, str]] = Counter()
-    for layer, (method, reason) in fates.items():
-        groups[re.sub(r"(?<=\.)\d+(?=\.)", "*", layer), method or f"kept: {reason}"] += 1
-    weights = {layer: skeleton.get_parameter(f"{layer}.weight").numel() for layer in fates}
-    quantized = sum(weights[layer] for layer, (method, _) in fates.items() if method)
-    typer.echo(f"{name}: {class_name}, {sum(weights.values()) / 1e6:,.1f} M weights in linear layers,")
-    typer.echo(f"  of which {config.get_name()} takes {quantized / max(1, sum(weights.values())):.1%}")
-    width = max(len(layer) for layer, _ in groups)
-    for (layer, what), count in groups.items():
-        typer.echo(f"  {layer:{width}}  x{count:<4} {what}")
+def _show_component(source: str, name: str, entry: tuple[str, str], config: QuantizationConfig | BackendConfig) -> None:
+    from lowbit.integrations.inspection import inspect_component
+    from lowbit.integrations.skeleton import empty_component
+
+    weights: Mapping[str, int]
     if isinstance(config, BackendConfig):
-        typer.echo(f"  {config.backend} is asked to; what it did is in the manifest of Omni")
-    family = family_of(class_name)
+        skeleton = empty_component(source, name, *entry)
+        fates = _fates_elsewhere(skeleton, config)
+        weights = {layer: skeleton.get_parameter(f"{layer}.weight").numel() for layer in fates}
+        last = f"{config.backend} is asked to; what it did is in the manifest of Omni"
+    else:
+        found = inspect_component(source, name, *entry, config, torch.bfloat16)
+        fates = {record.name: (record.method or "", record.reason) for record in found.manifest.layers}
+        weights, last = found.weights, found.manifest.summary()
+    _show_layers(name, entry[1], config.get_name(), fates, weights)
+    typer.echo(f"  {last}")
+    family = family_of(entry[1])
     if family and family.note:
         typer.echo(f"  {family.name}: {family.note}")
 
 
-def _fates(skeleton: torch.nn.Module, config: QuantizationConfig | BackendConfig) -> dict[str, tuple[str, str]]:
-    """Return linear layer -> (method, reason to keep it); one of them is empty."""
-    if isinstance(config, BackendConfig):
-        from lowbit.integrations.backends import kept_by_name, route_of
+def _show_layers(
+    name: str, class_name: str, method: str, fates: Mapping[str, tuple[str, str]], weights: Mapping[str, int]
+) -> None:
+    groups: Counter[tuple[str, str]] = Counter()
+    for layer, (taken, reason) in fates.items():
+        groups[re.sub(r"(?<=\.)\d+(?=\.)", "*", layer), taken or f"kept: {reason}"] += 1
+    quantized = sum(weights[layer] for layer, (taken, _) in fates.items() if taken)
+    typer.echo(f"{name}: {class_name}, {sum(weights.values()) / 1e6:,.1f} M weights in linear layers,")
+    typer.echo(f"  of which {method} takes {quantized / max(1, sum(weights.values())):.1%}")
+    width = max(len(layer) for layer, _ in groups)
+    for (layer, what), count in groups.items():
+        typer.echo(f"  {layer:{width}}  x{count:<4} {what}")
 
-        through = route_of(type(skeleton).__module__.split(".", maxsplit=1)[0])
-        return {
-            layer: ("" if reason else f"{config.backend} ({through})", reason)
-            for layer, reason in kept_by_name(skeleton, config).items()
-        }
-    plan = plan_layers(skeleton, config)
-    return {layer: (each.method.name if each.method else "", each.reason) for layer, each in plan.items()}
+
+def _fates_elsewhere(skeleton: torch.nn.Module, config: BackendConfig) -> dict[str, tuple[str, str]]:
+    """Return linear layer -> (method of another library, reason to keep it); one of them is empty."""
+    from lowbit.integrations.backends import kept_by_name, route_of
+
+    through = route_of(type(skeleton).__module__.split(".", maxsplit=1)[0])
+    return {
+        layer: ("" if reason else f"{config.backend} ({through})", reason)
+        for layer, reason in kept_by_name(skeleton, config).items()
+    }

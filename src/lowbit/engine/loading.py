@@ -266,6 +266,12 @@ def route(
     transformers = [name for name, entry in components.items() if is_diffusion_transformer(*entry)]
     if isinstance(config, ComponentQuantizationConfig):
         config.check_components(components)
+        inner = [name for name in config.component_configs if name not in components]
+        if inner:
+            raise ConfigError(
+                f"The quantization configuration names parts of components: {', '.join(inner)}. Name components, and"
+                " keep layers of theirs with ignored_layers"
+            )
         named = {name for name in components if name in config.component_configs}
         resolved = {name: config.resolve(name) for name in [*transformers, *named]}
         return {name: found for name, found in resolved.items() if found is not None}

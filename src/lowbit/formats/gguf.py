@@ -104,7 +104,7 @@ class GgufFile:
     _data: torch.Tensor = field(repr=False, compare=False)
 
     def rows(self, tensor: GgufTensor, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Return rows ``first`` to ``last`` (all by default) of a tensor: uint8 [rows, bytes per row], in the mapping."""
+        """Return rows ``first`` to ``last`` (by default all) of a tensor: uint8 [rows, bytes per row], mapped."""
         count = (tensor.rows if last is None else last) - first
         start = tensor.offset + first * tensor.row_bytes
         return self._data[start : start + count * tensor.row_bytes].view(count, tensor.row_bytes)

@@ -103,6 +103,7 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
     """Open the description and the weights in ``config.weights_folder`` for ``model``.
 
     Raises:
+        ConfigError: ``ignored_layers`` names layers that are quantized.
         CheckpointError: they contradict each other, or are damaged.
         UnsupportedError: a type that lowbit does not read.
     """
@@ -117,13 +118,16 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
     stored = _own_names({_parameter_name(name, headers): name for name in headers}, model)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layer_types = _layer_types(description, {name: types[key] for name, key in stored.items()}, linear)
+    ignored = [name for name in layer_types if config.is_ignored(name)]
+    if ignored:
+        raise ConfigError(f"ascend: ignored_layers can't keep what {description} has quantized: {', '.join(ignored)}")
     smoothed = [name for name in layer_types if f"{name}.mul_scale" in stored]
     found = replace(config, layer_types=layer_types, smoothed_layers=smoothed, weights_folder=None)
     handles = {file: safe_open(str(file), framework="pt") for file in {header.file for header in headers.values()}}
     sources = {name: _source(headers[key], key, handles[headers[key].file]) for name, key in stored.items()}
     biased = {name: layer for name in linear if (layer := model.get_submodule(name)).bias is not None}
     tensors: dict[str, ForeignTensor] = dict(_of_model(sources, layer_types, biased))
-    return ForeignWeights(str(description), found, tensors)
+    return ForeignWeights(str(description), found, tensors, files=sorted(handles))
 
 
 def _tensor_types(description: Path, headers: Mapping[str, TensorHeader]) -> dict[str, str]:

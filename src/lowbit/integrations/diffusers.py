@@ -13,7 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from lowbit.errors import CheckpointError, ConfigError
-from lowbit.integrations import dispatch, loading
+from lowbit.integrations import dispatch, loading, registration
 from lowbit.integrations.checks import check_tensors, read_headers, refuse_pickles
 from lowbit.ops.cpu.memory import MappedTensors
 from lowbit.quantization import plan as quantization_plan
@@ -166,7 +166,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             self.progress.close()
         loading.drop_absent(self.preparation.layers.values())
         loading.check_loaded(model)
-        loading.finish(model, self.preparation)
+        loading.finish(model, self.preparation, self.files)
         model.register_to_config(quantization_config=loading.serialized_config(model))  # type: ignore[operator]
         self.preparation = self.progress = self.shard = None
 
@@ -207,3 +207,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Whether ``torch.compile`` works: yes."""
         return True
+
+
+# Where this module is imported first, it brings the library's, which can't be registered with before here.
+registration.install()

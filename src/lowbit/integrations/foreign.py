@@ -11,6 +11,7 @@ import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -61,6 +62,7 @@ class ForeignWeights:
 
     Attributes:
         location: the file, for messages.
+        files: that hold the tensors, if there are others than ``location``.
         config: the configuration that these weights make.
         tensors: by the model's names.
         missing: further names that the format should have had, in its own spelling.
@@ -70,6 +72,7 @@ class ForeignWeights:
     config: QuantizationConfig
     tensors: Mapping[str, ForeignTensor]
     missing: Sequence[str] = ()
+    files: Sequence[Path] = ()
 
 
 def load_component(
@@ -153,7 +156,7 @@ def load_weights(
     loading.drop_absent(preparation.layers.values())
     model.to(device)  # buffers that no checkpoint has
     loading.check_loaded(model)
-    loading.finish(model, preparation)
+    loading.finish(model, preparation, weights.files or [weights.location])
     attach(model)
     model.eval()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,7 +96,9 @@ def prepare(
     layers = quantized_layers(model)
     for layer in layers.values():
         layer.awaits_tensors = True
-        if not config.is_serialized:
+        if config.is_serialized:
+            layer.expect_stored()
+        else:
             layer.expect_unquantized()
     if device is not None:
         _check_kernels(layers.values(), torch.device(device))
@@ -207,16 +210,23 @@ def _absent(model: nn.Module) -> Iterator[str]:
                 yield f"{prefix}.{stored}" if prefix else stored
 
 
-def finish(model: nn.Module, preparation: Preparation) -> Manifest:
+def finish(model: nn.Module, preparation: Preparation, files: Iterable[str | Path] = ()) -> Manifest:
     """Bring the loaded layers to their kernels' layouts, one at a time, and record what was done.
 
     Sets ``model.lowbit_manifest`` and ``model.lowbit_config``, as ``quantize_model`` does.
+
+    Args:
+        model: with all its tensors.
+        preparation: that it was loaded with.
+        files: that the tensors came from.
     """
     for layer in preparation.layers.values():
         layer.awaits_unquantized = layer.awaits_tensors = False
+        layer.forget_stored()
         if not _is_for_other_device(layer.method, layer.weight.device):
             layer.process_weights_after_loading()
-    manifest = replace(make_manifest(model, preparation.plan), notes=_expert_notes(model))
+    manifest = make_manifest(model, preparation.plan)
+    manifest = replace(manifest, notes=_expert_notes(model), bytes_on_disk=bytes_on_disk(files))
     model.lowbit_manifest = manifest  # type: ignore[assignment]
     model.lowbit_config = preparation.config  # type: ignore[assignment]
     logger.info("%s", manifest.summary())
@@ -226,6 +236,12 @@ def finish(model: nn.Module, preparation: Preparation) -> Manifest:
     if waiting:
         logger.warning("%s: %d layers need calibration before use", manifest.component, len(waiting))
     return manifest
+
+
+def bytes_on_disk(files: Iterable[str | Path]) -> int | None:
+    """Return the size of ``files``, ``None`` if there are none."""
+    sizes = [Path(file).stat().st_size for file in files]
+    return sum(sizes) if sizes else None
 
 
 def _expert_notes(model: nn.Module) -> tuple[str, ...]:

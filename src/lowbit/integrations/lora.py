@@ -1,7 +1,7 @@
 """LoRA adapters on quantized layers: peft adds them to what a layer computes, as to any ``nn.Linear``.
 
 Two things the libraries do by looking at a layer's weight, which a quantized layer's can't answer: merging an adapter
-into it, which is refused, and comparing its shape with the adapter's (FLUX's loader does).
+into it, which is refused, and comparing its shape with the adapter's, to widen one of them (FLUX's loader does).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from lowbit.errors import UnsupportedError
@@ -30,6 +31,7 @@ def register(module: ModuleType) -> None:
     """Prepare one of the libraries' modules for quantized layers."""
     if module.__name__ == _FLUX_LOADER:
         override(module.FluxLoraLoaderMixin, "_calculate_module_shape", _module_shape)
+        override(module.FluxLoraLoaderMixin, "_maybe_expand_lora_state_dict", _widen_adapters)
         override(module, "_maybe_dequantize_weight_for_expanded_lora", _refuse_expanding)
     else:
         owner, name = _MERGING[module.__name__]
@@ -63,11 +65,39 @@ def _module_shape(
     return original(model, base_module=base_module, base_weight_param_name=base_weight_param_name)
 
 
+def _widen_adapters(
+    original: Callable[..., Any], transformer: nn.Module, lora_state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Pad adapters for fewer inputs with zeros; diffusers looks for a weight [N, K] in the state dict.
+
+    Those of quantized layers are padded here, the others by ``original``.
+    """
+    layers = {f"transformer.{name}.": layer for name, layer in transformer.named_modules()}
+    ours, others = {}, {}
+    for name, tensor in lora_state_dict.items():
+        prefix, _, _ = name.partition("lora_")
+        layer = layers.get(prefix)
+        layer = getattr(layer, "base_layer", layer)
+        if not isinstance(layer, QuantizedLinear):
+            others[name] = tensor
+        elif name.endswith("lora_A.weight"):
+            if tensor.shape[1] > layer.in_features:
+                raise _too_large(layer)
+            ours[name] = nn.functional.pad(tensor, (0, layer.in_features - tensor.shape[1]))
+        else:
+            ours[name] = tensor
+    return {**original(transformer=transformer, lora_state_dict=others), **ours}
+
+
 def _refuse_expanding(original: Callable[..., Any], model: nn.Module, module: nn.Module) -> Any:
     layer = getattr(module, "base_layer", module)
     if isinstance(layer, QuantizedLinear):
-        raise UnsupportedError(
-            f"The adapter is for a larger layer than {layer.prefix} ({layer.in_features} to {layer.out_features}"
-            " features), which can't grow as it is quantized: keep it with ignored_layers"
-        )
+        raise _too_large(layer)
     return original(model, module)
+
+
+def _too_large(layer: QuantizedLinear) -> UnsupportedError:
+    return UnsupportedError(
+        f"The adapter is for a larger layer than {layer.prefix} ({layer.in_features} to {layer.out_features}"
+        " features), which can't grow as it is quantized: keep it with ignored_layers"
+    )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from lowbit.integrations.overrides import override
@@ -28,9 +29,23 @@ def _init_align_devices_hook(original: Callable[..., Any], hook: Any, module: nn
     for layer in _quantized(module.modules() if hook.place_submodules else [module]):
         if hook.offload:
             layer.let_others_move()
+            if layer is module and layer.method.stored_names:
+                hook.weights_map = _under_own_names(layer, hook.weights_map)
         elif hook.execution_device is not None:  # moved once, now
             layer.method.restore_weights(layer)
     return original(hook, module)
+
+
+def _under_own_names(layer: QuantizedLinear, weights: Any) -> dict[str, torch.Tensor]:
+    """Return what to bring for a layer whose checkpoint has other names and layouts than its parameters.
+
+    accelerate took ``weights`` from the state dict: copies, which are let go.
+    """
+    dataset = getattr(weights, "dataset", None)
+    if isinstance(dataset, dict):
+        for stored in (layer.stored_name(name) for name in layer.quantized_names):
+            dataset.pop(f"{weights.prefix}{stored}", None)
+    return {name: parameter.data.to("cpu") for name, parameter in layer.named_parameters()}
 
 
 def _init_module_group(

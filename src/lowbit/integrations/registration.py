@@ -2,7 +2,7 @@
 
 The first two keep their quantizers in a module ``<library>.quantizers.auto``. If that module is there already, lowbit
 registers at once; if not, a finder on ``sys.meta_path`` waits for it and registers when it has been executed. The same
-goes for the modules that bring adapters to layers and that move layers' parameters.
+goes for the modules that bring adapters to layers, that move layers' parameters and that tell a model's dtype.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from types import ModuleType
 _PLUGINS = {
     "diffusers.quantizers.auto": "lowbit.integrations.diffusers",
     "transformers.quantizers.auto": "lowbit.integrations.transformers",
+    "diffusers.models.modeling_utils": "lowbit.integrations.dtypes",
     "diffusers.loaders.lora_pipeline": "lowbit.integrations.lora",
     "diffusers.loaders.peft": "lowbit.integrations.lora",
     "peft.tuners.lora.layer": "lowbit.integrations.lora",
@@ -41,7 +42,9 @@ def install() -> None:
 
 
 def _register(module: ModuleType) -> None:
-    importlib.import_module(_PLUGINS[module.__name__]).register(module)
+    ours = importlib.import_module(_PLUGINS[module.__name__])
+    if hasattr(ours, "register"):  # or it is being imported, and installs at its end
+        ours.register(module)
 
 
 def _is_initializing(module: ModuleType) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from lowbit.errors import CheckpointError, located
-from lowbit.integrations import dispatch, loading
+from lowbit.integrations import dispatch, loading, registration
 from lowbit.integrations.checks import TensorHeader, read_headers, refuse_pickles, wrong_shape
 from lowbit.quantization import plan as quantization_plan
 from lowbit.quantization.base import QuantizationConfig
@@ -77,6 +77,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.preparation: loading.Preparation | None = None
+        self.files: list[str] = []
         self.location = ""  # of the checkpoint, for messages
         self.find_wrong: Callable[[Sequence[Any]], dict[str, str]] | None = None
         self.wrong: Mapping[str, str] = {}  # tensor -> what it is instead of what is needed
@@ -101,21 +102,19 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         files = list(checkpoint_files or ())
         refuse_pickles(files)
         headers = read_headers(file for file in files if str(file).endswith(".safetensors"))
-        self.location = str(Path(files[0]).parent) if files else ""
-        config = _for_base_model(self.quantization_config.of_checkpoint(headers), model)
+        self.files, self.location = files, str(Path(files[0]).parent) if files else ""
+        config = for_base_model(self.quantization_config.of_checkpoint(headers), model)
         self.quantization_config, self.pre_quantized = config, config.is_serialized
         self.preparation = loading.prepare(
             model,
             config,
             model.dtype,
             device=loading.first_device(device_map),
-            kept=_kept_by_model(model),
+            kept=kept_by_model(model),
         )
         self.find_wrong = partial(_wrong_tensors, model, self.preparation, headers)
         for layer in self.preparation.layers.values():
             setattr(layer, _LOADED, True)  # or transformers would initialize it as a linear layer
-            if config.is_serialized:
-                _expect_stored(layer)
         optional = sorted({name for layer in self.preparation.layers.values() for name in layer.method.optional})
         ignored = [*(model._keys_to_ignore_on_load_missing or ()), *(rf"\.{name}$" for name in optional)]
         model._keys_to_ignore_on_load_missing = ignored
@@ -181,7 +180,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.preparation is not None
         with located(self.location):
             self._settle_layers(model, self.preparation)
-            loading.finish(model, self.preparation)
+            loading.finish(model, self.preparation, self.files)
         model.config.quantization_config = loading.serialized_config(model)  # type: ignore[union-attr]
         self.preparation = self.find_wrong = None
 
@@ -235,7 +234,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _for_base_model(config: QuantizationConfig, model: Any) -> QuantizationConfig:
+def for_base_model(config: QuantizationConfig, model: Any) -> QuantizationConfig:
     """Return the configuration of a checkpoint of a model with a head (``model.layers.0``) for the model without."""
     prefix = f"{model.base_model_prefix}."
     if not config.is_serialized or prefix == "." or hasattr(model, model.base_model_prefix):
@@ -243,7 +242,7 @@ def _for_base_model(config: QuantizationConfig, model: Any) -> QuantizationConfi
     return config.without_prefix(prefix)
 
 
-def _kept_by_model(model: Any) -> dict[str, list[str]]:
+def kept_by_model(model: Any) -> dict[str, list[str]]:
     """Return reason -> names of the layers that a model itself wants in float32, tied, or as its output."""
     tied = {**getattr(model, "all_tied_weights_keys", {})}
     output = model.get_output_embeddings()
@@ -278,18 +277,12 @@ def _wrong_tensors(
     return found
 
 
-def _expect_stored(layer: QuantizedLinear) -> None:
-    """Give the layer what transformers looks up under a checkpoint's names, where those are not the parameters'."""
-    for name, stored in layer.method.stored_names.items():
-        layer.__dict__[stored] = layer.get_parameter(name)
-
-
 def _take_stored(layer: QuantizedLinear) -> None:
     """Move the tensors that transformers set under a checkpoint's names to the parameters, as they are."""
     for name, stored in layer.method.stored_names.items():
         if stored in layer._parameters:
             layer._parameters[name] = layer._parameters.pop(stored)
-        layer.__dict__[stored] = None
+    layer.forget_stored()
 
 
 def _missing(layer: QuantizedLinear) -> list[str]:
@@ -333,3 +326,7 @@ def _settle(layer: QuantizedLinear, from_checkpoint: bool) -> None:
         layer.replace_tensor(name, layer.method.canonical_tensor(layer, name, tensor) if from_checkpoint else tensor)
     if layer.bias is not None:
         layer.bias.requires_grad_(False)
+
+
+# Where this module is imported first, it brings the library's, which can't be registered with before here.
+registration.install()

@@ -59,6 +59,19 @@ def quantize_int8_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return torch.where(finite, quantized, 0.0).to(torch.int8), scale
 
 
+def dequantize_int8(weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """Decode a weight: ``weight * weight_scale``, rounded once.
+
+    Args:
+        weight: int8 [N, K].
+        weight_scale: float32 [N, 1], or [] for the whole weight.
+
+    Returns:
+        float32 [N, K].
+    """
+    return weight.float() * weight_scale
+
+
 def int8_scaled_mm(
     x: torch.Tensor,
     x_scale: torch.Tensor,

@@ -43,6 +43,20 @@ def bits_to_scale(deq_scale: torch.Tensor) -> torch.Tensor:
     return deq_scale.to(torch.int32).view(torch.float32)
 
 
+def dequantize_int8_static(weight: torch.Tensor, deq_scale: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
+    """Decode a weight: ``weight * (deq_scale / input_scale)``.
+
+    Args:
+        weight: int8 [N, K].
+        deq_scale: float32 [N], the input's scale times the weight's.
+        input_scale: float32, one element.
+
+    Returns:
+        float32 [N, K].
+    """
+    return int8.dequantize_int8(weight, (deq_scale / input_scale).unsqueeze(1))
+
+
 def bias_of(
     weight: torch.Tensor, input_offset: torch.Tensor, quant_bias: torch.Tensor, deq_scale: torch.Tensor
 ) -> torch.Tensor:

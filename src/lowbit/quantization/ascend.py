@@ -169,8 +169,9 @@ class AscendStaticMethod(LinearMethod):
 
     def dequantize_weight(self, layer: QuantizedLinear) -> Tensor:
         """Return ``weight * deq_scale / input_scale``."""
-        scale = layer.get_parameter("deq_scale") / layer.get_parameter("input_scale")
-        return layer.get_parameter("weight").float() * scale.unsqueeze(1)
+        return int8_static.dequantize_int8_static(
+            *(layer.get_parameter(name) for name in ("weight", "deq_scale", "input_scale"))
+        )
 
     def apply(self, layer: QuantizedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
         """Quantize x with the checkpoint's scale and offset and multiply."""

@@ -225,6 +225,8 @@ class AutoRoundLinearMethod(LinearMethod):
     def process_weights_after_loading(self, layer: QuantizedLinear) -> None:
         """Choose the kernel and see whether there is a zero point to subtract."""
         super().process_weights_after_loading(layer)
+        if layer.get_parameter("zero_point").is_meta:
+            return  # there is nothing to see
         middle = w4a16.SYMMETRIC_ZERO_POINT if self.bits_held == 4 else 0
         layer.is_symmetric = not bool((layer.get_parameter("zero_point") != middle).any())
 

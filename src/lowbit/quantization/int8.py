@@ -92,7 +92,7 @@ class Int8LinearMethod(LinearMethod):
 
     def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
         """Return ``weight * weight_scale``."""
-        return layer.get_parameter("weight").float() * layer.get_parameter("weight_scale")
+        return int8.dequantize_int8(layer.get_parameter("weight"), layer.get_parameter("weight_scale"))
 
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Quantize x by tokens and multiply."""

@@ -79,8 +79,6 @@ class QuantizedLinear(nn.Linear):
         self.expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         method.create_weights(self)
         self.quantized_names = tuple(self._parameters)
-        for stored in method.stored_names.values():
-            self.__dict__[stored] = None  # diffusers looks a checkpoint's names up as attributes
         empty_bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", empty_bias)
 
@@ -111,6 +109,16 @@ class QuantizedLinear(nn.Linear):
         shape = (self.out_features, self.in_features)
         self.replace_tensor("weight", torch.empty(shape, dtype=self.compute_dtype, device="meta"))
         self.awaits_unquantized = True
+
+    def expect_stored(self) -> None:
+        """Show the parameters under the checkpoint's names, too: diffusers and transformers look there to load."""
+        for name, stored in self.method.stored_names.items():
+            self.__dict__[stored] = self._parameters[name]
+
+    def forget_stored(self) -> None:
+        """Undo ``expect_stored``: peft takes a layer with a ``qweight`` for one of another library's."""
+        for stored in self.method.stored_names.values():
+            self.__dict__.pop(stored, None)
 
     def stored_name(self, name: str) -> str:
         """Return what ``state_dict``, as the checkpoint, calls the parameter ``name``."""
@@ -179,6 +187,7 @@ class QuantizedLinear(nn.Linear):
         """Compute x [..., K] -> [..., N] in ``x.dtype``."""
         # Nobody moves weights of a compiled model behind its back, and tracing shows them in other layouts.
         if self.kernel is None or (not torch.compiler.is_compiling() and self._is_moved()):
+            self.owns_weight = self.owns_weight and self.kernel is None  # what others put here may be theirs
             self.method.restore_weights(self)
             self.method.process_weights_after_loading(self)
         return self._compute_offloaded(x) if self.is_offloaded else self.method.apply(self, x, self.bias)

@@ -37,12 +37,15 @@ class Manifest:
         component: its name in the pipeline, or the class of a lone model.
         layers: every linear layer.
         other_bytes: bytes of all parameters and buffers outside linear weights (norms, biases, embeddings).
+        notes: on what the layers do not tell.
+        bytes_on_disk: of the files that it was loaded from; ``None`` for a model that was quantized in memory.
     """
 
     component: str
     layers: Sequence[LayerRecord]
     other_bytes: int = 0
     notes: Sequence[str] = field(default_factory=tuple)
+    bytes_on_disk: int | None = None
 
     @property
     def quantized(self) -> list[LayerRecord]:
@@ -73,7 +76,7 @@ class Manifest:
         return Counter(layer.reason for layer in self.kept)
 
     def summary(self) -> str:
-        """Return one line: methods with kernels and counts, what was kept and why, bytes before and after."""
+        """Return one line: methods with kernels and counts, what was kept and why, bytes before, after and on disk."""
         used = [
             f"{count} layers {method}{f' ({kernel})' if kernel else ''}"
             for (method, kernel), count in self.by_kernel().items()
@@ -82,6 +85,8 @@ class Manifest:
         parts = [*used, f"{len(self.kept)} kept: {', '.join(kept)}" if kept else ""]
         before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
         sizes = f"{before:,.1f} MB -> {after:,.1f} MB ({after / before:.0%})" if before else "empty"
+        if self.bytes_on_disk is not None:
+            sizes += f", {self.bytes_on_disk / 1e6:,.1f} MB on disk"
         return f"{self.component}: {'; '.join(part for part in parts if part)}; {sizes}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,5 +95,6 @@ class Manifest:
             "component": self.component,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "bytes_on_disk": self.bytes_on_disk,
             "layers": [asdict(layer) for layer in self.layers],
         }

@@ -291,6 +291,8 @@ class SvdQuantLinearMethod(LinearMethod):
                 f"{layer.prefix}: proj_down {list(down.shape)} and proj_up {list(up.shape)} have different ranks"
             )
         super().process_weights_after_loading(layer)
+        if down.is_meta:
+            return  # there is nothing to see
         layer.is_smoothed = bool((layer.get_parameter("smooth_factor") != 1).any())
         layer.has_channel_scales = "wcscales" in layer.quantized_names and bool(
             (layer.get_parameter("wcscales") != 1).any()
