@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lowbit.errors import located
+from lowbit.formats.json_file import read_json
 from lowbit.integrations import dispatch, loading
 from lowbit.integrations.ascend import described
-from lowbit.integrations.checks import read_headers, read_json, separate_config, weight_files
+from lowbit.integrations.checks import read_headers, separate_config, weight_files
 from lowbit.integrations.foreign import open_weights
 from lowbit.integrations.skeleton import empty_component
 from lowbit.integrations.transformers import for_base_model, kept_by_model
