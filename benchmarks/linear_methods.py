@@ -34,6 +34,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "mxfp4": {"method": "mxfp4"},
     "mxfp4_dualscale": {"method": "mxfp4_dualscale"},
     "nvfp4": {"method": "nvfp4"},
+    "auto-round": {"method": "auto-round"},
+    "auto-round, 8 bits": {"method": "auto-round", "bits": 8},
+    "svdquant": {"method": "svdquant"},
+    "svdquant, int4": {"method": "svdquant", "precision": "int4"},
     **{f"gguf {kind}": {"method": "gguf", "gguf_type": kind} for kind in GGUF_TYPES},
 }
 ROWS = (1, 8, 64, 256, 1088)
@@ -47,8 +51,8 @@ def quantized_layer(method: LinearMethod, weight: torch.Tensor, features: int) -
     empty = torch.nn.Linear(weight.shape[1], features, bias=False, device="meta")
     layer = QuantizedLinear.like(empty, method, "", torch.bfloat16)
     for name, tensor in method.quantize_weight(weight).items():
-        times = layer.expected[name][0][0] // tensor.shape[0] if tensor.ndim > 1 else 1
-        layer.load_tensor(name, tensor.repeat(times, *[1] * (tensor.ndim - 1)) if times > 1 else tensor)
+        times = layer.get_parameter(name).shape[0] // tensor.shape[0] if tensor.ndim else 1
+        layer.replace_tensor(name, tensor.repeat(times, *[1] * (tensor.ndim - 1)) if times > 1 else tensor)
     layer.process_weights_after_loading()
     return layer
 
