@@ -34,9 +34,9 @@ def quantized(component: Component) -> tuple[nn.Module, Manifest]:
     model = component.build()
     kept = {}
     if component.library == "transformers":
-        from lowbit.integrations.transformers import _kept_by_model
+        from lowbit.integrations.transformers import kept_by_model
 
-        kept = _kept_by_model(model)
+        kept = kept_by_model(model)
     preparation = loading.prepare(model, Int8Config(), torch.bfloat16, kept=kept)
     for layer in preparation.layers.values():
         layer.method.create_weights(layer)  # as loaded: until then the unquantized weight's place is held
