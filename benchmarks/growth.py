@@ -27,6 +27,7 @@ from benchmarks.performance_page import growth
 from benchmarks.timing import alternate, machine, summary, write
 from lowbit.benchmarking.inputs import Workload, step_inputs
 from lowbit.benchmarking.transformers import random_transformer, share
+from lowbit.integrations.attention import speed_up_attention
 from lowbit.models.published import published_transformer
 from lowbit.quantization.plan import quantize_model
 
@@ -62,6 +63,7 @@ def make_models(layers: int) -> Models:
     base = random_transformer(published.class_name, config, torch.bfloat16, torch.device("cpu"))
     quantized = share(base)
     quantize_model(quantized, "int8")
+    speed_up_attention(quantized, device=torch.device("cpu"), dtype=torch.bfloat16)  # as Omni does
     return {"int8": quantized, "fp32": share(base, torch.float32), "bf16": base}
 
 
@@ -154,14 +156,13 @@ def grow_batch(options: argparse.Namespace) -> dict[str, Any]:
 
 def grow_loading(options: argparse.Namespace) -> dict[str, Any]:
     """Load checkpoints of several sizes in Int8, each in a process of its own."""
-    from benchmarks.load_memory import run_worker, warm_cache, write_checkpoint
+    from benchmarks.load_memory import run_worker, write_checkpoint
 
-    rows = []
+    rows, flags = [], argparse.Namespace(step=False, cold_memory=False)
     for layers in LAYERS:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             size = write_checkpoint(Path(folder), 3840, layers, 0)
-            warm_cache(Path(folder))
-            runs = [run_worker(folder, "int8", False) for _ in range(options.repetitions)]
+            runs = [run_worker(Path(folder), "int8", flags) for _ in range(options.repetitions)]
         best = min(runs, key=lambda run: run["load_seconds"])
         rows.append(
             {

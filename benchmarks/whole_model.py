@@ -119,6 +119,7 @@ def make_model(class_name: str, config: dict[str, Any], method: str) -> tuple[An
     from torch import nn
 
     from lowbit.benchmarking.transformers import fill, hollow_transformer, random_noise
+    from lowbit.integrations.attention import speed_up_attention
     from lowbit.quantization.factory import build_quant_config
     from lowbit.quantization.plan import make_manifest, plan_layers, quantize_layer
 
@@ -134,6 +135,8 @@ def make_model(class_name: str, config: dict[str, Any], method: str) -> tuple[An
     for module in model.modules():
         fill(module, noise, cpu)
     model.eval().requires_grad_(False)
+    if plan:
+        speed_up_attention(model, device=cpu, dtype=torch.bfloat16)  # as Omni does
     kernels = make_manifest(model, plan).by_kernel() if plan else {}
     return model, {f"{name} ({kernel})": count for (name, kernel), count in kernels.items()}
 
