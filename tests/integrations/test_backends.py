@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,18 @@ def test_a_transformer(spec: dict[str, Any]) -> None:
         assert kept["t_embedder.mlp.0"] == "embedding"
     error = ((picture(omni) - expected) ** 2).mean()
     assert 0 < error < 1
+
+
+@needs("torchao", "quanto", "sdnq")
+@pytest.mark.parametrize("backend", ["torchao", "quanto", "sdnq"])
+def test_what_they_saved_is_loaded(backend: str, tmp_path: Path) -> None:
+    omni = Omni(quantization=backend, device="cpu")
+    expected, layers = picture(omni), omni.manifests["transformer"].by_kernel()
+    omni.save_pretrained(str(tmp_path / "saved"))
+    del omni
+    loaded = Omni(str(tmp_path / "saved"), device="cpu")
+    assert loaded.manifests["transformer"].by_kernel() == layers
+    assert np.array_equal(picture(loaded), expected)
 
 
 @needs("torchao", "quanto", "sdnq")
