@@ -101,6 +101,47 @@ LOWBIT_INLINE void encode(const Input* input, int64_t count, float scale, Code* 
     for (int64_t i = 0; i < count; ++i) narrow(widen(input[i]) / scale, output[i]);
 }
 
+#ifdef LOWBIT_AVX512
+LOWBIT_INLINE __m512 load_wide(const float* from) { return _mm512_loadu_ps(from); }
+LOWBIT_INLINE __m512 load_wide(const BFloat16* from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+LOWBIT_INLINE __m512 load_wide(const Half* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+// Values / 256 as float16, rounded to e4m3 before: adding 1.5 * 2**20 times the power of two at or below a value leaves it
+// three bits after the first; e4m3's smallest such power is 2**-6.
+template <typename Input>
+LOWBIT_INLINE __m256i round_to_e4m3(const Input* input, __m512 divisor) {
+    const __m512i exponent = _mm512_set1_epi32(0x7f800000), smallest = _mm512_set1_epi32((127 - 6 - 8) << 23);
+    const __m512 value = _mm512_div_ps(load_wide(input), divisor);
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i power = _mm512_max_epi32(_mm512_and_si512(bits, exponent), smallest);
+    const __m512i adder = _mm512_or_si512(_mm512_add_epi32(power, _mm512_set1_epi32(20 << 23)), _mm512_set1_epi32(1 << 22));
+    const __m512 rounder = _mm512_castsi512_ps(adder);
+    const __m512 rounded = _mm512_sub_ps(_mm512_add_ps(value, rounder), rounder);
+    const __m512i sign = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0x80000000u)));  // also of zero
+    return _mm512_cvtps_ph(_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(rounded), sign)), _MM_FROUND_TO_NEAREST_INT);
+}
+
+// As the loop above. A float16 below 2 has e4m3's code of 256 times its value after the sign and a zero.
+template <typename Input>
+LOWBIT_INLINE void encode(const Input* input, int64_t count, float scale, E4M3* output) {
+    const __m512 divisor = _mm512_set1_ps(scale * 256.0f);
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        const __m512i low = _mm512_castsi256_si512(round_to_e4m3(input + i, divisor));
+        const __m512i half = _mm512_inserti64x4(low, round_to_e4m3(input + i + 16, divisor), 1);
+        const __m512i sign = _mm512_and_si512(_mm512_srli_epi16(half, 8), _mm512_set1_epi16(0x80));
+        const __m512i codes = _mm512_or_si512(_mm512_srli_epi16(half, 7), sign);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(output + i), _mm512_cvtepi16_epi8(codes));
+    }
+    for (; i < count; ++i) narrow(widen(input[i]) / scale, output[i]);
+}
+#endif
+
 // A block with NaN or infinity. Integers become zero: the scale, which is not finite, carries the fact.
 template <typename Input, typename Code>
 void encode_not_finite(const Input* input, int64_t count, float scale, Code* output) {

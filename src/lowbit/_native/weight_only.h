@@ -287,10 +287,15 @@ LOWBIT_INLINE bool has_even_blocks(const WeightJob& job) {
 LOWBIT_INLINE void load_scales(const WeightJob& job, int64_t index, int64_t count, float* scales) {
     const auto* codes = static_cast<const uint8_t*>(job.scale) + index;  // of the types of a byte
     if (job.scale_type == 3) return decode_codes(reinterpret_cast<const E4M3*>(codes), count, 1.0f, scales);
-    if (job.scale_type == 2)
-        for (int64_t i = 0; i < count; ++i) scales[i] = widen_e8m0(codes[i]);
-    else
-        for (int64_t i = 0; i < count; ++i) scales[i] = scale_at(job, index + i);
+    int64_t i = 0;
+    for (; job.scale_type == 2 && i + kStep <= count; i += kStep) {
+        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
+        __m512i bits = _mm512_slli_epi32(wide, 23);
+        bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(wide, wide), _mm512_set1_epi32(0x00400000));
+        bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(wide, _mm512_set1_epi32(255)), _mm512_set1_epi32(0x7fc00000));
+        store_lanes(scales + i, _mm512_castsi512_ps(bits));
+    }
+    for (; i < count; ++i) scales[i] = scale_at(job, index + i);
 }
 
 // For each register of inputs [first, first + count) of a channel, where a chunk begins: its scale.
