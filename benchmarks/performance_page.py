@@ -163,14 +163,14 @@ def loading(found: Mapping[str, Any]) -> str:
     heads = ["loaded as", "load s", "BF16 GB/s", "weights GB", "peak anonymous over them MB", "to the end of a step s"]
     cells = []
     for run in found["runs"]:
-        is_quantized = "bf16_gb_converted_per_second" in run and not run["method"].endswith("-serialized")
+        converts = run["method"] in ("int8", "fp8")
         cells.append(
             [
                 run["method"],
                 f"{run['load_seconds']:.2f}",
-                f"{run['bf16_gb_converted_per_second']:.2f}" if is_quantized else "",
+                f"{run['bf16_gb_converted_per_second']:.2f}" if converts else "",
                 f"{run['model_bytes'] / 1e9:.2f}" if "model_bytes" in run else "",
-                f"{run['peak_over_model_bytes'] / 1e6:,.0f}" if is_quantized else "",
+                f"{run['peak_over_model_bytes'] / 1e6:,.0f}" if converts else "",
                 f"{run['seconds_to_end_of_first_step']:.1f}" if "seconds_to_end_of_first_step" in run else "",
             ]
         )
@@ -212,6 +212,22 @@ def methods(found: Mapping[str, Any]) -> str:
     return f"{about(found)}\n\n{grid(heads, rows)}"
 
 
+def weight_only(found: Mapping[str, Any]) -> str:
+    """Return the table of ``benchmarks.weight_only``: time per token, and the share of the bandwidth it comes to."""
+    kinds = [name for name in found["results"][0] if name not in ("shape", "m", "bandwidth_gb_per_second")]
+    heads = ["rows", "in x out", "memory GB/s", *(f"{kind} us per row, of the bandwidth" for kind in kinds)]
+    rows = [
+        [
+            str(row["m"]),
+            row["shape"],
+            f"{row['bandwidth_gb_per_second']:.1f}",
+            *(f"{row[kind]['us_per_token']:,.0f}, {row[kind]['share_of_bandwidth']:.0%}" for kind in kinds),
+        ]
+        for row in found["results"]
+    ]
+    return f"{about(found)}\n\n{grid(heads, rows)}"
+
+
 TABLES: Mapping[str, Callable[[Any], str]] = {
     "transformer_step": steps,
     "whole_model": whole,
@@ -222,6 +238,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "load_memory": loading,
     "attention": attentions,
     "linear_methods": methods,
+    "weight_only": weight_only,
 }
 
 
