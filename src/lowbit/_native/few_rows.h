@@ -3,6 +3,8 @@
 // Here decoding is most of the work, so that every instruction counts: a block's codes are multiplied and summed before
 // its scale is, once; and of two 4-bit codes in a byte the lower ones are looked up in one register and the upper ones in
 // another, with the activations in that order (of each 32 the even ones, then the odd ones).
+//
+// More rows by 4-bit codes are multiplied as weight_only.h does; what fills its cache, decode_pairs, is here too.
 
 constexpr int64_t kDirectRows = 4;
 constexpr int64_t kGroup = 32;  // inputs decoded at a time
