@@ -33,6 +33,14 @@
 #include <sys/mman.h>
 #endif
 
+// Linux gives a process the registers of AMX at its request.
+#if defined(LOWBIT_X86) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define LOWBIT_AMX 1
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 struct BFloat16 { uint16_t bits; };
@@ -96,6 +104,22 @@ struct ProductJob {
     void* output;  // [rows, columns]
     int64_t call;  // a number of its own
 };
+
+struct AmxJob {
+    const void* input;  // [rows, depth]
+    int64_t rows, depth, stride;  // depth in bytes of what is multiplied; rows are `stride` apart, in bytes or, where they
+                                  // are quantized first, in elements
+    float* row_scale;    // [rows], of int8; null where it is found by quantizing
+    uint8_t* tiles;      // what is multiplied, as the instruction reads it: whole tiles of 32 rows and 64 bytes
+    const void* weight;  // [columns, depth]
+    int64_t columns;
+    const float *column_scale, *bias;  // [columns]; bias may be null
+    void* output;                      // [rows, columns], rows output_stride elements apart
+    int64_t output_stride, row_block, row_blocks;
+    int64_t call;  // a number of its own
+};
+
+using AmxKernel = void (*)(const AmxJob&, int64_t, int64_t);
 
 constexpr int64_t kMostRows = 64;
 
@@ -280,16 +304,49 @@ constexpr AttentionKernels attentions[kAttentionKinds] = {
 #else
 #pragma GCC pop_options
 #endif
+#ifdef LOWBIT_AMX
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,amx-bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,amx-bf16,prefer-vector-width=512")
+#endif
+namespace amx {
+using avx512_vnni::kStep;
+using avx512_vnni::pack_step;
+using avx512_vnni::present;
+#include "amx_product.h"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
 #endif
 
-enum Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };  // AMX: besides AVX-512 with VNNI
+
+#ifdef LOWBIT_AMX
+// Whether the CPU has AMX for both types and the system lets this process use it.
+bool has_amx() {
+    unsigned a, b, c, d;
+    constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBFloat16 | kTile | kInt8;
+    if (!__builtin_cpu_supports("avx512vnni") || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool has_amx() { return false; }
+#endif
 
 int best_isa() {
 #ifdef LOWBIT_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-        return kAvx512;
+        return has_amx() ? kAmx : kAvx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;  // and F16C, older than both
 #endif
     return kGeneric;
@@ -297,7 +354,7 @@ int best_isa() {
 
 const Kernels* kernels_of(int isa) {
 #ifdef LOWBIT_X86
-    if (isa == kAvx512) return &avx512::kernels;
+    if (isa >= kAvx512) return &avx512::kernels;
     if (isa == kAvx2) return &avx2::kernels;
 #endif
     return &generic::kernels;
@@ -305,7 +362,7 @@ const Kernels* kernels_of(int isa) {
 
 const WeightKernels* weight_kernels_of(int isa) {
 #ifdef LOWBIT_X86
-    if (isa == kAvx512) return &avx512::weight_kernels;
+    if (isa >= kAvx512) return &avx512::weight_kernels;
     if (isa == kAvx2) return &avx2::weight_kernels;
 #endif
     return &generic::weight_kernels;
@@ -314,7 +371,7 @@ const WeightKernels* weight_kernels_of(int isa) {
 const GgufKernels* gguf_kernels_of(int isa, int number) {
     const GgufKernels* found = generic::gguf_kernels;
 #ifdef LOWBIT_X86
-    if (isa == kAvx512) found = avx512::gguf_kernels;
+    if (isa >= kAvx512) found = avx512::gguf_kernels;
     if (isa == kAvx2) found = avx2::gguf_kernels;
 #endif
     for (int i = 0; i < generic::kGgufTypes; ++i)
@@ -374,12 +431,32 @@ void run(void (*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t c
 
 std::atomic<int64_t> products{0};  // multiplied so far
 
+#ifdef LOWBIT_AMX
+void run_amx(AmxKernel arrange, AmxKernel multiply, AmxJob job, int threads) {
+    if (job.rows <= 0 || job.columns <= 0) return;
+    const int64_t row_groups = blocks(job.rows, amx::kRowsTogether), depth = blocks(job.depth, 64) * 64;
+    const int64_t scale_bytes = row_groups * amx::kRowsTogether * static_cast<int64_t>(sizeof(float));
+    static thread_local std::vector<char> memory;  // kept, as in lowbit_int8_linear
+    memory.resize(static_cast<size_t>(row_groups * amx::kRowsTogether * depth + scale_bytes + 64));
+    job.tiles = reinterpret_cast<uint8_t*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64);
+    if (!job.row_scale) job.row_scale = reinterpret_cast<float*>(job.tiles + row_groups * amx::kRowsTogether * depth);
+    const int64_t groups = blocks(job.columns, amx::kGroupColumns), wanted = blocks(4 * threads, groups);
+    job.row_block = blocks(row_groups, wanted) * amx::kRowsTogether;
+    job.row_blocks = blocks(job.rows, job.row_block);
+    job.call = ++products;
+    run(arrange, job, row_groups, job.rows * job.depth, threads);
+    constexpr int64_t kProductsPerElement = 256;  // multiply-adds in the time of one element of the other kernels
+    const int64_t work = job.rows * job.columns * job.depth / kProductsPerElement;
+    run(multiply, job, groups * job.row_blocks, work, threads, groups < 4 * threads ? 1 : job.row_blocks);
+}
+#endif
+
 }  // namespace
 
 // Set the function that runs work in parallel (GOMP_parallel), or null for none.
 LOWBIT_EXPORT void lowbit_set_parallel(void* function) { parallel = reinterpret_cast<Parallel>(function); }
 
-// Select an instruction set (0 generic, 1 AVX2, 2 AVX-512; negative: the best) and return the one in use.
+// Select an instruction set (0 generic, 1 AVX2, 2 AVX-512, 3 AMX; negative: the best) and return the one in use.
 LOWBIT_EXPORT int lowbit_select_isa(int isa) {
     const int best = best_isa();
     selected_isa = isa < 0 || isa > best ? best : isa;
@@ -427,7 +504,7 @@ LOWBIT_EXPORT void lowbit_decode_fp4(const uint8_t* input, int64_t rows, int64_t
 // Whether lowbit_int8_product runs on this CPU.
 LOWBIT_EXPORT int lowbit_has_int8_product() {
 #ifdef LOWBIT_X86
-    return best_isa() == kAvx512 && __builtin_cpu_supports("avx512vnni");
+    return best_isa() >= kAvx512 && __builtin_cpu_supports("avx512vnni");
 #else
     return 0;
 #endif
@@ -441,6 +518,14 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
                                        const float* bias, void* output, int element_type, int threads) {
 #ifdef LOWBIT_X86
     if (rows <= 0) return;
+#ifdef LOWBIT_AMX
+    if (selected_isa == kAmx && rows > kFewRows) {
+        const AmxJob job{x,    rows,   depth,   depth, const_cast<float*>(x_scale), nullptr, weight, columns, weight_scale,
+                         bias, output, columns, 0,     0,                           0};
+        run_amx(amx::arrange_rows, amx::int8_products[element_type], job, threads);
+        return;
+    }
+#endif
     const int64_t groups = blocks(columns, avx512_vnni::kTileColumns);
     // Blocks of rows small enough to give every thread several tasks, in whole tiles together with the row of ones.
     const int64_t wanted = blocks(4 * threads, groups);
@@ -454,6 +539,51 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
     // All rows of a group of panels are one thread's where there are groups enough: then it alone packs them.
     const int64_t unit = groups < 4 * threads ? 1 : row_blocks;
     run(avx512_vnni::multiplications[element_type], job, groups * row_blocks, work, threads, unit);
+#endif
+}
+
+// x [rows, depth], rows `stride` elements apart, quantized as lowbit_quantize does with a scale a row, and multiplied as by
+// lowbit_int8_product -> output [rows, columns] of the type of x.
+LOWBIT_EXPORT void lowbit_int8_linear(const void* x, int element_type, int64_t rows, int64_t depth, int64_t stride,
+                                      const int8_t* weight, int64_t columns, const float* weight_scale, const float* bias,
+                                      void* output, int threads) {
+#ifdef LOWBIT_X86
+    constexpr int64_t kRowsAtOnce = 1152;  // whose codes are held; each piece reads the whole weight
+    const int64_t element_bytes = element_type == 0 ? 4 : 2;
+    for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+        const int64_t count = smaller(kRowsAtOnce, rows - first);
+        const void* part = static_cast<const char*>(x) + first * stride * element_bytes;
+        void* to = static_cast<char*>(output) + first * columns * element_bytes;
+#ifdef LOWBIT_AMX
+        if (selected_isa == kAmx && count > kFewRows) {
+            const AmxJob job{part,         count, depth, stride, nullptr, nullptr, weight, columns,
+                             weight_scale, bias,  to,    columns, 0,      0,       0};
+            run_amx(amx::quantizing_arrangements[element_type], amx::int8_products[element_type], job, threads);
+            continue;
+        }
+#endif
+        static thread_local std::vector<uint8_t> codes;  // kept: fresh pages take as long as filling them
+        static thread_local std::vector<float> scale;
+        codes.resize(static_cast<size_t>(count * depth));
+        scale.resize(static_cast<size_t>(count));
+        const QuantizeJob job{part, count, depth, stride, 1, depth, codes.data(), scale.data(), false};
+        run(selected->quantize[element_type][1], job, count, count * depth, threads);
+        lowbit_int8_product(codes.data(), count, depth, scale.data(), weight, columns, weight_scale, bias, to, element_type, threads);
+    }
+#endif
+}
+
+// Whether lowbit_bfloat16_product runs with the selected instruction set.
+LOWBIT_EXPORT int lowbit_has_bfloat16_product() { return selected_isa == kAmx; }
+
+// x bfloat16 [rows, depth], rows `stride` elements apart, times weight bfloat16 [columns, depth], plus bias [columns] (or
+// null), summed in float32 -> output bfloat16 [rows, columns], rows output_stride elements apart. 
+LOWBIT_EXPORT void lowbit_bfloat16_product(const void* x, int64_t rows, int64_t depth, int64_t stride, const void* weight,
+                                           int64_t columns, const float* bias, void* output, int64_t output_stride, int threads) {
+#ifdef LOWBIT_AMX
+    const AmxJob job{x,    rows,   2 * depth,     2 * stride, nullptr, nullptr, weight, columns, nullptr,
+                     bias, output, output_stride, 0,          0,       0};
+    run_amx(amx::arrange_rows, amx::bfloat16_product, job, threads);
 #endif
 }
 

@@ -1,4 +1,4 @@
-"""Int8 W8A8 on CPUs with AVX512-VNNI by the native helper: rows are quantized, then multiplied and scaled in one pass.
+"""Int8 W8A8 on CPUs with AVX512-VNNI or AMX by the native helper: rows are quantized, multiplied and scaled.
 
 The weight is read in the checkpoint's own layout, so that a mapped file is multiplied with as it is and loading moves
 no byte. The layer is one operator, compiled too: quantizing in the compiler's code, fused with what precedes it, took
@@ -11,8 +11,6 @@ import torch
 
 from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
-from lowbit.ops.cpu.quantize import quantize_uint8_rows
-from lowbit.ops.cpu.workspace import scratch
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import define_operator
 
@@ -20,9 +18,6 @@ __all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
 
 ZERO_POINT = 128
 LARGEST_IN_FEATURES = 1 << 17
-
-# Rows whose quantized activations are held at once. Each piece reads the whole weight.
-ROWS_AT_ONCE = 1152
 
 
 def supports(problem: Problem) -> str | None:
@@ -92,13 +87,7 @@ def _linear_rows(
     if x.stride(1) != 1:
         x = x.contiguous()
     output = torch.empty((x.shape[0], weight_scale.shape[0]), dtype=x.dtype)
-    bias = None if bias is None else bias.float()
-    for first in range(0, x.shape[0], ROWS_AT_ONCE):
-        part = x[first : first + ROWS_AT_ONCE]
-        codes = scratch("codes", tuple(part.shape), torch.uint8)
-        scale = scratch("scale", (part.shape[0], 1), torch.float32)
-        quantize_uint8_rows(part, codes, scale)
-        native.int8_product(codes, scale, packed, weight_scale, bias, output[first : first + ROWS_AT_ONCE])
+    native.int8_linear(x, packed, weight_scale, None if bias is None else bias.float(), output)
     return output
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 DIRECTORY = Path(__file__).parents[2] / "_native"
-ISA_NAMES = ("generic", "AVX2", "AVX-512")
+ISA_NAMES = ("generic", "AVX2", "AVX-512", "AMX")
 BEST_ISA = -1
 
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -41,6 +41,8 @@ _SIGNATURES = {
         _int,
         _int,
     ),
+    "lowbit_int8_linear": (_pointer, _int, *[_size] * 3, _pointer, _size, *[_pointer] * 3, _int),
+    "lowbit_bfloat16_product": (_pointer, *[_size] * 3, _pointer, _size, *[_pointer] * 2, _size, _int),
     "lowbit_attention": (*[_pointer] * 5, _int, _pointer, _pointer, ctypes.c_float, *[_int] * 3),
     "lowbit_weight_only": (
         *(
@@ -271,6 +273,60 @@ def int8_product(
     _library().lowbit_int8_product(
         x.data_ptr(), rows, depth, _address(x_scale), weight.data_ptr(), features, _address(weight_scale),
         _address(bias), output.data_ptr(), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def int8_linear(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
+) -> None:
+    """Quantize rows and multiply them, as ``quantize`` and ``int8_product`` do and where that runs.
+
+    Args:
+        x: [M, K] float32, bfloat16 or float16; rows may be apart, columns not; K at most 2**17.
+        weight: dense int8 [N, K]; N a multiple of 16, K of 4.
+        weight_scale: dense float32, one element per output channel.
+        bias: dense float32, one element per output channel, or ``None``.
+        output: written: dense [M, N], of the dtype of ``x``.
+    """
+    rows, depth = x.shape
+    features = weight.shape[0]
+    assert x.stride(1) == 1 or depth <= 1
+    assert weight.shape[1] == depth
+    assert weight.is_contiguous()
+    assert output.shape == (rows, features)
+    assert output.dtype == x.dtype
+    assert output.is_contiguous()
+    _library().lowbit_int8_linear(
+        x.data_ptr(), ELEMENT_TYPES[x.dtype], rows, depth, x.stride(0), weight.data_ptr(), features,
+        _address(weight_scale), _address(bias), output.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether ``bfloat16_product`` runs on this CPU: it needs AMX, for both of its types, and Linux."""
+    return available() and bool(_library().lowbit_has_bfloat16_product())
+
+
+def bfloat16_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
+    """Write ``x @ weight.T + bias`` to ``output``, summed in float32 and rounded once.
+
+    Args:
+        x: bfloat16 [M, K]; rows may be apart, columns not.
+        weight: dense bfloat16 [N, K].
+        bias: dense float32, one element per output channel, or ``None``.
+        output: written: bfloat16 [M, N]; rows may be apart, columns not.
+    """
+    rows, depth = x.shape
+    features = weight.shape[0]
+    assert x.dtype == weight.dtype == output.dtype == torch.bfloat16
+    assert x.stride(1) == 1 or depth <= 1
+    assert weight.shape[1] == depth
+    assert weight.is_contiguous()
+    assert output.shape == (rows, features)
+    assert output.stride(1) == 1 or features <= 1
+    _library().lowbit_bfloat16_product(
+        x.data_ptr(), rows, depth, x.stride(0), weight.data_ptr(), features, _address(bias), output.data_ptr(),
+        output.stride(0), torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -1,0 +1,284 @@
+// Products by AMX, whose instruction multiplies 16 rows of 64 bytes with 64 bytes of each of 16 channels: uint8 activations
+// (int8 + 128) with int8 weights, or bfloat16 with bfloat16.
+//
+// Activations are brought to tiles first, 32 rows together, in the order in which they are read. Of the weights, read as
+// they are in a checkpoint, the panels of int8_product.h are made, 192 channels of 4096 bytes at a time; they stay in the
+// second-level cache while all rows pass by. Of 32 rows and 32 channels four tiles of sums are held; what was summed before
+// is scaled and written between the instructions that sum the next, which leave the other units idle.
+
+constexpr int64_t kRowsTogether = 32;
+constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kGroupPanels = 12;
+constexpr int64_t kGroupColumns = kGroupPanels * kPanelChannels;
+constexpr int64_t kDepthSteps = 64;  // of 64 bytes each
+constexpr int64_t kStripSteps = 15;  // so that 32 rows of them stay in the first-level cache while the panels pass
+
+struct TileShape {  // as the instruction that configures all eight tiles reads it
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+LOWBIT_INLINE void configure_tiles() {
+    alignas(64) TileShape shape;
+    for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 64, shape.rows[i] = 16;
+    _tile_loadconfig(&shape);
+}
+
+// Rows of `bytes` bytes -> tiles [32 rows][64 bytes] one after the other, zero beyond the last row and byte.
+LOWBIT_INLINE void store_row(const uint8_t* row, int64_t bytes, uint8_t* tiles) {
+    for (int64_t i = 0; i < bytes; i += kStep, tiles += 2 * kTileBytes)
+        _mm512_store_si512(tiles, _mm512_maskz_loadu_epi8(present(i, bytes), row + i));
+}
+
+LOWBIT_INLINE void clear_rows(int64_t first, int64_t steps, uint8_t* tiles) {
+    for (int64_t row = first; row < kRowsTogether; ++row)
+        for (int64_t step = 0; step < steps; ++step)
+            _mm512_store_si512(tiles + (step * kRowsTogether + row) * kStep, _mm512_setzero_si512());
+}
+
+// Blocks [first, last) of 32 rows.
+void arrange_rows(const AmxJob& job, int64_t first, int64_t last) {
+    const int64_t steps = blocks(job.depth, kStep);
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t top = block * kRowsTogether, rows = smaller(kRowsTogether, job.rows - top);
+        uint8_t* tiles = job.tiles + top * steps * kStep;
+        for (int64_t row = 0; row < rows; ++row)
+            store_row(static_cast<const uint8_t*>(job.input) + (top + row) * job.stride, job.depth, tiles + row * kStep);
+        clear_rows(rows, steps, tiles);
+    }
+}
+
+// As above, of rows that are quantized on the way to uint8 (int8 + 128).
+template <typename Input>
+void quantize_and_arrange(const AmxJob& job, int64_t first, int64_t last) {
+    const int64_t steps = blocks(job.depth, kStep);
+    static thread_local std::vector<Uint8> codes;
+    codes.resize(static_cast<size_t>(job.depth));
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t top = block * kRowsTogether, rows = smaller(kRowsTogether, job.rows - top);
+        uint8_t* tiles = job.tiles + top * steps * kStep;
+        for (int64_t row = 0; row < rows; ++row) {
+            const Input* input = static_cast<const Input*>(job.input) + (top + row) * job.stride;
+            const QuantizeJob quantization{input, 1, job.depth, 0, 1, job.depth, codes.data(), job.row_scale + top + row, false};
+            avx512::quantize<Input, Uint8>(quantization, 0, 1);
+            store_row(&codes[0].bits, job.depth, tiles + row * kStep);
+        }
+        clear_rows(rows, steps, tiles);
+    }
+}
+
+struct AmxInt8 {
+    using Sum = int32_t;
+    static constexpr bool has_offset = true;
+};
+
+struct AmxBFloat16 {
+    using Sum = float;
+    static constexpr bool has_offset = false;
+};
+
+// Tiles 0 ... 3 are the sums of two by two tiles, 4 and 5 activations, 6 and 7 weights.
+#define LOWBIT_TILE_DOT(Kind, sum, x, weight)                                      \
+    do {                                                                           \
+        if constexpr (Kind::has_offset) _tile_dpbusd(sum, x, weight);              \
+        else _tile_dpbf16ps(sum, x, weight);                                       \
+    } while (0)
+
+// The panels that a thread packed last, and of int8 the sums of their channels times 128.
+struct AmxPanels {
+    alignas(64) uint8_t panels[kGroupColumns * kDepthSteps * kStep];
+    alignas(64) int32_t offsets[kGroupColumns];
+    int64_t call = 0, column, depth;
+};
+
+template <typename Kind>
+void pack_group(const AmxJob& job, int64_t column, int64_t first, AmxPanels& packed) {
+    const int64_t bytes = smaller(kDepthSteps * kStep, job.depth - first), steps = blocks(bytes, kStep);
+    const int64_t columns = smaller(kGroupColumns, job.columns - column);
+    uint8_t* to = packed.panels;
+    for (int64_t panel = 0; panel < columns; panel += kPanelChannels) {
+        const auto* from = static_cast<const int8_t*>(job.weight) + (column + panel) * job.depth + first;
+        const int64_t channels = smaller(kPanelChannels, columns - panel);
+        __m512i sums = _mm512_setzero_si512();
+        for (int64_t step = 0; step < steps; ++step, to += kTileBytes) {
+            const __mmask64 mask = present(step * kStep, bytes);
+            if (channels == kPanelChannels) {
+                pack_step(from + step * kStep, job.depth, mask, reinterpret_cast<int8_t*>(to));
+            } else {
+                alignas(64) int8_t rows[kPanelChannels * kStep] = {};
+                for (int64_t channel = 0; channel < channels; ++channel)
+                    _mm512_store_si512(rows + channel * kStep, _mm512_maskz_loadu_epi8(mask, from + channel * job.depth + step * kStep));
+                pack_step(rows, kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(to));
+            }
+            if (Kind::has_offset)
+                for (int64_t i = 0; i < kTileBytes; i += kStep)
+                    sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_load_si512(to + i));
+        }
+        if (Kind::has_offset) {
+            __m512i* offsets = reinterpret_cast<__m512i*>(packed.offsets + panel);
+            const __m512i before = first == 0 ? _mm512_setzero_si512() : _mm512_load_si512(offsets);
+            _mm512_store_si512(offsets, _mm512_add_epi32(before, _mm512_slli_epi32(sums, 7)));
+        }
+    }
+}
+
+LOWBIT_INLINE __mmask16 column_mask(int64_t columns) {
+    return columns >= 16 ? 0xffff : static_cast<__mmask16>((1u << (columns < 0 ? 0 : columns)) - 1);
+}
+
+LOWBIT_INLINE void store_narrow(float* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
+LOWBIT_INLINE void store_narrow(Half* to, __mmask16 mask, __m512 value) {
+    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+LOWBIT_INLINE void store_narrow(BFloat16* to, __mmask16 mask, __m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+// 32 rows by 32 channels of sums, [2][2][16][16], that wait to be written.
+template <typename Kind, typename Output>
+struct Waiting {
+    const typename Kind::Sum* sums;
+    const int32_t* offsets;
+    int64_t row, rows, column;
+    __mmask16 masks[2];
+
+    Waiting() : rows(0) {}
+    Waiting(const AmxJob& job, const void* all, const int32_t* of_channels, int64_t top, int64_t count, int64_t first)
+        : sums(static_cast<const typename Kind::Sum*>(all)), offsets(of_channels), row(top), rows(count), column(first),
+          masks{column_mask(job.columns - first), column_mask(job.columns - first - kPanelChannels)} {}
+
+    void write_all(const AmxJob& job) {
+        for (int64_t i = 0; i < rows; ++i) write(job, i);
+        rows = 0;
+    }
+
+    LOWBIT_INLINE_LAMBDA inline void write(const AmxJob& job, int64_t i) const {
+        Output* to = static_cast<Output*>(job.output) + (row + i) * job.output_stride + column;
+        const __m512 row_scale = Kind::has_offset ? _mm512_set1_ps(job.row_scale[row + i]) : _mm512_setzero_ps();
+        for (int64_t side = 0; side < 2; ++side) {
+            const int64_t first = column + side * kPanelChannels;
+            const typename Kind::Sum* from = sums + ((i / 16 * 2 + side) * 16 + i % 16) * 16;
+            __m512 value;
+            if constexpr (Kind::has_offset) {
+                const __m512i offset = _mm512_load_si512(offsets + side * kPanelChannels);
+                const __m512i exact = _mm512_sub_epi32(_mm512_load_si512(from), offset);  // back in int32, if not before
+                value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), row_scale);
+                value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(masks[side], job.column_scale + first));
+            } else {
+                value = _mm512_load_ps(from);
+            }
+            if (job.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(masks[side], job.bias + first));
+            store_narrow(to + side * kPanelChannels, masks[side], value);
+        }
+    }
+};
+
+// One call's part of the depth of 32 rows by 32 channels: onto what `sums` holds, or from zero.
+struct TileStrip {
+    const uint8_t* x;       // [steps][32 rows][64 bytes]
+    const uint8_t* weight;  // [steps][16 groups][64 bytes] of each of two panels
+    int64_t panel_bytes, steps;
+    bool accumulate;
+    uint8_t* sums;  // [2][2][16][16]
+};
+
+// A place from which on memory is asked for what comes next.
+struct Ahead {
+    const uint8_t* at;
+    int64_t lines;  // a step
+
+    LOWBIT_INLINE_LAMBDA inline void fetch() {
+        for (int64_t i = 0; i < lines; ++i, at += 64) _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+    }
+};
+
+template <typename Kind, typename Output>
+LOWBIT_INLINE void multiply_strip(const AmxJob& job, const TileStrip& strip, const Waiting<Kind, Output>& waiting, Ahead& ahead) {
+    __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read it
+    if (strip.accumulate) {
+        _tile_loadd(0, strip.sums, 64);
+        _tile_loadd(1, strip.sums + kTileBytes, 64);
+        _tile_loadd(2, strip.sums + 2 * kTileBytes, 64);
+        _tile_loadd(3, strip.sums + 3 * kTileBytes, 64);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    const uint8_t *x = strip.x, *weight = strip.weight, *second = weight + strip.panel_bytes;
+    const int64_t rows_a_step = blocks(waiting.rows, strip.steps);
+    int64_t row = 0;
+    for (int64_t step = 0; step < strip.steps; ++step, x += 2 * kTileBytes, weight += kTileBytes, second += kTileBytes) {
+        _tile_stream_loadd(6, weight, 64);
+        _tile_loadd(4, x, 64);
+        LOWBIT_TILE_DOT(Kind, 0, 4, 6);
+        _tile_stream_loadd(7, second, 64);
+        LOWBIT_TILE_DOT(Kind, 1, 4, 7);
+        _tile_loadd(5, x + kTileBytes, 64);
+        LOWBIT_TILE_DOT(Kind, 2, 5, 6);
+        LOWBIT_TILE_DOT(Kind, 3, 5, 7);
+        ahead.fetch();
+        for (int64_t last = smaller(row + rows_a_step, waiting.rows); row < last; ++row) waiting.write(job, row);
+    }
+    _tile_stored(0, strip.sums, 64);
+    _tile_stored(1, strip.sums + kTileBytes, 64);
+    _tile_stored(2, strip.sums + 2 * kTileBytes, 64);
+    _tile_stored(3, strip.sums + 3 * kTileBytes, 64);
+}
+
+// Tasks [first, last): task t is block t % row_blocks of rows of the group t / row_blocks of 192 channels.
+template <typename Kind, typename Output>
+void multiply_amx(const AmxJob& job, int64_t first, int64_t last) {
+    static thread_local AmxPanels packed;
+    static thread_local std::vector<char> memory;  // the sums of 32 rows; of all where not all the depth is packed at once
+    const int64_t all_steps = blocks(job.depth, kStep);
+    const bool is_deep = all_steps > kDepthSteps;
+    memory.resize(static_cast<size_t>((is_deep ? job.row_block : kRowsTogether) * kGroupColumns * 4 + 64));
+    auto* const sums = reinterpret_cast<uint8_t*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64);
+    configure_tiles();
+    Waiting<Kind, Output> waiting{};
+    for (int64_t task = first; task < last; ++task) {
+        const int64_t column = task / job.row_blocks * kGroupColumns;
+        const int64_t panels = blocks(smaller(kGroupColumns, job.columns - column), kPanelChannels);
+        const int64_t top = task % job.row_blocks * job.row_block, bottom = smaller(top + job.row_block, job.rows);
+        for (int64_t depth = 0; depth < all_steps; depth += kDepthSteps) {
+            const int64_t steps = smaller(kDepthSteps, all_steps - depth), strip_steps = blocks(steps, blocks(steps, kStripSteps));
+            if (packed.call != job.call || packed.column != column || packed.depth != depth) {
+                waiting.write_all(job);  // with the offsets of before
+                pack_group<Kind>(job, column, depth * kStep, packed);
+                packed.call = job.call, packed.column = column, packed.depth = depth;
+            }
+            for (int64_t row = top; row < bottom; row += kRowsTogether) {
+                const uint8_t* x = job.tiles + (row * all_steps + depth * kRowsTogether) * kStep;
+                Ahead ahead{x + all_steps * 2 * kTileBytes, blocks(kRowsTogether, blocks(panels, 2))};
+                uint8_t* const row_sums = is_deep ? sums + (row - top) * kGroupColumns * 4 : sums;
+                for (int64_t step = 0; step < steps; step += strip_steps) {
+                    for (int64_t panel = 0; panel < panels; panel += 2) {
+                        const TileStrip strip{x + step * 2 * kTileBytes, packed.panels + (panel * steps + step) * kTileBytes,
+                                              steps * kTileBytes, smaller(strip_steps, steps - step), depth + step != 0,
+                                              row_sums + panel * 2 * kTileBytes};
+                        multiply_strip(job, strip, waiting, ahead);
+                        waiting.rows = 0;
+                        if (depth + step + strip.steps == all_steps)
+                            waiting = Waiting<Kind, Output>(job, strip.sums, packed.offsets + panel * kPanelChannels, row,
+                                                            smaller(kRowsTogether, bottom - row), column + panel * kPanelChannels);
+                    }
+                }
+            }
+        }
+    }
+    waiting.write_all(job);
+    _tile_release();
+}
+
+constexpr AmxKernel quantizing_arrangements[3] = {quantize_and_arrange<float>, quantize_and_arrange<BFloat16>,
+                                                  quantize_and_arrange<Half>};
+constexpr AmxKernel int8_products[3] = {multiply_amx<AmxInt8, float>, multiply_amx<AmxInt8, BFloat16>,
+                                        multiply_amx<AmxInt8, Half>};
+constexpr AmxKernel bfloat16_product = multiply_amx<AmxBFloat16, BFloat16>;
