@@ -13,17 +13,14 @@ constexpr int64_t kGroupColumns = kGroupPanels * kPanelChannels;
 constexpr int64_t kDepthSteps = 64;  // of 64 bytes each
 constexpr int64_t kStripSteps = 15;  // so that 32 rows of them stay in the first-level cache while the panels pass
 
-struct TileShape {  // as the instruction that configures all eight tiles reads it
+struct alignas(64) TileShape {  // as the instruction that configures the tiles reads it
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+const TileShape kWholeTiles;  // in memory: the intrinsic does not say how much of it is read
 
-LOWBIT_INLINE void configure_tiles() {
-    alignas(64) TileShape shape;
-    for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 64, shape.rows[i] = 16;
-    _tile_loadconfig(&shape);
-}
+LOWBIT_INLINE void configure_tiles() { _tile_loadconfig(&kWholeTiles); }
 
 // Rows of `bytes` bytes -> tiles [32 rows][64 bytes] one after the other, zero beyond the last row and byte.
 LOWBIT_INLINE void store_row(const uint8_t* row, int64_t bytes, uint8_t* tiles) {

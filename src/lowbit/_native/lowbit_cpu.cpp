@@ -307,16 +307,27 @@ constexpr AttentionKernels attentions[kAttentionKinds] = {
 #ifdef LOWBIT_AMX
 #if defined(__clang__)
 #pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,amx-bf16"))), apply_to = function)
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,amx-bf16,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16,prefer-vector-width=512")
 #endif
 namespace amx {
 using avx512_vnni::kStep;
 using avx512_vnni::pack_step;
 using avx512_vnni::present;
+using avx512_vnni::causal_bits;
+using avx512_vnni::head_input;
+using avx512_vnni::kBlockKeys;
+using avx512_vnni::keep_bits;
+using avx512_vnni::kLargestWidth;
+using avx512_vnni::kNoScore;
+using avx512_vnni::kRowsAhead;
+using avx512_vnni::poison_of;
+using avx512_vnni::prefetch_row;
+using avx512_vnni::Queries;
 #include "amx_product.h"
+#include "attention_amx.h"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -588,14 +599,19 @@ LOWBIT_EXPORT void lowbit_bfloat16_product(const void* x, int64_t rows, int64_t 
 }
 
 // Attention: see AttentionJob. sizes: batch, queries, keys, heads, key_heads, width (at most 256); strides: three each of
-// query, key and value; kind: 0 float32, 1 int8, 2 e4m3, 3 int16. Needs what lowbit_int8_product needs.
+// query, key and value; kind: 0 float32, 1 int8, 2 e4m3, 3 int16, 4 bfloat16, of which the
+// last needs what lowbit_bfloat16_product needs, the others what lowbit_int8_product needs.
 LOWBIT_EXPORT void lowbit_attention(const void* query, const void* key, const void* value, const uint8_t* keep,
                                     void* output, int element_type, const int64_t* sizes, const int64_t* strides,
                                     float scale, int causal, int kind, int threads) {
 #ifdef LOWBIT_X86
     AttentionJob job{query, key, value, strides, strides + 3, strides + 6, keep, output, sizes[0], sizes[1], sizes[2],
                      sizes[3], sizes[4], sizes[5], scale, causal != 0, 0, nullptr, 0};
-    const AttentionKernels& kernels = avx512_vnni::attentions[kind];
+    const AttentionKernels* found = kind < kAttentionKinds ? &avx512_vnni::attentions[kind] : nullptr;
+#ifdef LOWBIT_AMX
+    if (kind == kAttentionKinds) found = &amx::amx_attention;
+#endif
+    const AttentionKernels& kernels = *found;
     job.head_bytes = kernels.head_bytes(job);
     // Several heads at a time, so that threads seldom wait for each other; few enough that what is prepared of their keys
     // and values is found in the cache.

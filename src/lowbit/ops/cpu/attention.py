@@ -27,9 +27,17 @@ def supports(problem: AttentionProblem) -> str | None:
         return "the CPU has no AVX512-VNNI"
     if problem.head_dim is not None and problem.head_dim > native.LARGEST_HEAD_DIM:
         return f"heads are at most {native.LARGEST_HEAD_DIM} wide, not {problem.head_dim}"
-    if problem.kind == UNQUANTIZED and fast_matmul_dtype(problem.dtype) != torch.float32:
+    is_fast = fast_matmul_dtype(problem.dtype) != torch.float32
+    if problem.kind == UNQUANTIZED and is_fast and _unquantized_kind(problem.dtype) != "bfloat16":
         return f"the CPU multiplies {problem.dtype} itself"
     return native.dtype_refusal(problem.dtype)
+
+
+def _unquantized_kind(dtype: torch.dtype) -> str:
+    """Return the kind of ``native.attention`` that computes unquantized attention in ``dtype``."""
+    if dtype != torch.bfloat16:
+        return "float32"
+    return "bfloat16" if native.multiplies_bfloat16() else "int16"
 
 
 @torch.no_grad()
@@ -50,6 +58,6 @@ def attention(
     query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
     keep = None if key_mask is None else key_mask.contiguous()
     if kind == UNQUANTIZED:
-        kind = "int16" if query.dtype == torch.bfloat16 else "float32"
+        kind = _unquantized_kind(query.dtype)
     native.attention(query, key, value, keep, output, scale * LOG2_E, is_causal, kind)
     return output

@@ -331,7 +331,7 @@ def bfloat16_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 
 LARGEST_HEAD_DIM = 256
-ATTENTION_KINDS = {"float32": 0, "int8": 1, "fp8": 2, "int16": 3}
+ATTENTION_KINDS = {"float32": 0, "int8": 1, "fp8": 2, "int16": 3, "bfloat16": 4}
 
 
 def attention(
