@@ -19,7 +19,7 @@ struct AmxHead {
     uint8_t* key;    // [blocks][8 panels of 16 keys][steps of 32 inputs][1 KiB]
     uint8_t* value;  // [blocks][panels of 16 channels][4 steps of 32 keys][1 KiB]
     uint64_t* keep;  // [2 * blocks]: a bit for each key that is there
-    float* poison;   // [1]: NaN where a key is not finite, else 0
+    float* poison;   // [blocks]: NaN where a key is not finite, else 0
     int64_t key_block, value_block, bytes;
 
     AmxHead(char* at, int64_t keys, int64_t width) {
@@ -30,7 +30,7 @@ struct AmxHead {
         value = key + key_blocks * key_block;
         keep = reinterpret_cast<uint64_t*>(value + key_blocks * value_block);
         poison = reinterpret_cast<float*>(keep + 2 * key_blocks);
-        bytes = blocks(key_blocks * (key_block + value_block + 16) + 4, 64) * 64;
+        bytes = blocks(key_blocks * (key_block + value_block + 16 + 4), 64) * 64;
     }
 };
 
@@ -42,7 +42,6 @@ LOWBIT_INLINE __mmask32 pack_keys(const BFloat16* from, int64_t stride, uint32_t
     const __m512i exponent = _mm512_set1_epi16(0x7f80);
     __mmask32 not_finite = 0;
     for (int64_t key = 0; key < kPanelChannels; ++key) {
-        _mm_prefetch(reinterpret_cast<const char*>(from + (key + kPanelChannels) * stride), _MM_HINT_T0);
         const __m512i row = _mm512_maskz_loadu_epi16(there >> key & 1 ? mask : 0, from + key * stride);
         not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(row, exponent), exponent);
         _mm512_store_si512(rows[key], row);
@@ -56,8 +55,6 @@ LOWBIT_INLINE void pack_values(const BFloat16* from, int64_t stride, const uint6
     for (int64_t key = 0; key < kKeysTogether; key += 2, from += 2 * stride) {
         const uint64_t there = keep[key / 64] >> key % 64;
         uint8_t* word = to + (key / kStepKeys * kWords + key % kStepKeys / 2) * kStep;
-        prefetch_row(from + kRowsAhead * stride, width * sizeof *from);
-        prefetch_row(from + (kRowsAhead + 1) * stride, width * sizeof *from);
         for (int64_t channel = 0; channel < width_panels(width) * kPanelChannels; channel += kPanelChannels) {
             const __mmask16 mask = column_mask(width - channel);
             const __m256i even = _mm256_maskz_loadu_epi16(there & 1 ? mask : 0, from + channel);
@@ -69,33 +66,32 @@ LOWBIT_INLINE void pack_values(const BFloat16* from, int64_t stride, const uint6
     }
 }
 
-// Heads [first, last) of the group.
+// Blocks [first, last) of 128 keys, of all heads of the group: what is read lies together so.
 void prepare_amx(const AttentionJob& job, int64_t first, int64_t last) {
-    const int64_t steps = depth_steps(job.width);
-    for (int64_t index = first; index < last; ++index) {
-        const AmxHead head(job.workspace + index * job.head_bytes, job.keys, job.width);
-        const auto* key = head_input<BFloat16>(job, job.key, job.key_stride, index);
-        const auto* value = head_input<BFloat16>(job, job.value, job.value_stride, index);
-        const uint8_t* keep = job.keep ? job.keep + (job.first_unit + index) / job.key_heads * job.keys : nullptr;
-        __mmask32 not_finite = 0;
-        for (int64_t block = 0; block < blocks(job.keys, kKeysTogether); ++block) {
-            const int64_t start = block * kKeysTogether;
-            for (int64_t i = 0; i < 2; ++i) {
-                const int64_t at = start + i * kBlockKeys;
-                head.keep[2 * block + i] = at < job.keys ? keep_bits(keep ? keep + at : nullptr, job.keys - at) : 0;
+    const int64_t steps = depth_steps(job.width), key_stride = job.key_stride[1], value_stride = job.value_stride[1];
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t start = block * kKeysTogether;
+        for (int64_t index = 0; index < job.units; ++index) {
+            const AmxHead head(job.workspace + index * job.head_bytes, job.keys, job.width);
+            const auto* key = head_input<BFloat16>(job, job.key, job.key_stride, index) + start * key_stride;
+            const auto* value = head_input<BFloat16>(job, job.value, job.value_stride, index) + start * value_stride;
+            const uint8_t* keep = job.keep ? job.keep + (job.first_unit + index) / job.key_heads * job.keys + start : nullptr;
+            uint64_t* bits = head.keep + 2 * block;
+            for (int64_t half = 0; half < kKeysTogether; half += kBlockKeys) {
+                const int64_t left = job.keys - start - half;
+                bits[half / kBlockKeys] = left > 0 ? keep_bits(keep ? keep + half : nullptr, left) : 0;
             }
             uint8_t* to = head.key + block * head.key_block;
+            __mmask32 not_finite = 0;
             for (int64_t panel = 0; panel < kKeysTogether; panel += kPanelChannels) {
-                const auto there = static_cast<uint32_t>(head.keep[2 * block + panel / 64] >> panel % 64 & 0xffff);
-                const BFloat16* from = key + (start + panel) * job.key_stride[1];
+                const auto there = static_cast<uint32_t>(bits[panel / kBlockKeys] >> panel % kBlockKeys & 0xffff);
                 for (int64_t step = 0; step < steps; ++step, to += kTileBytes)
-                    not_finite |= pack_keys(from + step * kStepKeys, job.key_stride[1], there,
+                    not_finite |= pack_keys(key + panel * key_stride + step * kStepKeys, key_stride, there,
                                             avx512::first_inputs(job.width - step * kStepKeys), to);
             }
-            pack_values(value + start * job.value_stride[1], job.value_stride[1], head.keep + 2 * block, job.width,
-                        head.value + block * head.value_block);
+            head.poison[block] = not_finite ? as_float(0x7fc00000u) : 0.0f;
+            pack_values(value, value_stride, bits, job.width, head.value + block * head.value_block);
         }
-        *head.poison = not_finite ? as_float(0x7fc00000u) : 0.0f;
     }
 }
 
@@ -119,6 +115,7 @@ LOWBIT_INLINE void arrange_queries(const AttentionJob& job, const Queries& queri
     for (int64_t row = 0; row < blocks(queries.rows, kRowsTogether) * kRowsTogether; ++row, from += job.query_stride[1]) {
         uint8_t* tile = to.query + (row / kRowsTogether * steps * kRowsTogether + row % kRowsTogether) * kStep;
         __mmask32 not_finite = 0;
+        prefetch_row(from + kRowsAhead * job.query_stride[1], job.width * sizeof *from);
         for (int64_t step = 0; step < steps; ++step, tile += 2 * kTileBytes) {
             const __mmask32 mask = row < queries.rows ? avx512::first_inputs(job.width - step * kStepKeys) : 0;
             const __m512i values = _mm512_maskz_loadu_epi16(mask, from + step * kStepKeys);
@@ -300,7 +297,9 @@ void attend_amx(const AttentionJob& job, int64_t first, int64_t last) {
         const Queries queries(job, number, kQueries);
         const AmxHead head(job.workspace + queries.head * job.head_bytes, job.keys, job.width);
         const int64_t groups = blocks(queries.rows, kRowsTogether);
-        arrange_queries(job, queries, *head.poison, task);
+        float poison = 0.0f;
+        for (int64_t block = 0; block < blocks(job.keys, kKeysTogether); ++block) poison += head.poison[block];
+        arrange_queries(job, queries, poison, task);
         const int64_t end = blocks(queries.end_block, 2), together = blocks(kBytesTogether, head.key_block + head.value_block);
         for (int64_t block = 0; block < end; block += together)
             for (int64_t group = 0; group < groups; ++group)
@@ -322,4 +321,5 @@ void attend_amx(const AttentionJob& job, int64_t first, int64_t last) {
     _tile_release();
 }
 
-constexpr AttentionKernels amx_attention = {amx_head_bytes, {nullptr, prepare_amx, nullptr}, {nullptr, attend_amx, nullptr}, kQueries};
+constexpr AttentionKernels amx_attention = {amx_head_bytes, {nullptr, prepare_amx, nullptr}, {nullptr, attend_amx, nullptr},
+                                           kQueries, kKeysTogether};

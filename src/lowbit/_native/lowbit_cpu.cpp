@@ -158,7 +158,7 @@ struct AttentionJob {
     int64_t batch, queries, keys, heads, key_heads, width;
     float scale;  // of the scores, in powers of two
     bool causal;
-    int64_t first_unit;  // (batch, key head) that the workspace begins with
+    int64_t first_unit, units;  // (batch, key head) that the workspace begins with, and how many it holds
     char* workspace;
     int64_t head_bytes;
 };
@@ -168,6 +168,7 @@ struct AttentionKernels {
     void (*prepare[3])(const AttentionJob&, int64_t, int64_t);  // by element type
     void (*attend[3])(const AttentionJob&, int64_t, int64_t);
     int64_t rows;
+    int64_t prepared_keys;  // of all heads that a task prepares; 0: all keys of a head
 };
 
 struct GgufJob {
@@ -284,18 +285,18 @@ constexpr AttentionKernels integer_attention = {
     head_bytes<typename Kind::Element>,
     {prepare_integers<Kind, float>, prepare_integers<Kind, BFloat16>, prepare_integers<Kind, Half>},
     {attend_integers<Kind, float>, attend_integers<Kind, BFloat16>, attend_integers<Kind, Half>},
-    kIntegerRows};
+    kIntegerRows, 0};
 
 constexpr AttentionKernels attentions[kAttentionKinds] = {
     {head_bytes<float>,
      {prepare_float<float, false>, prepare_float<BFloat16, false>, prepare_float<Half, false>},
      {attend_float<float, false>, attend_float<BFloat16, false>, attend_float<Half, false>},
-     kFloatRows},
+     kFloatRows, 0},
     integer_attention<Attention8>,
     {head_bytes<float>,
      {prepare_float<float, true>, prepare_float<BFloat16, true>, prepare_float<Half, true>},
      {attend_float<float, true>, attend_float<BFloat16, true>, attend_float<Half, true>},
-     kFloatRows},
+     kFloatRows, 0},
     integer_attention<Attention16>,
 };
 }
@@ -606,7 +607,7 @@ LOWBIT_EXPORT void lowbit_attention(const void* query, const void* key, const vo
                                     float scale, int causal, int kind, int threads) {
 #ifdef LOWBIT_X86
     AttentionJob job{query, key, value, strides, strides + 3, strides + 6, keep, output, sizes[0], sizes[1], sizes[2],
-                     sizes[3], sizes[4], sizes[5], scale, causal != 0, 0, nullptr, 0};
+                     sizes[3], sizes[4], sizes[5], scale, causal != 0, 0, 0, nullptr, 0};
     const AttentionKernels* found = kind < kAttentionKinds ? &avx512_vnni::attentions[kind] : nullptr;
 #ifdef LOWBIT_AMX
     if (kind == kAttentionKinds) found = &amx::amx_attention;
@@ -625,7 +626,9 @@ LOWBIT_EXPORT void lowbit_attention(const void* query, const void* key, const vo
     const int64_t row_blocks = blocks(job.queries, kernels.rows) * (job.heads / job.key_heads);
     for (; job.first_unit < units; job.first_unit += group) {
         const int64_t count = smaller(group, units - job.first_unit);
-        run(kernels.prepare[element_type], job, count, count * job.keys * job.width * 8, threads);
+        job.units = count;
+        const int64_t prepared = kernels.prepared_keys ? blocks(job.keys, kernels.prepared_keys) : count;
+        run(kernels.prepare[element_type], job, prepared, count * job.keys * job.width * 8, threads);
         run(kernels.attend[element_type], job, count * row_blocks, count * job.queries * job.keys * job.width / 16, threads);
     }
 #endif
