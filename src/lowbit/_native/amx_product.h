@@ -86,37 +86,47 @@ struct AmxBFloat16 {
 struct AmxPanels {
     alignas(64) uint8_t panels[kGroupColumns * kDepthSteps * kStep];
     alignas(64) int32_t offsets[kGroupColumns];
+    alignas(64) int8_t decoded[kPanelChannels][kDepthSteps * kStep + kStep];  // rows not 4096 bytes apart: they share a set
     int64_t call = 0, column, depth;
 };
 
+// 16 channels, `channels` of them, of `bytes` bytes of inputs -> a panel.
+LOWBIT_INLINE void pack_panel(const int8_t* from, int64_t stride, int64_t channels, int64_t bytes, uint8_t* to) {
+    for (int64_t at = 0; at < bytes; at += kStep, to += kTileBytes) {
+        const __mmask64 mask = present(at, bytes);
+        if (channels == kPanelChannels) {
+            pack_step(from + at, stride, mask, reinterpret_cast<int8_t*>(to));
+            continue;
+        }
+        alignas(64) int8_t rows[kPanelChannels * kStep] = {};
+        for (int64_t channel = 0; channel < channels; ++channel)
+            _mm512_store_si512(rows + channel * kStep, _mm512_maskz_loadu_epi8(mask, from + channel * stride + at));
+        pack_step(rows, kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(to));
+    }
+}
+
+// Inputs from byte `first` on of the channels from `column` on.
 template <typename Kind>
 void pack_group(const AmxJob& job, int64_t column, int64_t first, AmxPanels& packed) {
-    const int64_t bytes = smaller(kDepthSteps * kStep, job.depth - first), steps = blocks(bytes, kStep);
+    const int64_t bytes = smaller(kDepthSteps * kStep, job.depth - first), panel_bytes = blocks(bytes, kStep) * kTileBytes;
     const int64_t columns = smaller(kGroupColumns, job.columns - column);
     uint8_t* to = packed.panels;
-    for (int64_t panel = 0; panel < columns; panel += kPanelChannels) {
-        const auto* from = static_cast<const int8_t*>(job.weight) + (column + panel) * job.depth + first;
-        const int64_t channels = smaller(kPanelChannels, columns - panel);
+    for (int64_t panel = 0; panel < columns; panel += kPanelChannels, to += panel_bytes) {
+        const int64_t channel = column + panel, channels = smaller(kPanelChannels, columns - panel);
+        if (job.decode) {
+            for (int64_t i = 0; i < channels; ++i)
+                job.decode(job.weight, channel + i, first / 2, bytes / 2, reinterpret_cast<BFloat16*>(packed.decoded[i]));
+            pack_panel(packed.decoded[0], sizeof packed.decoded[0], channels, bytes, to);
+        } else {
+            pack_panel(static_cast<const int8_t*>(job.weight) + channel * job.depth + first, job.depth, channels, bytes, to);
+        }
+        if (!Kind::has_offset) continue;
         __m512i sums = _mm512_setzero_si512();
-        for (int64_t step = 0; step < steps; ++step, to += kTileBytes) {
-            const __mmask64 mask = present(step * kStep, bytes);
-            if (channels == kPanelChannels) {
-                pack_step(from + step * kStep, job.depth, mask, reinterpret_cast<int8_t*>(to));
-            } else {
-                alignas(64) int8_t rows[kPanelChannels * kStep] = {};
-                for (int64_t channel = 0; channel < channels; ++channel)
-                    _mm512_store_si512(rows + channel * kStep, _mm512_maskz_loadu_epi8(mask, from + channel * job.depth + step * kStep));
-                pack_step(rows, kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(to));
-            }
-            if (Kind::has_offset)
-                for (int64_t i = 0; i < kTileBytes; i += kStep)
-                    sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_load_si512(to + i));
-        }
-        if (Kind::has_offset) {
-            __m512i* offsets = reinterpret_cast<__m512i*>(packed.offsets + panel);
-            const __m512i before = first == 0 ? _mm512_setzero_si512() : _mm512_load_si512(offsets);
-            _mm512_store_si512(offsets, _mm512_add_epi32(before, _mm512_slli_epi32(sums, 7)));
-        }
+        for (int64_t i = 0; i < panel_bytes; i += kStep)
+            sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_load_si512(to + i));
+        __m512i* offsets = reinterpret_cast<__m512i*>(packed.offsets + panel);
+        const __m512i before = first == 0 ? _mm512_setzero_si512() : _mm512_load_si512(offsets);
+        _mm512_store_si512(offsets, _mm512_add_epi32(before, _mm512_slli_epi32(sums, 7)));
     }
 }
 

@@ -111,11 +111,13 @@ struct AmxJob {
                                   // are quantized first, in elements
     float* row_scale;    // [rows], of int8; null where it is found by quantizing
     uint8_t* tiles;      // what is multiplied, as the instruction reads it: whole tiles of 32 rows and 64 bytes
-    const void* weight;  // [columns, depth]
+    const void* weight;  // [columns, depth]; or what `decode` takes
     int64_t columns;
     const float *column_scale, *bias;  // [columns]; bias may be null
     void* output;                      // [rows, columns], rows output_stride elements apart
     int64_t output_stride, row_block, row_blocks;
+    // Null, or writes inputs [first, first + count) of a channel; 2048 at a time or what is left.
+    void (*decode)(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output);
     int64_t call;  // a number of its own
 };
 
@@ -395,6 +397,18 @@ bool is_row(const GgufKernels& kernels, int64_t columns, int64_t row_bytes) {
     return columns % kernels.elements == 0 && columns / kernels.elements * kernels.bytes == row_bytes;
 }
 
+struct GgufRows {
+    const GgufKernels* kernels;
+    const uint8_t* input;
+    int64_t row_bytes;
+};
+
+void decode_gguf_row(const void* weight, int64_t row, int64_t first, int64_t count, BFloat16* output) {
+    const auto& rows = *static_cast<const GgufRows*>(weight);
+    const uint8_t* from = rows.input + row * rows.row_bytes + first / rows.kernels->elements * rows.kernels->bytes;
+    rows.kernels->decode[1]({from, count, output}, 0, 1);
+}
+
 int selected_isa = best_isa();
 const Kernels* selected = kernels_of(selected_isa);
 const WeightKernels* selected_weight = weight_kernels_of(selected_isa);
@@ -460,6 +474,18 @@ void run_amx(AmxKernel arrange, AmxKernel multiply, AmxJob job, int threads) {
     constexpr int64_t kProductsPerElement = 256;  // multiply-adds in the time of one element of the other kernels
     const int64_t work = job.rows * job.columns * job.depth / kProductsPerElement;
     run(multiply, job, groups * job.row_blocks, work, threads, groups < 4 * threads ? 1 : job.row_blocks);
+}
+
+void run_bfloat16(const void* x, int64_t rows, int64_t depth, int64_t stride, const void* weight, decltype(AmxJob::decode) decode,
+                  int64_t columns, const float* bias, void* output, int threads) {
+    constexpr int64_t kRowsAtOnce = 4096;  // whose tiles are held; each piece reads the whole weight
+    for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+        const auto* part = static_cast<const BFloat16*>(x) + first * stride;
+        auto* to = static_cast<BFloat16*>(output) + first * columns;
+        const AmxJob job{part, smaller(kRowsAtOnce, rows - first), 2 * depth, 2 * stride, nullptr, nullptr, weight, columns,
+                         nullptr, bias, to, columns, 0, 0, decode, 0};
+        run_amx(amx::arrange_rows, amx::bfloat16_product, job, threads);
+    }
 }
 #endif
 
@@ -533,7 +559,7 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
 #ifdef LOWBIT_AMX
     if (selected_isa == kAmx && rows > kFewRows) {
         const AmxJob job{x,    rows,   depth,   depth, const_cast<float*>(x_scale), nullptr, weight, columns, weight_scale,
-                         bias, output, columns, 0,     0,                           0};
+                         bias, output, columns, 0,     0,                           nullptr, 0};
         run_amx(amx::arrange_rows, amx::int8_products[element_type], job, threads);
         return;
     }
@@ -569,7 +595,7 @@ LOWBIT_EXPORT void lowbit_int8_linear(const void* x, int element_type, int64_t r
 #ifdef LOWBIT_AMX
         if (selected_isa == kAmx && count > kFewRows) {
             const AmxJob job{part,         count, depth, stride, nullptr, nullptr, weight, columns,
-                             weight_scale, bias,  to,    columns, 0,      0,       0};
+                             weight_scale, bias,  to,    columns, 0,      0,       nullptr, 0};
             run_amx(amx::quantizing_arrangements[element_type], amx::int8_products[element_type], job, threads);
             continue;
         }
@@ -589,13 +615,11 @@ LOWBIT_EXPORT void lowbit_int8_linear(const void* x, int element_type, int64_t r
 LOWBIT_EXPORT int lowbit_has_bfloat16_product() { return selected_isa == kAmx; }
 
 // x bfloat16 [rows, depth], rows `stride` elements apart, times weight bfloat16 [columns, depth], plus bias [columns] (or
-// null), summed in float32 -> output bfloat16 [rows, columns], rows output_stride elements apart. 
+// null), summed in float32 -> output bfloat16 [rows, columns].
 LOWBIT_EXPORT void lowbit_bfloat16_product(const void* x, int64_t rows, int64_t depth, int64_t stride, const void* weight,
-                                           int64_t columns, const float* bias, void* output, int64_t output_stride, int threads) {
+                                           int64_t columns, const float* bias, void* output, int threads) {
 #ifdef LOWBIT_AMX
-    const AmxJob job{x,    rows,   2 * depth,     2 * stride, nullptr, nullptr, weight, columns, nullptr,
-                     bias, output, output_stride, 0,          0,       0};
-    run_amx(amx::arrange_rows, amx::bfloat16_product, job, threads);
+    run_bfloat16(x, rows, depth, stride, weight, nullptr, columns, bias, output, threads);
 #endif
 }
 
@@ -653,6 +677,21 @@ LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_st
     run(selected_weight->multiply[code_type], job, tasks, columns * depth / 4 * (4 + rows) / 4, threads);
 }
 
+// As above, of any number of rows x [rows, depth] bfloat16, x_stride apart, in their own order; weights are rounded to
+// bfloat16, the output is bfloat16. Needs what lowbit_bfloat16_product needs.
+LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int64_t x_stride, int64_t depth, const void* weight,
+                                               int code_type, int64_t columns, const void* scale, int scale_type,
+                                               const uint8_t* zero_point, int64_t block_rows, int64_t block_columns,
+                                               const float* outer_scale, int64_t outer_columns, const float* bias,
+                                               void* output, int threads) {
+#ifdef LOWBIT_AMX
+    WeightJob job{nullptr,    0,          0,            depth,       weight,        columns, scale,   scale_type,
+                  zero_point, block_rows, block_columns, outer_scale, outer_columns, nullptr, nullptr, 1, false};
+    job.is_split = avx512::decodes_split[code_type](job);
+    run_bfloat16(x, rows, depth, x_stride, &job, avx512::bfloat16_decoders[code_type], columns, bias, output, threads);
+#endif
+}
+
 // int4 [columns, depth] -> float32 [columns, depth], of each 32 inputs the even ones first, then the odd ones.
 LOWBIT_EXPORT void lowbit_int4_decode(const void* weight, int64_t columns, int64_t depth, const void* scale,
                                       int scale_type, const uint8_t* zero_point, int64_t group_size, float* output,
@@ -685,5 +724,18 @@ LOWBIT_EXPORT int lowbit_gguf_product(const float* x, int64_t rows, int64_t colu
     if (kernels == nullptr || !is_row(*kernels, columns, row_bytes) || columns % 32 || !kernels->multiply[0]) return 1;
     const GgufProductJob job{x, rows, columns, features, input, bias, output};
     run(kernels->multiply[element_type], job, blocks(features, 4), features * columns, threads);
+    return 0;
+}
+
+// As above, of x bfloat16; weights are rounded to bfloat16, the output is bfloat16. Needs what lowbit_bfloat16_product needs.
+LOWBIT_EXPORT int lowbit_gguf_product_bfloat16(const void* x, int64_t rows, int64_t columns, const uint8_t* input, int type,
+                                               int64_t features, int64_t row_bytes, const float* bias, void* output,
+                                               int threads) {
+    const GgufKernels* kernels = gguf_kernels_of(selected_isa, type);
+    if (kernels == nullptr || !is_row(*kernels, columns, row_bytes)) return 1;
+#ifdef LOWBIT_AMX
+    const GgufRows weight{kernels, input, row_bytes};
+    run_bfloat16(x, rows, columns, columns, &weight, decode_gguf_row, features, bias, output, threads);
+#endif
     return 0;
 }

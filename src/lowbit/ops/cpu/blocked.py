@@ -86,21 +86,14 @@ def finish(
 
 
 def multiply(x: torch.Tensor, features: int, decode: Decode, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return ``x @ weight.T + bias`` [M, N], computed in the dtype of ``x`` [M, K]: natively or by torch.
+    """Return ``x @ weight.T + bias`` [M, N], computed by torch in the dtype of ``x`` [M, K].
 
     ``decode`` writes rows of the weight in that dtype.
     """
     output = torch.empty((x.shape[0], features), dtype=x.dtype)
-    is_native = x.dtype == torch.bfloat16 and native.multiplies_bfloat16()
-    if is_native and x.stride(1) != 1:
-        x = x.contiguous()
     for first, last in channel_blocks(x, features):
         weight = scratch("weight", (last - first, x.shape[1]), x.dtype)
         decode(first, weight)
         part_bias = None if bias is None else bias[first:last]
-        if is_native:
-            part_bias = None if part_bias is None else part_bias.float()
-            native.bfloat16_product(x, weight, part_bias, output[:, first:last])
-        else:
-            output[:, first:last] = torch.nn.functional.linear(x, weight, part_bias)
+        output[:, first:last] = torch.nn.functional.linear(x, weight, part_bias)
     return output

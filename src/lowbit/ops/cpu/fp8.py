@@ -12,7 +12,7 @@ import torch
 from lowbit.ops import fp8
 from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
-from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows, supports
+from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports
 from lowbit.ops.fp8_weight_only import linear
 
 __all__ = ["fp8_weight_only_mm", "linear", "pack_weight", "supports", "unpack_weight"]
@@ -62,8 +62,8 @@ def fp8_weight_only_mm(
 ) -> torch.Tensor:
     """Return ``x @ (packed * weight_scale).T + bias`` [M, N] in the dtype of ``x`` [M, K]."""
     weight_scale = weight_scale.contiguous()
-    if has_few_rows(x):
-        return multiply_few_rows(x, packed, "e4m3", weight_scale, bias, _block(packed, weight_scale, weight_block_size))
+    if is_fused(x):
+        return multiply_fused(x, packed, "e4m3", weight_scale, bias, _block(packed, weight_scale, weight_block_size))
 
     def decode(first: int, weight: torch.Tensor) -> None:
         decode_rows(packed, weight_scale, weight_block_size, first, weight)

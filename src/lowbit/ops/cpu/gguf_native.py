@@ -1,8 +1,8 @@
 """GGUF weights on CPUs with the native helper.
 
 With AVX-512, weights are decoded to float32 and multiplied in one pass: of up to four rows in registers, of up to 64 in
-the cache, four output channels at a time. With more rows, blocks of output channels are decoded and handed to torch's
-product.
+the cache, four output channels at a time; with AMX they are decoded to bfloat16 for any number of rows. With more rows
+elsewhere, blocks of output channels are decoded and handed to torch's product.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.gguf import _fake_mm, multiply_blocked, pack_weight, unpack_weight
 from lowbit.ops.cpu.gguf import supports as supported_by_torch
+from lowbit.ops.cpu.weight_only import is_for_amx
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.gguf_types import block_type
 from lowbit.ops.library import define_operator
@@ -34,11 +35,15 @@ def multiply_native(
     x: torch.Tensor, packed: torch.Tensor, weight_type: str, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K]."""
+    output = torch.empty((x.shape[0], packed.shape[0]), dtype=x.dtype)
+    number = block_type(weight_type).number
+    if is_for_amx(x):
+        native.gguf_bfloat16_product(x.contiguous(), packed, number, None if bias is None else bias.float(), output)
+        return output
     if x.shape[0] > FUSED_ROWS or x.shape[1] % 32 or not native.multiplies_gguf():
         return multiply_blocked(x, packed, weight_type, bias)
-    output = torch.empty((x.shape[0], packed.shape[0]), dtype=x.dtype)
     bias = None if bias is None else bias.float().contiguous()
-    native.gguf_product(x.float().contiguous(), packed, block_type(weight_type).number, bias, output)
+    native.gguf_product(x.float().contiguous(), packed, number, bias, output)
     return output
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops.cpu import native
-from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows
+from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused
 
 
 @torch.no_grad()
@@ -14,8 +14,8 @@ def int8_weight_only_mm(
 ) -> torch.Tensor:
     """Multiply as ``lowbit.ops.int8_weight_only.int8_weight_only_mm`` does, with sums in float32."""
     weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
-    if has_few_rows(x):
-        return multiply_few_rows(x, weight, "int8", weight_scale, bias, (1, weight.shape[1]))
+    if is_fused(x):
+        return multiply_fused(x, weight, "int8", weight_scale, bias, (1, weight.shape[1]))
 
     def decode(first: int, output: torch.Tensor) -> None:
         last = first + output.shape[0]

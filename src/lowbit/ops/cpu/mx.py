@@ -11,7 +11,7 @@ from lowbit.ops import mx
 from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.fp4 import decode_fp4
-from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows, supports
+from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports
 from lowbit.ops.fp8 import E4M3
 from lowbit.ops.mx_weight_only import linear
 
@@ -53,11 +53,11 @@ def mx_weight_only_mm(
     dual_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K], for a weight as ``decode_rows`` takes it."""
-    if has_few_rows(x):
+    if is_fused(x):
         weight_type = "e4m3" if packed.dtype == E4M3 else "e2m1"
         outer, columns = (None, 0) if dual_scale is None else (dual_scale.contiguous(), mx.DUAL_GROUP_SIZE)
         scale, block = weight_scale.contiguous(), (1, mx.GROUP_SIZE)
-        return multiply_few_rows(x, packed, weight_type, scale, bias, block, outer_scale=outer, outer_columns=columns)
+        return multiply_fused(x, packed, weight_type, scale, bias, block, outer_scale=outer, outer_columns=columns)
 
     def decode(first: int, weight: torch.Tensor) -> None:
         decode_rows(packed, weight_scale, dual_scale, first, weight)

@@ -42,7 +42,12 @@ _SIGNATURES = {
         _int,
     ),
     "lowbit_int8_linear": (_pointer, _int, *[_size] * 3, _pointer, _size, *[_pointer] * 3, _int),
-    "lowbit_bfloat16_product": (_pointer, *[_size] * 3, _pointer, _size, *[_pointer] * 2, _size, _int),
+    "lowbit_bfloat16_product": (_pointer, *[_size] * 3, _pointer, _size, *[_pointer] * 2, _int),
+    "lowbit_weight_only_bfloat16": (
+        *(_pointer, *[_size] * 3, _pointer, _int, _size, _pointer, _int, _pointer, *[_size] * 2),
+        *(_pointer, _size, *[_pointer] * 2, _int),
+    ),
+    "lowbit_gguf_product_bfloat16": (_pointer, *[_size] * 2, _pointer, _int, *[_size] * 2, *[_pointer] * 2, _int),
     "lowbit_attention": (*[_pointer] * 5, _int, _pointer, _pointer, ctypes.c_float, *[_int] * 3),
     "lowbit_weight_only": (
         *(
@@ -69,7 +74,7 @@ _SIGNATURES = {
     "lowbit_set_parallel": (_pointer,),
 }
 
-_RESULTS = {"lowbit_gguf_decode": _int, "lowbit_gguf_product": _int}
+_RESULTS = {"lowbit_gguf_decode": _int, "lowbit_gguf_product": _int, "lowbit_gguf_product_bfloat16": _int}
 
 
 def dtype_refusal(dtype: torch.dtype) -> str | None:
@@ -314,7 +319,7 @@ def bfloat16_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         x: bfloat16 [M, K]; rows may be apart, columns not.
         weight: dense bfloat16 [N, K].
         bias: dense float32, one element per output channel, or ``None``.
-        output: written: bfloat16 [M, N]; rows may be apart, columns not.
+        output: written: dense bfloat16 [M, N].
     """
     rows, depth = x.shape
     features = weight.shape[0]
@@ -323,10 +328,10 @@ def bfloat16_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     assert weight.shape[1] == depth
     assert weight.is_contiguous()
     assert output.shape == (rows, features)
-    assert output.stride(1) == 1 or features <= 1
+    assert output.is_contiguous()
     _library().lowbit_bfloat16_product(
         x.data_ptr(), rows, depth, x.stride(0), weight.data_ptr(), features, _address(bias), output.data_ptr(),
-        output.stride(0), torch.get_num_threads(),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -407,11 +412,54 @@ def weight_only_product(
         outer_scale: dense float32, not of int4: multiplied with the scales: [], or [N, ceil(K / outer_columns)].
         outer_columns: that share an outer scale, a multiple of 512; 0: all.
     """
-    rows, depth = x.shape
-    assert rows <= MOST_ROWS
+    assert x.shape[0] <= MOST_ROWS
     assert x.dtype == torch.float32
+    assert x.stride(0) % ROW_PADDING == 0 or x.shape[0] <= 1
+    arguments = _weight_only(
+        x, weight, weight_type, scale, bias, output, block_size, zero_point, outer_scale, outer_columns
+    )
+    _library().lowbit_weight_only(*arguments, ELEMENT_TYPES[output.dtype], torch.get_num_threads())
+
+
+def weight_only_bfloat16_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_type: str,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    block_size: tuple[int, int],
+    zero_point: torch.Tensor | None = None,
+    outer_scale: torch.Tensor | None = None,
+    outer_columns: int = 0,
+) -> None:
+    """As ``weight_only_product``, with the weight's values rounded to bfloat16; where ``bfloat16_product`` runs.
+
+    ``x`` is bfloat16 [M, K] with any number of rows, in their own order and without zeros after them; ``output`` is
+    bfloat16. Other arguments as there.
+    """
+    assert x.dtype == output.dtype == torch.bfloat16
+    arguments = _weight_only(
+        x, weight, weight_type, scale, bias, output, block_size, zero_point, outer_scale, outer_columns
+    )
+    _library().lowbit_weight_only_bfloat16(*arguments, torch.get_num_threads())
+
+
+def _weight_only(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_type: str,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    block_size: tuple[int, int],
+    zero_point: torch.Tensor | None,
+    outer_scale: torch.Tensor | None,
+    outer_columns: int,
+) -> tuple[object, ...]:
+    """Return what both products are called with."""
+    rows, depth = x.shape
     assert x.stride(1) == 1
-    assert x.stride(0) % ROW_PADDING == 0 or rows <= 1
     assert weight.is_contiguous()
     assert scale.is_contiguous()
     assert zero_point is None or zero_point.is_contiguous()
@@ -419,11 +467,10 @@ def weight_only_product(
     assert outer_scale is None or outer_scale.numel() == outer_scales
     assert outer_columns % 512 == 0
     assert output.is_contiguous()
-    _library().lowbit_weight_only(
+    return (
         x.data_ptr(), rows, x.stride(0), depth, weight.data_ptr(), WEIGHT_TYPES[weight_type], output.shape[1],
         scale.data_ptr(), SCALE_TYPES[scale.dtype], None if zero_point is None else zero_point.data_ptr(),
         *block_size, _address(outer_scale), outer_columns, _address(bias), output.data_ptr(),
-        ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -487,6 +534,25 @@ def gguf_product(
     refused = _library().lowbit_gguf_product(
         x.data_ptr(), *x.shape, raw.data_ptr(), number, *raw.shape, _address(bias), output.data_ptr(),
         ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    assert not refused
+
+
+def gguf_bfloat16_product(
+    x: torch.Tensor, raw: torch.Tensor, number: int, bias: torch.Tensor | None, output: torch.Tensor
+) -> None:
+    """As ``gguf_product``, with the weight's values rounded to bfloat16; where ``bfloat16_product`` runs.
+
+    ``x`` and ``output`` are bfloat16; K is what the type's blocks allow.
+    """
+    assert x.dtype == output.dtype == torch.bfloat16
+    assert x.is_contiguous()
+    assert raw.is_contiguous()
+    assert output.is_contiguous()
+    assert output.shape == (x.shape[0], raw.shape[0])
+    refused = _library().lowbit_gguf_product_bfloat16(
+        x.data_ptr(), *x.shape, raw.data_ptr(), number, *raw.shape, _address(bias), output.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     assert not refused
 

@@ -10,7 +10,7 @@ import torch
 from lowbit.ops import nvfp4
 from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu.fp4 import decode_fp4
-from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows, supports
+from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports
 from lowbit.ops.nvfp4_weight_only import linear
 
 __all__ = ["linear", "nvfp4_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
@@ -25,9 +25,9 @@ def nvfp4_weight_only_mm(
     global_scale: torch.Tensor,
 ) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K]; the weight as in ``ops.nvfp4.linear``."""
-    if has_few_rows(x):
+    if is_fused(x):
         block, outer = (1, nvfp4.GROUP_SIZE), global_scale.reshape(1)
-        return multiply_few_rows(x, packed, "e2m1", weight_scale.contiguous(), bias, block, outer_scale=outer)
+        return multiply_fused(x, packed, "e2m1", weight_scale.contiguous(), bias, block, outer_scale=outer)
 
     def decode(first: int, weight: torch.Tensor) -> None:
         rows = slice(first, first + weight.shape[0])

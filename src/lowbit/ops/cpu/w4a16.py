@@ -7,7 +7,7 @@ import torch
 from lowbit.ops import w4a16
 from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
-from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows, supports
+from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports
 from lowbit.ops.cpu.workspace import scratch
 from lowbit.ops.w4a16 import operator_linear as linear
 
@@ -27,10 +27,10 @@ def w4a16_mm(
     zero_point = None if zero_point is None else zero_point.contiguous()
     group_size = x.shape[1] // weight_scale.shape[1]
     is_native = native.available() and x.numel() > 0
+    if is_native and is_fused(x):
+        return multiply_fused(x, packed, "int4", weight_scale, bias, (1, group_size), zero_point)
     if is_native:
         x = w4a16.split_pairs(x)
-        if has_few_rows(x):
-            return multiply_few_rows(x, packed, "int4", weight_scale, bias, (1, group_size), zero_point)
 
     def decode(first: int, weight: torch.Tensor) -> None:
         part = slice(first, first + weight.shape[0])

@@ -7,7 +7,7 @@ import torch
 from lowbit.ops import w8a16
 from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu.int8_weight_only import int8_weight_only_mm
-from lowbit.ops.cpu.weight_only import has_few_rows, multiply_decoded, multiply_few_rows, supports
+from lowbit.ops.cpu.weight_only import has_few_rows, is_fused, multiply_decoded, multiply_fused, supports
 from lowbit.ops.w8a16 import operator_linear as linear
 
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w8a16_mm"]
@@ -25,7 +25,10 @@ def w8a16_mm(
     if zero_point is None and weight_scale.shape[1] == 1:
         return int8_weight_only_mm(x, packed, weight_scale, bias)
     packed, weight_scale = packed.contiguous(), weight_scale.contiguous()
-    if has_few_rows(x):
+    group_size = x.shape[1] // weight_scale.shape[1]
+    if zero_point is None and is_fused(x):
+        return multiply_fused(x, packed, "int8", weight_scale, bias, (1, group_size))
+    if zero_point is not None and has_few_rows(x):
         return _few_rows(x, packed, weight_scale, bias, zero_point)
 
     def decode(first: int, weight: torch.Tensor) -> None:
@@ -41,13 +44,11 @@ def _few_rows(
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
+    zero_point: torch.Tensor,
 ) -> torch.Tensor:
     group_size = x.shape[1] // scale.shape[1]
-    if zero_point is None:
-        return multiply_few_rows(x, weight, "int8", scale, bias, (1, group_size))
     # The native helper knows no zero points of 8 bits; their part needs the sums of the groups alone.
     values = x.float()
-    result = multiply_few_rows(values, weight, "int8", scale, bias, (1, group_size))
+    result = multiply_fused(values, weight, "int8", scale, bias, (1, group_size))
     sums = values.unflatten(1, (-1, group_size)).sum(dim=-1)
     return result.sub_(sums @ (zero_point.float() * scale).t()).to(x.dtype)

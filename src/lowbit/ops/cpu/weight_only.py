@@ -1,8 +1,9 @@
 """What the products of activations and 8- or 4-bit weights have in common on CPUs.
 
 Up to ``native.MOST_ROWS`` rows the native helper decodes codes in registers and multiplies in float32, at the speed at
-which memory gives the codes. More rows, and no helper: blocks of output channels are decoded into the cache and
-multiplied by torch in the precision that this CPU is fastest in.
+which memory gives the codes. On CPUs with AMX it decodes to bfloat16 instead, in the cache, and multiplies any number of
+rows of that type. More rows elsewhere, and no helper: blocks of output channels are decoded into the cache and multiplied
+by torch in the precision that this CPU is fastest in.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from lowbit.ops.cpu import native
 from lowbit.ops.cpu.blocked import Decode, multiply, multiply_float32
 from lowbit.ops.cpu.features import fast_matmul_dtype
 from lowbit.ops.dispatch import Problem
+from lowbit.ops.w4a16 import split_pairs
 
 # Beyond which a CPU that multiplies 16-bit numbers in one instruction is better off decoding to those.
 MOST_ROWS_BESIDE_FAST_MATMUL = 8
+
+# Beyond which weights are better decoded for AMX, whose instruction takes 16 rows, than for single precision.
+MOST_ROWS_BESIDE_AMX = 4
 
 
 def supports(problem: Problem) -> str | None:
@@ -25,12 +30,24 @@ def supports(problem: Problem) -> str | None:
 
 
 def has_few_rows(x: torch.Tensor) -> bool:
-    """Tell whether ``multiply_few_rows`` is there and the best for x [M, K]."""
+    """Tell whether ``multiply_fused`` multiplies x [M, K] in float32."""
+    if is_for_amx(x):
+        return False
     is_fast = fast_matmul_dtype(x.dtype) == x.dtype != torch.float32
     return native.available() and x.shape[0] <= (MOST_ROWS_BESIDE_FAST_MATMUL if is_fast else native.MOST_ROWS)
 
 
-def multiply_few_rows(
+def is_for_amx(x: torch.Tensor) -> bool:
+    """Tell whether the native helper multiplies x [M, K] by a decoded weight with AMX."""
+    return x.dtype == torch.bfloat16 and x.shape[0] > MOST_ROWS_BESIDE_AMX and native.multiplies_bfloat16()
+
+
+def is_fused(x: torch.Tensor) -> bool:
+    """Tell whether ``multiply_fused`` is there and the best for x [M, K]."""
+    return is_for_amx(x) or has_few_rows(x)
+
+
+def multiply_fused(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_type: str,
@@ -41,18 +58,23 @@ def multiply_few_rows(
     outer_scale: torch.Tensor | None = None,
     outer_columns: int = 0,
 ) -> torch.Tensor:
-    """Return ``native.weight_only_product`` [M, N] in the dtype of ``x`` [M, K]."""
-    features = weight.shape[0]
-    output = torch.empty((x.shape[0], features), dtype=x.dtype)
-    columns = x.shape[1]
-    values = x.float()
+    """Return ``native.weight_only_product`` [M, N], or that in bfloat16, in the dtype of ``x`` [M, K]."""
+    output = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    bias = None if bias is None else bias.float().contiguous()
+    if is_for_amx(x):
+        multiply, values = native.weight_only_bfloat16_product, x if x.stride(1) == 1 else x.contiguous()
+    else:
+        multiply, values = native.weight_only_product, _padded(x if weight_type != "int4" else split_pairs(x))
+    multiply(values, weight, weight_type, scale, bias, output, block_size, zero_point, outer_scale, outer_columns)
+    return output
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` [M, K] in float32, with zeros after its rows up to ``native.ROW_PADDING``."""
+    values, columns = x.float(), x.shape[1]
     if columns % native.ROW_PADDING or values.stride() != (columns, 1):
         values = pad(values, (0, -columns % native.ROW_PADDING)).contiguous()[:, :columns]
-    bias = None if bias is None else bias.float().contiguous()
-    native.weight_only_product(
-        values, weight, weight_type, scale, bias, output, block_size, zero_point, outer_scale, outer_columns
-    )
-    return output
+    return values
 
 
 def multiply_decoded(x: torch.Tensor, features: int, decode: Decode, bias: torch.Tensor | None) -> torch.Tensor:
