@@ -7,7 +7,6 @@
 constexpr int64_t kKeysTogether = 128;
 constexpr int64_t kQueries = 256;  // a task's
 constexpr int64_t kStepKeys = 32;  // in the 64 bytes of a tile's row
-constexpr int64_t kWords = 16;
 constexpr int64_t kBytesTogether = 512 << 10;  // of keys and values that stay in the second-level cache
 constexpr float kMostAbove = 8.0f;  // that a score may be higher, in powers of two, before what was summed is scaled anew
 
@@ -54,7 +53,7 @@ LOWBIT_INLINE __mmask32 pack_keys(const BFloat16* from, int64_t stride, uint32_t
 LOWBIT_INLINE void pack_values(const BFloat16* from, int64_t stride, const uint64_t* keep, int64_t width, uint8_t* to) {
     for (int64_t key = 0; key < kKeysTogether; key += 2, from += 2 * stride) {
         const uint64_t there = keep[key / 64] >> key % 64;
-        uint8_t* word = to + (key / kStepKeys * kWords + key % kStepKeys / 2) * kStep;
+        uint8_t* word = to + (key / kStepKeys * 16 + key % kStepKeys / 2) * kStep;
         for (int64_t channel = 0; channel < width_panels(width) * kPanelChannels; channel += kPanelChannels) {
             const __mmask16 mask = column_mask(width - channel);
             const __m256i even = _mm256_maskz_loadu_epi16(there & 1 ? mask : 0, from + channel);

@@ -330,6 +330,7 @@ using avx512_vnni::poison_of;
 using avx512_vnni::prefetch_row;
 using avx512_vnni::Queries;
 #include "amx_product.h"
+#include "amx_decode.h"
 #include "attention_amx.h"
 }
 #if defined(__clang__)
@@ -395,18 +396,6 @@ const GgufKernels* gguf_kernels_of(int isa, int number) {
 
 bool is_row(const GgufKernels& kernels, int64_t columns, int64_t row_bytes) {
     return columns % kernels.elements == 0 && columns / kernels.elements * kernels.bytes == row_bytes;
-}
-
-struct GgufRows {
-    const GgufKernels* kernels;
-    const uint8_t* input;
-    int64_t row_bytes;
-};
-
-void decode_gguf_row(const void* weight, int64_t row, int64_t first, int64_t count, BFloat16* output) {
-    const auto& rows = *static_cast<const GgufRows*>(weight);
-    const uint8_t* from = rows.input + row * rows.row_bytes + first / rows.kernels->elements * rows.kernels->bytes;
-    rows.kernels->decode[1]({from, count, output}, 0, 1);
 }
 
 int selected_isa = best_isa();
@@ -685,10 +674,9 @@ LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int6
                                                const float* outer_scale, int64_t outer_columns, const float* bias,
                                                void* output, int threads) {
 #ifdef LOWBIT_AMX
-    WeightJob job{nullptr,    0,          0,            depth,       weight,        columns, scale,   scale_type,
-                  zero_point, block_rows, block_columns, outer_scale, outer_columns, nullptr, nullptr, 1, false};
-    job.is_split = avx512::decodes_split[code_type](job);
-    run_bfloat16(x, rows, depth, x_stride, &job, avx512::bfloat16_decoders[code_type], columns, bias, output, threads);
+    const WeightJob job{nullptr,    0,          0,             depth,       weight,        columns, scale,   scale_type,
+                        zero_point, block_rows, block_columns, outer_scale, outer_columns, nullptr, nullptr, 1, false};
+    run_bfloat16(x, rows, depth, x_stride, &job, amx::weight_decoders[code_type], columns, bias, output, threads);
 #endif
 }
 
@@ -734,8 +722,8 @@ LOWBIT_EXPORT int lowbit_gguf_product_bfloat16(const void* x, int64_t rows, int6
     const GgufKernels* kernels = gguf_kernels_of(selected_isa, type);
     if (kernels == nullptr || !is_row(*kernels, columns, row_bytes)) return 1;
 #ifdef LOWBIT_AMX
-    const GgufRows weight{kernels, input, row_bytes};
-    run_bfloat16(x, rows, columns, columns, &weight, decode_gguf_row, features, bias, output, threads);
+    const amx::GgufRows weight{kernels, input, row_bytes};
+    run_bfloat16(x, rows, columns, columns, &weight, amx::decode_gguf, features, bias, output, threads);
 #endif
     return 0;
 }

@@ -287,6 +287,10 @@ LOWBIT_INLINE bool has_even_blocks(const WeightJob& job) {
 LOWBIT_INLINE void load_scales(const WeightJob& job, int64_t index, int64_t count, float* scales) {
     const auto* codes = static_cast<const uint8_t*>(job.scale) + index;  // of the types of a byte
     if (job.scale_type == 3) return decode_codes(reinterpret_cast<const E4M3*>(codes), count, 1.0f, scales);
+    if (job.scale_type == 0) {
+        std::memcpy(scales, static_cast<const float*>(job.scale) + index, count * sizeof(float));
+        return;
+    }
     int64_t i = 0;
     for (; job.scale_type == 2 && i + kStep <= count; i += kStep) {
         const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
@@ -418,46 +422,3 @@ const WeightKernels weight_kernels = {
     split_activations,
     kTaskChannels,
 };
-
-#ifdef LOWBIT_AVX512
-// The order in which a channel's inputs are decoded: see WeightJob.
-template <typename Code>
-bool is_decoded_split(const WeightJob& job) {
-    return std::is_same<Code, Int4>::value || (std::is_same<Code, E2M1>::value && has_whole_groups<E2M1>(job));
-}
-
-LOWBIT_INLINE __m512i round_to_bfloat16(__m512 values) {
-    const __m512i bits = _mm512_castps_si512(values), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
-    return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-}
-
-// Inputs [first, first + count) of a channel in their own order; first is a multiple of kChunk. `output` has room for a
-// multiple of 32.
-template <typename Code>
-void decode_to_bfloat16(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
-    const auto& job = *static_cast<const WeightJob*>(weight);
-    alignas(64) float values[kChunk];
-    for (int64_t done = 0; done < count; done += kChunk) {
-        const int64_t part = smaller(kChunk, count - done);
-        decode_to(job, channel, first + done, part, values, Code{});
-        for (int64_t i = 0; i < part; i += 32) {
-            const __m512i low = round_to_bfloat16(load_lanes(values + i)), high = round_to_bfloat16(load_lanes(values + i + 16));
-            __m512i both;
-            if (job.is_split) {
-                both = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high);
-            } else {
-                const __m256i halves[2] = {_mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16)),
-                                           _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16))};
-                both = _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1);
-            }
-            _mm512_storeu_si512(output + done + i, both);
-        }
-    }
-}
-
-constexpr bool (*decodes_split[4])(const WeightJob&) = {is_decoded_split<Int8>, is_decoded_split<E4M3>, is_decoded_split<Int4>,
-                                                        is_decoded_split<E2M1>};
-constexpr void (*bfloat16_decoders[4])(const void*, int64_t, int64_t, int64_t, BFloat16*) = {
-    decode_to_bfloat16<Int8>, decode_to_bfloat16<E4M3>, decode_to_bfloat16<Int4>, decode_to_bfloat16<E2M1>};
-#endif
