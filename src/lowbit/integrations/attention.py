@@ -81,7 +81,8 @@ def quantize_attention(
 def speed_up_attention(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> AttentionRecord | None:
     """Have ``model`` compute attention by a kernel of lowbit that is faster than torch's and no less exact, if any is.
 
-    That is ``native`` on CPUs with AVX512-VNNI that have none for ``dtype``; see ``lowbit.ops.cpu.attention``.
+    That is ``native`` on CPUs with AMX, and on those with AVX512-VNNI and no instructions for ``dtype``; see
+    ``lowbit.ops.cpu.attention``.
     Attention to fewer than ``FEWEST_KEYS`` keys stays torch's.
 
     Args:

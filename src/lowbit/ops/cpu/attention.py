@@ -1,6 +1,7 @@
 """Attention on CPUs with AVX512-VNNI by the native helper: in int8, rounded to e4m3, or unquantized.
 
-Without instructions for bfloat16 torch's scaled_dot_product_attention multiplies in float32, 16 numbers at a time.
+With AMX unquantized bfloat16 is multiplied as it is, with powers of two rounded to bfloat16, as torch does. Without
+instructions for bfloat16 torch's scaled_dot_product_attention multiplies in float32, 16 numbers at a time.
 Unquantized bfloat16 is multiplied here as 16-bit integers, 32 at a time, summed in int32: queries and keys (less
 their mean, which softmax does not see) with an exponent per token, 14 bits or more, so that by Cauchy's inequality no
 sum overflows; values with 13 bits and an exponent per channel and 64 keys; the softmax with 12 bits relative to its
