@@ -165,7 +165,7 @@ struct Waiting {
     }
 
     LOWBIT_INLINE_LAMBDA inline void write(const AmxJob& job, int64_t i) const {
-        Output* to = static_cast<Output*>(job.output) + (row + i) * job.output_stride + column;
+        Output* to = static_cast<Output*>(job.output) + (row + i) * job.columns + column;
         const __m512 row_scale = Kind::has_offset ? _mm512_set1_ps(job.row_scale[row + i]) : _mm512_setzero_ps();
         for (int64_t side = 0; side < 2; ++side) {
             const int64_t first = column + side * kPanelChannels;
@@ -204,8 +204,9 @@ struct Ahead {
     }
 };
 
-template <typename Kind, typename Output>
-LOWBIT_INLINE void multiply_strip(const AmxJob& job, const TileStrip& strip, const Waiting<Kind, Output>& waiting, Ahead& ahead) {
+// Between the steps other work is done, for which the products leave time.
+template <typename Kind, typename Work>
+LOWBIT_INLINE void multiply_strip(const TileStrip& strip, Work work) {
     __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read it
     if (strip.accumulate) {
         _tile_loadd(0, strip.sums, 64);
@@ -219,10 +220,8 @@ LOWBIT_INLINE void multiply_strip(const AmxJob& job, const TileStrip& strip, con
         _tile_zero(3);
     }
     const uint8_t *x = strip.x, *weight = strip.weight, *second = weight + strip.panel_bytes;
-    const int64_t rows_a_step = blocks(waiting.rows, strip.steps);
-    int64_t row = 0;
     for (int64_t step = 0; step < strip.steps; ++step, x += 2 * kTileBytes, weight += kTileBytes, second += kTileBytes) {
-        _tile_stream_loadd(6, weight, 64);
+        _tile_stream_loadd(6, weight, 64);  // so as not to drive x from the first-level cache
         _tile_loadd(4, x, 64);
         LOWBIT_TILE_DOT(Kind, 0, 4, 6);
         _tile_stream_loadd(7, second, 64);
@@ -230,8 +229,7 @@ LOWBIT_INLINE void multiply_strip(const AmxJob& job, const TileStrip& strip, con
         _tile_loadd(5, x + kTileBytes, 64);
         LOWBIT_TILE_DOT(Kind, 2, 5, 6);
         LOWBIT_TILE_DOT(Kind, 3, 5, 7);
-        ahead.fetch();
-        for (int64_t last = smaller(row + rows_a_step, waiting.rows); row < last; ++row) waiting.write(job, row);
+        work();
     }
     _tile_stored(0, strip.sums, 64);
     _tile_stored(1, strip.sums + kTileBytes, 64);
@@ -270,7 +268,13 @@ void multiply_amx(const AmxJob& job, int64_t first, int64_t last) {
                         const TileStrip strip{x + step * 2 * kTileBytes, packed.panels + (panel * steps + step) * kTileBytes,
                                               steps * kTileBytes, smaller(strip_steps, steps - step), depth + step != 0,
                                               row_sums + panel * 2 * kTileBytes};
-                        multiply_strip(job, strip, waiting, ahead);
+                        const int64_t rows_a_step = blocks(waiting.rows, strip.steps);
+                        int64_t written = 0;
+                        multiply_strip<Kind>(strip, [&]() LOWBIT_INLINE_LAMBDA {
+                            ahead.fetch();
+                            const int64_t end = smaller(written + rows_a_step, waiting.rows);
+                            for (; written < end; ++written) waiting.write(job, written);
+                        });
                         waiting.rows = 0;
                         if (depth + step + strip.steps == all_steps)
                             waiting = Waiting<Kind, Output>(job, strip.sums, packed.offsets + panel * kPanelChannels, row,

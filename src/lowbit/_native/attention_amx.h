@@ -128,39 +128,6 @@ LOWBIT_INLINE void arrange_queries(const AttentionJob& job, const Queries& queri
     }
 }
 
-// A strip of scores or of values: the same loop as a product's, with other work between the instructions.
-template <typename Work>
-LOWBIT_INLINE void multiply_between(const TileStrip& strip, Work work) {
-    __asm__ volatile("" ::: "memory");
-    if (strip.accumulate) {
-        _tile_loadd(0, strip.sums, 64);
-        _tile_loadd(1, strip.sums + kTileBytes, 64);
-        _tile_loadd(2, strip.sums + 2 * kTileBytes, 64);
-        _tile_loadd(3, strip.sums + 3 * kTileBytes, 64);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    const uint8_t *x = strip.x, *weight = strip.weight, *second = weight + strip.panel_bytes;
-    for (int64_t step = 0; step < strip.steps; ++step, x += 2 * kTileBytes, weight += kTileBytes, second += kTileBytes) {
-        _tile_stream_loadd(6, weight, 64);
-        _tile_loadd(4, x, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_stream_loadd(7, second, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, x + kTileBytes, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        work();
-    }
-    _tile_stored(0, strip.sums, 64);
-    _tile_stored(1, strip.sums + kTileBytes, 64);
-    _tile_stored(2, strip.sums + 2 * kTileBytes, 64);
-    _tile_stored(3, strip.sums + 3 * kTileBytes, 64);
-}
-
 constexpr int64_t kStripSize = kRowsTogether * 2 * kPanelChannels;
 
 // Where the 16 numbers of a row and a panel are in strips of 32 rows by 32 channels.
@@ -265,10 +232,11 @@ void attend_group(const AttentionJob& job, const Queries& queries, const AmxHead
     softening.row = softening.rows;
     const auto add_values = [&](int64_t block) {
         while (softening.row < softening.rows) softening();
+        const uint8_t* values = head.value + block * head.value_block;
         for (int64_t pair = 0; pair < pairs; ++pair)
-            multiply_between({task.powers, head.value + block * head.value_block + pair * 8 * kTileBytes, 4 * kTileBytes,
-                              softening.panels / 2, task.has_sums[group], reinterpret_cast<uint8_t*>(sums + pair * kStripSize)},
-                             [] {});
+            multiply_strip<AmxBFloat16>({task.powers, values + pair * 8 * kTileBytes, 4 * kTileBytes, softening.panels / 2,
+                                         task.has_sums[group], reinterpret_cast<uint8_t*>(sums + pair * kStripSize)},
+                                        []() LOWBIT_INLINE_LAMBDA {});
         task.has_sums[group] = true;
     };
     int64_t before = -1;
@@ -277,10 +245,11 @@ void attend_group(const AttentionJob& job, const Queries& queries, const AmxHead
         if (!(keep[0] | keep[1])) continue;
         const int64_t panels = keep[1] ? 8 : 4;
         float* scores = task.scores[block % 2];
+        const uint8_t* keys = head.key + block * head.key_block;
         for (int64_t panel = 0; panel < panels; panel += 2)
-            multiply_between({query, head.key + block * head.key_block + panel * steps * kTileBytes, steps * kTileBytes, steps, false,
-                              reinterpret_cast<uint8_t*>(scores + panel / 2 * kStripSize)},
-                             [&] { softening(); softening(); });
+            multiply_strip<AmxBFloat16>({query, keys + panel * steps * kTileBytes, steps * kTileBytes, steps, false,
+                                         reinterpret_cast<uint8_t*>(scores + panel / 2 * kStripSize)},
+                                        [&]() LOWBIT_INLINE_LAMBDA { softening(); softening(); });
         if (before >= 0) add_values(before);
         softening.begin(scores, keep, panels, queries.top + row - block * kKeysTogether);
         before = block;

@@ -114,8 +114,8 @@ struct AmxJob {
     const void* weight;  // [columns, depth]; or what `decode` takes
     int64_t columns;
     const float *column_scale, *bias;  // [columns]; bias may be null
-    void* output;                      // [rows, columns], rows output_stride elements apart
-    int64_t output_stride, row_block, row_blocks;
+    void* output;                      // [rows, columns]
+    int64_t row_block, row_blocks;
     // Null, or writes inputs [first, first + count) of a channel; 2048 at a time or what is left.
     void (*decode)(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output);
     int64_t call;  // a number of its own
@@ -344,11 +344,13 @@ using avx512_vnni::Queries;
 enum Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };  // AMX: besides AVX-512 with VNNI
 
 #ifdef LOWBIT_AMX
-// Whether the CPU has AMX for both types and the system lets this process use it.
+// Whether the CPU has AMX for both types, and what goes with it, and the system lets this process use it.
 bool has_amx() {
     unsigned a, b, c, d;
     constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBFloat16 | kTile | kInt8;
+    constexpr unsigned kVectorBFloat16 = 1u << 5;
     if (!__builtin_cpu_supports("avx512vnni") || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kVectorBFloat16)) return false;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -472,7 +474,7 @@ void run_bfloat16(const void* x, int64_t rows, int64_t depth, int64_t stride, co
         const auto* part = static_cast<const BFloat16*>(x) + first * stride;
         auto* to = static_cast<BFloat16*>(output) + first * columns;
         const AmxJob job{part, smaller(kRowsAtOnce, rows - first), 2 * depth, 2 * stride, nullptr, nullptr, weight, columns,
-                         nullptr, bias, to, columns, 0, 0, decode, 0};
+                         nullptr, bias, to, 0, 0, decode, 0};
         run_amx(amx::arrange_rows, amx::bfloat16_product, job, threads);
     }
 }
@@ -547,8 +549,8 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
     if (rows <= 0) return;
 #ifdef LOWBIT_AMX
     if (selected_isa == kAmx && rows > kFewRows) {
-        const AmxJob job{x,    rows,   depth,   depth, const_cast<float*>(x_scale), nullptr, weight, columns, weight_scale,
-                         bias, output, columns, 0,     0,                           nullptr, 0};
+        const AmxJob job{x,    rows,   depth, depth, const_cast<float*>(x_scale), nullptr, weight, columns, weight_scale,
+                         bias, output, 0,     0,     nullptr,                     0};
         run_amx(amx::arrange_rows, amx::int8_products[element_type], job, threads);
         return;
     }
@@ -584,7 +586,7 @@ LOWBIT_EXPORT void lowbit_int8_linear(const void* x, int element_type, int64_t r
 #ifdef LOWBIT_AMX
         if (selected_isa == kAmx && count > kFewRows) {
             const AmxJob job{part,         count, depth, stride, nullptr, nullptr, weight, columns,
-                             weight_scale, bias,  to,    columns, 0,      0,       nullptr, 0};
+                             weight_scale, bias,  to,    0,      0,       nullptr, 0};
             run_amx(amx::quantizing_arrangements[element_type], amx::int8_products[element_type], job, threads);
             continue;
         }

@@ -40,6 +40,19 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     native.reload()
 
 
+@pytest.fixture(params=["AVX-512", "AMX"])
+def vectors_or_tiles(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The instruction set of what runs by either."""
+    isa = native.ISA_NAMES.index(request.param)
+    chosen = isa if native.refusal() is not None else native.select_isa(isa)
+    if chosen != isa and request.param == "AMX":  # with less than AVX-512 a test runs once, or is skipped for that
+        native.select_isa(native.BEST_ISA)
+        pytest.skip("the CPU has no AMX")
+    yield request.param
+    if native.refusal() is None:
+        native.select_isa(native.BEST_ISA)
+
+
 def awkward(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """Return activations whose first rows are what breaks quantizers; all finite."""
     x = torch.randn(rows, columns) * torch.randn(rows, 1).exp()

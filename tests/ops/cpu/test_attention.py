@@ -44,6 +44,7 @@ def test_equals_the_reference(name: str, dtype: torch.dtype, masked: bool, is_ca
 
 
 @NEEDS_KERNEL
+@pytest.mark.usefixtures("vectors_or_tiles")
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,6 +83,7 @@ def _hard(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @NEEDS_KERNEL
+@pytest.mark.usefixtures("vectors_or_tiles")
 @pytest.mark.parametrize(
     "name",
     [
@@ -108,6 +110,7 @@ def test_softmax_carried_over_rising_and_falling_scores(kind: str) -> None:
 
 
 @NEEDS_KERNEL
+@pytest.mark.usefixtures("vectors_or_tiles")
 @pytest.mark.parametrize("kind", [*KINDS, UNQUANTIZED])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_poison_stays_where_the_reference_has_it(kind: str, poison: float) -> None:
@@ -124,6 +127,7 @@ def test_poison_stays_where_the_reference_has_it(kind: str, poison: float) -> No
 
 
 @NEEDS_KERNEL
+@pytest.mark.usefixtures("vectors_or_tiles")
 @pytest.mark.parametrize("kind", [*KINDS, UNQUANTIZED])
 def test_masked_keys_are_not_looked_at_and_no_keys_give_zeros(kind: str) -> None:
     query, key, value, _ = make(Case(2, 4, 200, 1, 1, 32), torch.float32, False)
@@ -138,6 +142,7 @@ def test_masked_keys_are_not_looked_at_and_no_keys_give_zeros(kind: str) -> None
 
 
 @NEEDS_KERNEL
+@pytest.mark.usefixtures("vectors_or_tiles")
 @pytest.mark.parametrize("kind", ["int8", UNQUANTIZED])
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-20, 40.0])
 def test_any_scale(scale: float, kind: str) -> None:

@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REFUSAL = int8_native.supports(Problem(CPU, torch.float32, 64, 64))
 NEEDS_KERNEL = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
+pytestmark = pytest.mark.usefixtures("vectors_or_tiles")
 
 
 def quantized_layer(features: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
