@@ -96,7 +96,8 @@ def test_public_decoder_reads_the_files(fixture: Path) -> None:
     content = tensors(fixture)
     for name, digest in expected.items():
         parts = (content[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
-        weight = auto_round_dequantize(*parts, config["bits"], config["group_size"], config["packing_format"])
+        own = {**config, **config.get("extra_config", {}).get(name, {})}
+        weight = auto_round_dequantize(*parts, own["bits"], own["group_size"], own["packing_format"])
         assert sha256(weight.half()) == digest
 
 
