@@ -57,9 +57,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for kind in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
     },
     "auto_round": {"quantization": "auto-round"},
+    **{
+        f"auto_round_group_{size}": {"quantization_config": {"method": "auto-round", "group_size": size}}
+        for size in (32, 64)
+    },
+    "auto_round_asymmetric": {"quantization_config": {"method": "auto-round", "sym": False}},
     "svdquant_reference": {"quantization_config": {"method": "svdquant", "kernel": "reference"}},
     "svdquant_int4_reference": {
         "quantization_config": {"method": "svdquant", "precision": "int4", "kernel": "reference"}
+    },
+    **{
+        f"svdquant_rank_{rank}_reference": {
+            "quantization_config": {"method": "svdquant", "rank": rank, "kernel": "reference"}
+        }
+        for rank in (8, 16, 64)
     },
     "modelopt_fp8_reference": {
         "quantization_config": {"method": "modelopt", "quant_algo": "FP8", "kernel": "reference"},
