@@ -59,9 +59,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "auto_round": {"quantization": "auto-round"},
     **{
         f"auto_round_group_{size}": {"quantization_config": {"method": "auto-round", "group_size": size}}
-        for size in (32, 64)
+        for size in (64, 128)
     },
-    "auto_round_asymmetric": {"quantization_config": {"method": "auto-round", "sym": False}},
+    "auto_round_asymmetric": {"quantization_config": {"method": "auto-round", "group_size": 128, "sym": False}},
     "svdquant_reference": {"quantization_config": {"method": "svdquant", "kernel": "reference"}},
     "svdquant_int4_reference": {
         "quantization_config": {"method": "svdquant", "precision": "int4", "kernel": "reference"}

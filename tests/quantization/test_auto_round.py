@@ -101,6 +101,12 @@ def test_public_decoder_reads_the_files(fixture: Path) -> None:
         assert sha256(weight.half()) == digest
 
 
+def test_groups_that_nobody_named_are_auto_rounds_in_a_checkpoint_and_smaller_online() -> None:
+    checkpoint = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4}
+    assert build_quant_config(checkpoint).group_size == 128
+    assert build_quant_config("auto-round").group_size == 32
+
+
 def test_files_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
     check_component(complete(FLUX, tmp_path / "model"))
 
