@@ -602,21 +602,12 @@ LOWBIT_EXPORT void lowbit_int8_linear(const void* x, int element_type, int64_t r
 #endif
 }
 
-// Whether lowbit_bfloat16_product runs with the selected instruction set.
-LOWBIT_EXPORT int lowbit_has_bfloat16_product() { return selected_isa == kAmx; }
-
-// x bfloat16 [rows, depth], rows `stride` elements apart, times weight bfloat16 [columns, depth], plus bias [columns] (or
-// null), summed in float32 -> output bfloat16 [rows, columns].
-LOWBIT_EXPORT void lowbit_bfloat16_product(const void* x, int64_t rows, int64_t depth, int64_t stride, const void* weight,
-                                           int64_t columns, const float* bias, void* output, int threads) {
-#ifdef LOWBIT_AMX
-    run_bfloat16(x, rows, depth, stride, weight, nullptr, columns, bias, output, threads);
-#endif
-}
+// Whether what multiplies bfloat16 runs with the selected instruction set.
+LOWBIT_EXPORT int lowbit_has_bfloat16_products() { return selected_isa == kAmx; }
 
 // Attention: see AttentionJob. sizes: batch, queries, keys, heads, key_heads, width (at most 256); strides: three each of
-// query, key and value; kind: 0 float32, 1 int8, 2 e4m3, 3 int16, 4 bfloat16, of which the
-// last needs what lowbit_bfloat16_product needs, the others what lowbit_int8_product needs.
+// query, key and value; kind: 0 float32, 1 int8, 2 e4m3, 3 int16, 4 bfloat16. The last
+// needs lowbit_has_bfloat16_products, the others what lowbit_int8_product needs.
 LOWBIT_EXPORT void lowbit_attention(const void* query, const void* key, const void* value, const uint8_t* keep,
                                     void* output, int element_type, const int64_t* sizes, const int64_t* strides,
                                     float scale, int causal, int kind, int threads) {
@@ -669,7 +660,7 @@ LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_st
 }
 
 // As above, of any number of rows x [rows, depth] bfloat16, x_stride apart, in their own order; weights are rounded to
-// bfloat16, the output is bfloat16. Needs what lowbit_bfloat16_product needs.
+// bfloat16, the output is bfloat16. Needs lowbit_has_bfloat16_products.
 LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int64_t x_stride, int64_t depth, const void* weight,
                                                int code_type, int64_t columns, const void* scale, int scale_type,
                                                const uint8_t* zero_point, int64_t block_rows, int64_t block_columns,
@@ -717,7 +708,7 @@ LOWBIT_EXPORT int lowbit_gguf_product(const float* x, int64_t rows, int64_t colu
     return 0;
 }
 
-// As above, of x bfloat16; weights are rounded to bfloat16, the output is bfloat16. Needs what lowbit_bfloat16_product needs.
+// As above, of x bfloat16; weights are rounded to bfloat16, the output is bfloat16. Needs lowbit_has_bfloat16_products.
 LOWBIT_EXPORT int lowbit_gguf_product_bfloat16(const void* x, int64_t rows, int64_t columns, const uint8_t* input, int type,
                                                int64_t features, int64_t row_bytes, const float* bias, void* output,
                                                int threads) {

@@ -12,11 +12,13 @@ from lowbit.ops.cpu import fp8 as cpu_fp8
 from lowbit.ops.cpu import gguf_native, int8_weight_only, native, weight_only
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.gguf import QUANTIZABLE_TYPES, gguf_dequantize, gguf_quantize
+from lowbit.ops.gguf_types import block_type
 from tests.ops.cpu.test_four_bits import FORMATS, Layer
 
 pytestmark = pytest.mark.skipif(not native.multiplies_bfloat16(), reason="the CPU has no AMX")
 
 ROWS = 9
+BF16 = block_type("BF16").number  # weights as they are
 
 
 def one_input_a_row(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,21 +85,28 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     ("rows", "features", "columns"), [(1, 1, 1), (5, 33, 64), (33, 208, 260), (70, 401, 4700), (4130, 16, 32)]
 )
 def test_products_agree_with_float64(rows: int, features: int, columns: int, threads: int) -> None:
-    x = torch.randn(rows, 2 * columns).bfloat16()[:, :columns]  # rows that are apart
+    x = torch.randn(rows, columns).bfloat16()
     weight, bias = torch.randn(features, columns).bfloat16(), torch.randn(features)
     for given in (None, bias):
         output = torch.empty(rows, features, dtype=torch.bfloat16)
-        native.bfloat16_product(x, weight, given, output)
+        native.gguf_product(x, weight.view(torch.uint8), BF16, given, output)
         exact = x.double() @ weight.double().t() + (0 if given is None else given.double())
         size = x.double().abs() @ weight.double().abs().t()
         assert ((output.double() - exact).abs() <= 2.0**-8 * exact.abs() + 2e-6 * size).all()
+
+
+def test_rows_that_are_apart() -> None:
+    x = torch.randn(40, 200).bfloat16()[:, :96]
+    codes, scale = int8.quantize_int8_per_token(torch.randn(50, 96))
+    expected = int8_weight_only.int8_weight_only_mm(x.contiguous(), codes, scale, None)
+    assert torch.equal(int8_weight_only.int8_weight_only_mm(x, codes, scale, None), expected)
 
 
 def test_what_is_not_finite_stays_in_its_row_and_channel() -> None:
     x, weight = torch.randn(40, 96).bfloat16(), torch.randn(50, 96).bfloat16()
     x[3, 5], weight[7, 90] = float("nan"), float("inf")
     output = torch.empty(40, 50, dtype=torch.bfloat16)
-    native.bfloat16_product(x, weight, None, output)
+    native.gguf_product(x, weight.view(torch.uint8), BF16, None, output)
     bad = ~output.isfinite()
     assert bad[3].all()
     assert bad[:, 7].all()

@@ -38,7 +38,7 @@ def multiply_native(
     output = torch.empty((x.shape[0], packed.shape[0]), dtype=x.dtype)
     number = block_type(weight_type).number
     if is_for_amx(x):
-        native.gguf_bfloat16_product(x.contiguous(), packed, number, None if bias is None else bias.float(), output)
+        native.gguf_product(x.contiguous(), packed, number, None if bias is None else bias.float(), output)
         return output
     if x.shape[0] > FUSED_ROWS or x.shape[1] % 32 or not native.multiplies_gguf():
         return multiply_blocked(x, packed, weight_type, bias)

@@ -42,7 +42,6 @@ _SIGNATURES = {
         _int,
     ),
     "lowbit_int8_linear": (_pointer, _int, *[_size] * 3, _pointer, _size, *[_pointer] * 3, _int),
-    "lowbit_bfloat16_product": (_pointer, *[_size] * 3, _pointer, _size, *[_pointer] * 2, _int),
     "lowbit_weight_only_bfloat16": (
         *(_pointer, *[_size] * 3, _pointer, _int, _size, _pointer, _int, _pointer, *[_size] * 2),
         *(_pointer, _size, *[_pointer] * 2, _int),
@@ -308,31 +307,8 @@ def int8_linear(
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether ``bfloat16_product`` runs on this CPU: it needs AMX, for both of its types, and Linux."""
-    return available() and bool(_library().lowbit_has_bfloat16_product())
-
-
-def bfloat16_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
-    """Write ``x @ weight.T + bias`` to ``output``, summed in float32 and rounded once.
-
-    Args:
-        x: bfloat16 [M, K]; rows may be apart, columns not.
-        weight: dense bfloat16 [N, K].
-        bias: dense float32, one element per output channel, or ``None``.
-        output: written: dense bfloat16 [M, N].
-    """
-    rows, depth = x.shape
-    features = weight.shape[0]
-    assert x.dtype == weight.dtype == output.dtype == torch.bfloat16
-    assert x.stride(1) == 1 or depth <= 1
-    assert weight.shape[1] == depth
-    assert weight.is_contiguous()
-    assert output.shape == (rows, features)
-    assert output.is_contiguous()
-    _library().lowbit_bfloat16_product(
-        x.data_ptr(), rows, depth, x.stride(0), weight.data_ptr(), features, _address(bias), output.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    """Whether products and attention of bfloat16 run on this CPU: they need AMX, for int8 too, and Linux."""
+    return available() and bool(_library().lowbit_has_bfloat16_products())
 
 
 LARGEST_HEAD_DIM = 256
@@ -398,7 +374,8 @@ def weight_only_product(
 
     Args:
         x: [M, K] float32, M at most ``MOST_ROWS``; each row followed by zeros up to a multiple of ``ROW_PADDING``. For
-            int4 in the order of ``w4a16.split_pairs``.
+            int4 in the order of ``w4a16.split_pairs``. Or, where ``multiplies_bfloat16``, bfloat16 of any M in its own
+            order: then the weight's values are rounded to bfloat16 and the output is bfloat16.
         weight: dense int8 or e4m3 [N, K]; int4 or e2m1 as uint8 [N, K / 2]: two in a byte, the even input in the lower
             half.
         weight_type: a key of ``WEIGHT_TYPES``.
@@ -412,52 +389,6 @@ def weight_only_product(
         outer_scale: dense float32, not of int4: multiplied with the scales: [], or [N, ceil(K / outer_columns)].
         outer_columns: that share an outer scale, a multiple of 512; 0: all.
     """
-    assert x.shape[0] <= MOST_ROWS
-    assert x.dtype == torch.float32
-    assert x.stride(0) % ROW_PADDING == 0 or x.shape[0] <= 1
-    arguments = _weight_only(
-        x, weight, weight_type, scale, bias, output, block_size, zero_point, outer_scale, outer_columns
-    )
-    _library().lowbit_weight_only(*arguments, ELEMENT_TYPES[output.dtype], torch.get_num_threads())
-
-
-def weight_only_bfloat16_product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_type: str,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    output: torch.Tensor,
-    block_size: tuple[int, int],
-    zero_point: torch.Tensor | None = None,
-    outer_scale: torch.Tensor | None = None,
-    outer_columns: int = 0,
-) -> None:
-    """As ``weight_only_product``, with the weight's values rounded to bfloat16; where ``bfloat16_product`` runs.
-
-    ``x`` is bfloat16 [M, K] with any number of rows, in their own order and without zeros after them; ``output`` is
-    bfloat16. Other arguments as there.
-    """
-    assert x.dtype == output.dtype == torch.bfloat16
-    arguments = _weight_only(
-        x, weight, weight_type, scale, bias, output, block_size, zero_point, outer_scale, outer_columns
-    )
-    _library().lowbit_weight_only_bfloat16(*arguments, torch.get_num_threads())
-
-
-def _weight_only(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_type: str,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    output: torch.Tensor,
-    block_size: tuple[int, int],
-    zero_point: torch.Tensor | None,
-    outer_scale: torch.Tensor | None,
-    outer_columns: int,
-) -> tuple[object, ...]:
-    """Return what both products are called with."""
     rows, depth = x.shape
     assert x.stride(1) == 1
     assert weight.is_contiguous()
@@ -467,11 +398,19 @@ def _weight_only(
     assert outer_scale is None or outer_scale.numel() == outer_scales
     assert outer_columns % 512 == 0
     assert output.is_contiguous()
-    return (
+    arguments = (
         x.data_ptr(), rows, x.stride(0), depth, weight.data_ptr(), WEIGHT_TYPES[weight_type], output.shape[1],
         scale.data_ptr(), SCALE_TYPES[scale.dtype], None if zero_point is None else zero_point.data_ptr(),
         *block_size, _address(outer_scale), outer_columns, _address(bias), output.data_ptr(),
     )  # fmt: skip
+    if x.dtype == torch.bfloat16:
+        assert output.dtype == torch.bfloat16
+        _library().lowbit_weight_only_bfloat16(*arguments, torch.get_num_threads())
+        return
+    assert x.dtype == torch.float32
+    assert rows <= MOST_ROWS
+    assert x.stride(0) % ROW_PADDING == 0 or rows <= 1
+    _library().lowbit_weight_only(*arguments, ELEMENT_TYPES[output.dtype], torch.get_num_threads())
 
 
 def decode_int4(
@@ -521,7 +460,8 @@ def gguf_product(
     """Write ``x @ weight.T + bias`` to ``output``, summed in float32 and rounded once.
 
     Args:
-        x: dense float32 [M, K], K a multiple of 32.
+        x: dense float32 [M, K], K a multiple of 32. Or, where ``multiplies_bfloat16``, bfloat16 of any K that the type
+            allows: then the weight's values are rounded to bfloat16 and the output is bfloat16.
         raw: dense uint8 [N, bytes per row].
         number: of the type, see ``lowbit.ops.gguf_types``.
         bias: dense float32, one element per output channel, or ``None``.
@@ -531,29 +471,13 @@ def gguf_product(
     assert raw.is_contiguous()
     assert output.is_contiguous()
     assert output.shape == (x.shape[0], raw.shape[0])
-    refused = _library().lowbit_gguf_product(
-        x.data_ptr(), *x.shape, raw.data_ptr(), number, *raw.shape, _address(bias), output.data_ptr(),
-        ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-    assert not refused
-
-
-def gguf_bfloat16_product(
-    x: torch.Tensor, raw: torch.Tensor, number: int, bias: torch.Tensor | None, output: torch.Tensor
-) -> None:
-    """As ``gguf_product``, with the weight's values rounded to bfloat16; where ``bfloat16_product`` runs.
-
-    ``x`` and ``output`` are bfloat16; K is what the type's blocks allow.
-    """
-    assert x.dtype == output.dtype == torch.bfloat16
-    assert x.is_contiguous()
-    assert raw.is_contiguous()
-    assert output.is_contiguous()
-    assert output.shape == (x.shape[0], raw.shape[0])
-    refused = _library().lowbit_gguf_product_bfloat16(
-        x.data_ptr(), *x.shape, raw.data_ptr(), number, *raw.shape, _address(bias), output.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    arguments = (x.data_ptr(), *x.shape, raw.data_ptr(), number, *raw.shape, _address(bias), output.data_ptr())
+    if x.dtype == torch.bfloat16:
+        assert output.dtype == torch.bfloat16
+        refused = _library().lowbit_gguf_product_bfloat16(*arguments, torch.get_num_threads())
+    else:
+        assert x.dtype == torch.float32
+        refused = _library().lowbit_gguf_product(*arguments, ELEMENT_TYPES[output.dtype], torch.get_num_threads())
     assert not refused
 
 

@@ -58,14 +58,16 @@ def multiply_fused(
     outer_scale: torch.Tensor | None = None,
     outer_columns: int = 0,
 ) -> torch.Tensor:
-    """Return ``native.weight_only_product`` [M, N], or that in bfloat16, in the dtype of ``x`` [M, K]."""
+    """Return ``native.weight_only_product`` [M, N] in the dtype of ``x`` [M, K]."""
     output = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     bias = None if bias is None else bias.float().contiguous()
     if is_for_amx(x):
-        multiply, values = native.weight_only_bfloat16_product, x if x.stride(1) == 1 else x.contiguous()
+        values = x if x.stride(1) == 1 else x.contiguous()
     else:
-        multiply, values = native.weight_only_product, _padded(x if weight_type != "int4" else split_pairs(x))
-    multiply(values, weight, weight_type, scale, bias, output, block_size, zero_point, outer_scale, outer_columns)
+        values = _padded(split_pairs(x) if weight_type == "int4" else x)
+    native.weight_only_product(
+        values, weight, weight_type, scale, bias, output, block_size, zero_point, outer_scale, outer_columns
+    )
     return output
 
 
