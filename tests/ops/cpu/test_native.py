@@ -50,6 +50,24 @@ def test_quantizers_equal_the_references_on_every_isa(dtype: torch.dtype, isa: i
         check_quantizers(x)
 
 
+def near_ties(dtype: torch.dtype) -> torch.Tensor:
+    """Return rows of which half the quotients by their scale are halves, or next to them."""
+    scale = torch.rand(60, 1) + 0.01
+    halves = torch.randint(-126, 126, (60, 1027)) + 0.5
+    x = torch.where(torch.rand(60, 1027) < 0.5, halves, 50 * torch.randn(60, 1027).clamp(-2, 2)) * scale
+    x[:, 0] = 127 * scale[:, 0]
+    x[20:40] = torch.nextafter(x[20:40], torch.tensor(torch.inf))
+    x[40:] = torch.nextafter(x[40:], torch.tensor(-torch.inf))
+    return x.to(dtype)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_beside_a_tie_are_the_references(dtype: torch.dtype, isa: int) -> None:
+    for _ in range(5):
+        check_quantizers(near_ties(dtype))
+
+
 def check_quantizers(x: torch.Tensor) -> None:
     pairs = [
         (quantize.quantize_int8_per_token(x), int8.quantize_int8_per_token(x)),
