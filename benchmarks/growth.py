@@ -28,6 +28,7 @@ from benchmarks.timing import alternate, machine, summary, write
 from lowbit.benchmarking.inputs import Workload, step_inputs
 from lowbit.benchmarking.transformers import random_transformer, share
 from lowbit.integrations.attention import speed_up_attention
+from lowbit.integrations.fused import fuse_elementwise
 from lowbit.models.published import published_transformer
 from lowbit.quantization.plan import quantize_model
 
@@ -46,6 +47,7 @@ LAYERS = (1, 2, 4, 6)
 BATCHES = (1, 2, 4, 8)
 SMALL = 256  # tokens, for the tables of layers and batch
 PRECISIONS = {"int8": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
+BETWEEN_OPERATORS = ("lowbit::normalize", "lowbit::gate")
 LINEAR_OPERATORS = ("aten::addmm", "aten::mm", "aten::linear", "aten::matmul", "mkldnn::", "onednn::", "lowbit::")
 
 Models = dict[str, nn.Module]
@@ -64,6 +66,7 @@ def make_models(layers: int) -> Models:
     quantized = share(base)
     quantize_model(quantized, "int8")
     speed_up_attention(quantized, device=torch.device("cpu"), dtype=torch.bfloat16)  # as Omni does
+    fuse_elementwise(quantized, device=torch.device("cpu"), dtype=torch.bfloat16)
     return {"int8": quantized, "fp32": share(base, torch.float32), "bf16": base}
 
 
@@ -102,7 +105,8 @@ def kind_of(operator: str) -> str:
     """Return where an operator's time belongs."""
     if "attention" in operator:
         return "attention"
-    return "linear" if operator.startswith(LINEAR_OPERATORS) else "other"
+    is_linear = operator.startswith(LINEAR_OPERATORS) and operator not in BETWEEN_OPERATORS
+    return "linear" if is_linear else "other"
 
 
 def exponents(points: Sequence[tuple[float, float]]) -> dict[str, float]:

@@ -232,6 +232,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     import lowbit  # noqa: F401
     from lowbit.integrations.attention import speed_up_attention
+    from lowbit.integrations.fused import fuse_elementwise
 
     preparing = time.perf_counter()
     if method in ("int8", "fp8") and not options.cold_memory:
@@ -249,6 +250,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     if options.step:
         if method != "bf16":
             speed_up_attention(model, device=torch.device("cpu"), dtype=torch.bfloat16)  # as Omni does
+            fuse_elementwise(model, device=torch.device("cpu"), dtype=torch.bfloat16)
         compute_step(model)
         result["seconds_to_end_of_first_step"] = time.perf_counter() - begin
         result["seconds_from_process_start"] = time.time() - options.started - preparing

@@ -120,6 +120,7 @@ def make_model(class_name: str, config: dict[str, Any], method: str) -> tuple[An
 
     from lowbit.benchmarking.transformers import fill, hollow_transformer, random_noise
     from lowbit.integrations.attention import speed_up_attention
+    from lowbit.integrations.fused import fuse_elementwise
     from lowbit.quantization.factory import build_quant_config
     from lowbit.quantization.plan import make_manifest, plan_layers, quantize_layer
 
@@ -137,6 +138,7 @@ def make_model(class_name: str, config: dict[str, Any], method: str) -> tuple[An
     model.eval().requires_grad_(False)
     if plan:
         speed_up_attention(model, device=cpu, dtype=torch.bfloat16)  # as Omni does
+        fuse_elementwise(model, device=cpu, dtype=torch.bfloat16)
     kernels = make_manifest(model, plan).by_kernel() if plan else {}
     return model, {f"{name} ({kernel})": count for (name, kernel), count in kernels.items()}
 

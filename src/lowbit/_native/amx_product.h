@@ -67,12 +67,16 @@ void quantize_and_arrange(const AmxJob& job, int64_t first, int64_t last) {
 
 struct AmxInt8 {
     using Sum = int32_t;
-    static constexpr bool has_offset = true;
+    static constexpr bool has_offset = true, is_gated = false;
+};
+
+struct AmxGatedInt8 : AmxInt8 {  // panels of both weights in turn
+    static constexpr bool is_gated = true;
 };
 
 struct AmxBFloat16 {
     using Sum = float;
-    static constexpr bool has_offset = false;
+    static constexpr bool has_offset = false, is_gated = false;
 };
 
 // Tiles 0 ... 3 are the sums of two by two tiles, 4 and 5 activations, 6 and 7 weights.
@@ -105,45 +109,45 @@ LOWBIT_INLINE void pack_panel(const int8_t* from, int64_t stride, int64_t channe
     }
 }
 
-// Inputs from byte `first` on of the channels from `column` on.
+// A panel of inputs from byte `first` on of the channels from `channel` on.
+template <typename Kind>
+LOWBIT_INLINE void pack_weight(const AmxJob& job, const AmxWeight& weight, int64_t channel, int64_t first, int64_t bytes,
+                               AmxPanels& packed, int64_t panel) {
+    const int64_t channels = smaller(kPanelChannels, job.columns - channel), panel_bytes = blocks(bytes, kStep) * kTileBytes;
+    uint8_t* to = packed.panels + panel * panel_bytes;
+    if (job.decode) {
+        for (int64_t i = 0; i < channels; ++i)
+            job.decode(weight.data, channel + i, first / 2, bytes / 2, reinterpret_cast<BFloat16*>(packed.decoded[i]));
+        pack_panel(packed.decoded[0], sizeof packed.decoded[0], channels, bytes, to);
+    } else {
+        pack_panel(static_cast<const int8_t*>(weight.data) + channel * job.depth + first, job.depth, channels, bytes, to);
+    }
+    if (!Kind::has_offset) return;
+    __m512i sums = _mm512_setzero_si512();
+    for (int64_t i = 0; i < panel_bytes; i += kStep)
+        sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_load_si512(to + i));
+    __m512i* offsets = reinterpret_cast<__m512i*>(packed.offsets + panel * kPanelChannels);
+    const __m512i before = first == 0 ? _mm512_setzero_si512() : _mm512_load_si512(offsets);
+    _mm512_store_si512(offsets, _mm512_add_epi32(before, _mm512_slli_epi32(sums, 7)));
+}
+
+// Channels of the output that a group's panels hold.
+template <typename Kind>
+constexpr int64_t kColumnsOf = Kind::is_gated ? kGroupColumns / 2 : kGroupColumns;
+
 template <typename Kind>
 void pack_group(const AmxJob& job, int64_t column, int64_t first, AmxPanels& packed) {
-    const int64_t bytes = smaller(kDepthSteps * kStep, job.depth - first), panel_bytes = blocks(bytes, kStep) * kTileBytes;
-    const int64_t columns = smaller(kGroupColumns, job.columns - column);
-    uint8_t* to = packed.panels;
-    for (int64_t panel = 0; panel < columns; panel += kPanelChannels, to += panel_bytes) {
-        const int64_t channel = column + panel, channels = smaller(kPanelChannels, columns - panel);
-        if (job.decode) {
-            for (int64_t i = 0; i < channels; ++i)
-                job.decode(job.weight, channel + i, first / 2, bytes / 2, reinterpret_cast<BFloat16*>(packed.decoded[i]));
-            pack_panel(packed.decoded[0], sizeof packed.decoded[0], channels, bytes, to);
-        } else {
-            pack_panel(static_cast<const int8_t*>(job.weight) + channel * job.depth + first, job.depth, channels, bytes, to);
-        }
-        if (!Kind::has_offset) continue;
-        __m512i sums = _mm512_setzero_si512();
-        for (int64_t i = 0; i < panel_bytes; i += kStep)
-            sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_load_si512(to + i));
-        __m512i* offsets = reinterpret_cast<__m512i*>(packed.offsets + panel);
-        const __m512i before = first == 0 ? _mm512_setzero_si512() : _mm512_load_si512(offsets);
-        _mm512_store_si512(offsets, _mm512_add_epi32(before, _mm512_slli_epi32(sums, 7)));
+    const int64_t bytes = smaller(kDepthSteps * kStep, job.depth - first);
+    const int64_t end = smaller(column + kColumnsOf<Kind>, job.columns);
+    int64_t panel = 0;
+    for (int64_t channel = column; channel < end; channel += kPanelChannels) {
+        pack_weight<Kind>(job, job.weight, channel, first, bytes, packed, panel++);
+        if (Kind::is_gated) pack_weight<Kind>(job, job.gated, channel, first, bytes, packed, panel++);
     }
 }
 
 LOWBIT_INLINE __mmask16 column_mask(int64_t columns) {
     return columns >= 16 ? 0xffff : static_cast<__mmask16>((1u << (columns < 0 ? 0 : columns)) - 1);
-}
-
-LOWBIT_INLINE void store_narrow(float* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
-LOWBIT_INLINE void store_narrow(Half* to, __mmask16 mask, __m512 value) {
-    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-LOWBIT_INLINE void store_narrow(BFloat16* to, __mmask16 mask, __m512 value) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
-    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
 // 32 rows by 32 channels of sums, [2][2][16][16], that wait to be written.
@@ -164,23 +168,33 @@ struct Waiting {
         rows = 0;
     }
 
+    // Row i of the panel `side`.
+    LOWBIT_INLINE_LAMBDA inline __m512 result(const AmxJob& job, const AmxWeight& weight, int64_t i, int64_t side,
+                                              int64_t channel, __mmask16 mask) const {
+        const typename Kind::Sum* from = sums + ((i / 16 * 2 + side) * 16 + i % 16) * 16;
+        __m512 value;
+        if constexpr (Kind::has_offset) {
+            const __m512i offset = _mm512_load_si512(offsets + side * kPanelChannels);
+            const __m512i exact = _mm512_sub_epi32(_mm512_load_si512(from), offset);  // back in int32, if not before
+            value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(job.row_scale[row + i]));
+            value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, weight.column_scale + channel));
+        } else {
+            value = _mm512_load_ps(from);
+        }
+        return weight.bias ? _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, weight.bias + channel)) : value;
+    }
+
     LOWBIT_INLINE_LAMBDA inline void write(const AmxJob& job, int64_t i) const {
         Output* to = static_cast<Output*>(job.output) + (row + i) * job.columns + column;
-        const __m512 row_scale = Kind::has_offset ? _mm512_set1_ps(job.row_scale[row + i]) : _mm512_setzero_ps();
-        for (int64_t side = 0; side < 2; ++side) {
-            const int64_t first = column + side * kPanelChannels;
-            const typename Kind::Sum* from = sums + ((i / 16 * 2 + side) * 16 + i % 16) * 16;
-            __m512 value;
-            if constexpr (Kind::has_offset) {
-                const __m512i offset = _mm512_load_si512(offsets + side * kPanelChannels);
-                const __m512i exact = _mm512_sub_epi32(_mm512_load_si512(from), offset);  // back in int32, if not before
-                value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), row_scale);
-                value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(masks[side], job.column_scale + first));
-            } else {
-                value = _mm512_load_ps(from);
+        if constexpr (Kind::is_gated) {
+            const __m512 gate = result(job, job.weight, i, 0, column, masks[0]);
+            const __m512 value = result(job, job.gated, i, 1, column, masks[0]);
+            store_narrow(to, masks[0], _mm512_mul_ps(avx512::silu(gate), value));
+        } else {
+            for (int64_t side = 0; side < 2; ++side) {
+                const int64_t channel = side * kPanelChannels;
+                store_narrow(to + channel, masks[side], result(job, job.weight, i, side, column + channel, masks[side]));
             }
-            if (job.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(masks[side], job.bias + first));
-            store_narrow(to + side * kPanelChannels, masks[side], value);
         }
     }
 };
@@ -239,7 +253,7 @@ LOWBIT_INLINE void multiply_strip(const TileStrip& strip, Work work) {
 
 // Tasks [first, last): task t is block t % row_blocks of rows of the group t / row_blocks of 192 channels.
 template <typename Kind, typename Output>
-void multiply_amx(const AmxJob& job, int64_t first, int64_t last) {
+void multiply_tiles(const AmxJob& job, int64_t first, int64_t last) {
     static thread_local AmxPanels packed;
     static thread_local std::vector<char> memory;  // the sums of 32 rows; of all where not all the depth is packed at once
     const int64_t all_steps = blocks(job.depth, kStep);
@@ -249,8 +263,10 @@ void multiply_amx(const AmxJob& job, int64_t first, int64_t last) {
     configure_tiles();
     Waiting<Kind, Output> waiting{};
     for (int64_t task = first; task < last; ++task) {
-        const int64_t column = task / job.row_blocks * kGroupColumns;
-        const int64_t panels = blocks(smaller(kGroupColumns, job.columns - column), kPanelChannels);
+        constexpr int64_t kPanelsAColumn = Kind::is_gated ? 2 : 1;
+        const int64_t column = task / job.row_blocks * kColumnsOf<Kind>;
+        const int64_t columns = smaller(kColumnsOf<Kind>, job.columns - column);
+        const int64_t panels = blocks(columns, kPanelChannels) * kPanelsAColumn;
         const int64_t top = task % job.row_blocks * job.row_block, bottom = smaller(top + job.row_block, job.rows);
         for (int64_t depth = 0; depth < all_steps; depth += kDepthSteps) {
             const int64_t steps = smaller(kDepthSteps, all_steps - depth), strip_steps = blocks(steps, blocks(steps, kStripSteps));
@@ -278,7 +294,8 @@ void multiply_amx(const AmxJob& job, int64_t first, int64_t last) {
                         waiting.rows = 0;
                         if (depth + step + strip.steps == all_steps)
                             waiting = Waiting<Kind, Output>(job, strip.sums, packed.offsets + panel * kPanelChannels, row,
-                                                            smaller(kRowsTogether, bottom - row), column + panel * kPanelChannels);
+                                                            smaller(kRowsTogether, bottom - row),
+                                                            column + panel / kPanelsAColumn * kPanelChannels);
                     }
                 }
             }
@@ -290,6 +307,7 @@ void multiply_amx(const AmxJob& job, int64_t first, int64_t last) {
 
 constexpr AmxKernel quantizing_arrangements[3] = {quantize_and_arrange<float>, quantize_and_arrange<BFloat16>,
                                                   quantize_and_arrange<Half>};
-constexpr AmxKernel int8_products[3] = {multiply_amx<AmxInt8, float>, multiply_amx<AmxInt8, BFloat16>,
-                                        multiply_amx<AmxInt8, Half>};
-constexpr AmxKernel bfloat16_product = multiply_amx<AmxBFloat16, BFloat16>;
+constexpr AmxKernel int8_products[2][3] = {
+    {multiply_tiles<AmxInt8, float>, multiply_tiles<AmxInt8, BFloat16>, multiply_tiles<AmxInt8, Half>},
+    {multiply_tiles<AmxGatedInt8, float>, multiply_tiles<AmxGatedInt8, BFloat16>, multiply_tiles<AmxGatedInt8, Half>}};
+constexpr AmxKernel bfloat16_product = multiply_tiles<AmxBFloat16, BFloat16>;

@@ -111,6 +111,18 @@ LOWBIT_INLINE __m512 load_wide(const Half* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
+LOWBIT_INLINE void store_narrow(float* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
+LOWBIT_INLINE void store_narrow(Half* to, __mmask16 mask, __m512 value) {
+    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+LOWBIT_INLINE void store_narrow(BFloat16* to, __mmask16 mask, __m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
 // Values / 256 as float16, rounded to e4m3 before: adding 1.5 * 2**20 times the power of two at or below a value leaves it
 // three bits after the first; e4m3's smallest such power is 2**-6.
 template <typename Input>

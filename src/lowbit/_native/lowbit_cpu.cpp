@@ -90,6 +90,31 @@ struct Fp4Job {
     void* output;  // [rows, columns]
 };
 
+constexpr int64_t kLargestNormalized = 8192;
+constexpr int64_t kElementsOfAPiece = 4096;
+
+struct NormalizeJob {
+    const void* input;  // [rows, width]
+    int64_t width;
+    bool is_normalized;  // divided by the root of the mean square plus epsilon
+    float epsilon;
+    const float* weight;       // [width], or null
+    const float* frequencies;  // [positions, width]: cosine and sine of each pair of values, or null
+    int64_t heads, positions;  // row r has position r / heads % positions
+    void* output;              // [rows, width]
+};
+
+struct GateJob {
+    const void *gate, *value;
+    int64_t count;
+    void* output;
+};
+
+struct ElementwiseKernels {  // by element type
+    void (*normalize[3])(const NormalizeJob&, int64_t, int64_t);
+    void (*gate[3])(const GateJob&, int64_t, int64_t);
+};
+
 constexpr int64_t kPanelChannels = 16;
 constexpr int64_t kLargestRowBlock = 251;  // with the row of ones in whole tiles; the sums take 63 KiB of stack
 
@@ -105,16 +130,20 @@ struct ProductJob {
     int64_t call;  // a number of its own
 };
 
+struct AmxWeight {
+    const void* data;                  // [columns, depth]; or what `decode` takes
+    const float *column_scale, *bias;  // [columns]; bias may be null
+};
+
 struct AmxJob {
     const void* input;  // [rows, depth]
     int64_t rows, depth, stride;  // depth in bytes of what is multiplied; rows are `stride` apart, in bytes or, where they
                                   // are quantized first, in elements
     float* row_scale;    // [rows], of int8; null where it is found by quantizing
     uint8_t* tiles;      // what is multiplied, as the instruction reads it: whole tiles of 32 rows and 64 bytes
-    const void* weight;  // [columns, depth]; or what `decode` takes
+    AmxWeight weight, gated;  // the second null, or multiplied with silu of the first one's result
     int64_t columns;
-    const float *column_scale, *bias;  // [columns]; bias may be null
-    void* output;                      // [rows, columns]
+    void* output;  // [rows, columns]
     int64_t row_block, row_blocks;
     // Null, or writes inputs [first, first + count) of a channel; 2048 at a time or what is left.
     void (*decode)(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output);
@@ -230,6 +259,7 @@ LOWBIT_INLINE void populate(void* memory, int64_t size) {
 
 namespace generic {
 #include "kernels.h"
+#include "elementwise.h"
 #include "weight_only.h"
 #include "gguf_blocks.h"
 #include "gguf.h"
@@ -245,6 +275,7 @@ namespace generic {
 #define LOWBIT_AVX2 1
 namespace avx2 {
 #include "kernels.h"
+#include "elementwise.h"
 #include "weight_only.h"
 #include "gguf_blocks.h"
 #include "gguf.h"
@@ -262,6 +293,7 @@ namespace avx2 {
 #define LOWBIT_AVX512 1
 namespace avx512 {
 #include "kernels.h"
+#include "elementwise.h"
 #include "weight_only.h"
 #include "gguf_blocks.h"
 #include "gguf.h"
@@ -318,6 +350,7 @@ constexpr AttentionKernels attentions[kAttentionKinds] = {
 namespace amx {
 using avx512_vnni::kStep;
 using avx512_vnni::pack_step;
+using avx512::store_narrow;
 using avx512_vnni::present;
 using avx512_vnni::causal_bits;
 using avx512_vnni::head_input;
@@ -385,6 +418,14 @@ const WeightKernels* weight_kernels_of(int isa) {
     return &generic::weight_kernels;
 }
 
+const ElementwiseKernels* elementwise_kernels_of(int isa) {
+#ifdef LOWBIT_X86
+    if (isa >= kAvx512) return &avx512::elementwise;
+    if (isa == kAvx2) return &avx2::elementwise;
+#endif
+    return &generic::elementwise;
+}
+
 const GgufKernels* gguf_kernels_of(int isa, int number) {
     const GgufKernels* found = generic::gguf_kernels;
 #ifdef LOWBIT_X86
@@ -403,6 +444,7 @@ bool is_row(const GgufKernels& kernels, int64_t columns, int64_t row_bytes) {
 int selected_isa = best_isa();
 const Kernels* selected = kernels_of(selected_isa);
 const WeightKernels* selected_weight = weight_kernels_of(selected_isa);
+const ElementwiseKernels* selected_elementwise = elementwise_kernels_of(selected_isa);
 
 // GNU OpenMP's entry point: runs function(data) on that many threads of the caller's pool.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
@@ -449,19 +491,23 @@ void run(void (*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t c
 std::atomic<int64_t> products{0};  // multiplied so far
 
 #ifdef LOWBIT_AMX
-void run_amx(AmxKernel arrange, AmxKernel multiply, AmxJob job, int threads) {
-    if (job.rows <= 0 || job.columns <= 0) return;
+// Bring a job's input to tiles, for all products with it.
+void arrange_amx(AmxKernel arrange, AmxJob& job, int threads) {
     const int64_t row_groups = blocks(job.rows, amx::kRowsTogether), depth = blocks(job.depth, 64) * 64;
     const int64_t scale_bytes = row_groups * amx::kRowsTogether * static_cast<int64_t>(sizeof(float));
-    static thread_local std::vector<char> memory;  // kept, as in lowbit_int8_linear
+    static thread_local std::vector<char> memory;  // kept, as in lowbit_int8_linears
     memory.resize(static_cast<size_t>(row_groups * amx::kRowsTogether * depth + scale_bytes + 64));
     job.tiles = reinterpret_cast<uint8_t*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64);
     if (!job.row_scale) job.row_scale = reinterpret_cast<float*>(job.tiles + row_groups * amx::kRowsTogether * depth);
-    const int64_t groups = blocks(job.columns, amx::kGroupColumns), wanted = blocks(4 * threads, groups);
-    job.row_block = blocks(row_groups, wanted) * amx::kRowsTogether;
+    run(arrange, job, row_groups, job.rows * job.depth, threads);
+}
+
+void multiply_amx(AmxKernel multiply, AmxJob job, int threads) {
+    const int64_t group_columns = job.gated.data ? amx::kGroupColumns / 2 : amx::kGroupColumns;
+    const int64_t row_groups = blocks(job.rows, amx::kRowsTogether), groups = blocks(job.columns, group_columns);
+    job.row_block = blocks(row_groups, blocks(4 * threads, groups)) * amx::kRowsTogether;
     job.row_blocks = blocks(job.rows, job.row_block);
     job.call = ++products;
-    run(arrange, job, row_groups, job.rows * job.depth, threads);
     constexpr int64_t kProductsPerElement = 256;  // multiply-adds in the time of one element of the other kernels
     const int64_t work = job.rows * job.columns * job.depth / kProductsPerElement;
     run(multiply, job, groups * job.row_blocks, work, threads, groups < 4 * threads ? 1 : job.row_blocks);
@@ -473,9 +519,11 @@ void run_bfloat16(const void* x, int64_t rows, int64_t depth, int64_t stride, co
     for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
         const auto* part = static_cast<const BFloat16*>(x) + first * stride;
         auto* to = static_cast<BFloat16*>(output) + first * columns;
-        const AmxJob job{part, smaller(kRowsAtOnce, rows - first), 2 * depth, 2 * stride, nullptr, nullptr, weight, columns,
-                         nullptr, bias, to, 0, 0, decode, 0};
-        run_amx(amx::arrange_rows, amx::bfloat16_product, job, threads);
+        AmxJob job{part, smaller(kRowsAtOnce, rows - first), 2 * depth, 2 * stride, nullptr, nullptr,
+                   {weight, nullptr, bias}, {nullptr, nullptr, nullptr}, columns, to, 0, 0, decode, 0};
+        if (job.rows <= 0 || columns <= 0) return;
+        arrange_amx(amx::arrange_rows, job, threads);
+        multiply_amx(amx::bfloat16_product, job, threads);
     }
 }
 #endif
@@ -491,7 +539,25 @@ LOWBIT_EXPORT int lowbit_select_isa(int isa) {
     selected_isa = isa < 0 || isa > best ? best : isa;
     selected = kernels_of(selected_isa);
     selected_weight = weight_kernels_of(selected_isa);
+    selected_elementwise = elementwise_kernels_of(selected_isa);
     return selected_isa;
+}
+
+// input [positions, heads, width], or several of those -> output likewise: each width divided by the root of its mean square
+// plus epsilon, if is_normalized; times weight [width] where there is one; its pairs, as complex numbers, times frequencies
+// [positions, width / 2, 2], where there are any. width at most 8192.
+LOWBIT_EXPORT void lowbit_normalize(const void* input, int element_type, int64_t rows, int64_t width, int is_normalized,
+                                    float epsilon, const float* weight, const float* frequencies, int64_t heads,
+                                    int64_t positions, void* output, int threads) {
+    const NormalizeJob job{input, width, is_normalized != 0, epsilon, weight, frequencies, heads, positions, output};
+    run(selected_elementwise->normalize[element_type], job, rows, rows * width, threads);
+}
+
+// silu(gate) * value of `count` elements.
+LOWBIT_EXPORT void lowbit_gate(const void* gate, const void* value, int element_type, int64_t count, void* output,
+                               int threads) {
+    const GateJob job{gate, value, count, output};
+    run(selected_elementwise->gate[element_type], job, blocks(count, kElementsOfAPiece), count, threads);
 }
 
 // input [rows, columns] with rows `stride` elements apart -> output [rows, columns] dense,
@@ -546,12 +612,13 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
                                        const int8_t* weight, int64_t columns, const float* weight_scale,
                                        const float* bias, void* output, int element_type, int threads) {
 #ifdef LOWBIT_X86
-    if (rows <= 0) return;
+    if (rows <= 0 || columns <= 0) return;
 #ifdef LOWBIT_AMX
     if (selected_isa == kAmx && rows > kFewRows) {
-        const AmxJob job{x,    rows,   depth, depth, const_cast<float*>(x_scale), nullptr, weight, columns, weight_scale,
-                         bias, output, 0,     0,     nullptr,                     0};
-        run_amx(amx::arrange_rows, amx::int8_products[element_type], job, threads);
+        AmxJob job{x, rows, depth, depth, const_cast<float*>(x_scale), nullptr, {weight, weight_scale, bias},
+                   {nullptr, nullptr, nullptr}, columns, output, 0, 0, nullptr, 0};
+        arrange_amx(amx::arrange_rows, job, threads);
+        multiply_amx(amx::int8_products[0][element_type], job, threads);
         return;
     }
 #endif
@@ -572,32 +639,40 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
 }
 
 // x [rows, depth], rows `stride` elements apart, quantized as lowbit_quantize does with a scale a row, and multiplied as by
-// lowbit_int8_product -> output [rows, columns] of the type of x.
-LOWBIT_EXPORT void lowbit_int8_linear(const void* x, int element_type, int64_t rows, int64_t depth, int64_t stride,
-                                      const int8_t* weight, int64_t columns, const float* weight_scale, const float* bias,
-                                      void* output, int threads) {
+// lowbit_int8_product with `count` weights -> their outputs [rows, columns], of the type of x. Of two weights that are_gated,
+// which need lowbit_has_bfloat16_products, one output: silu of the first result times the second, rounded once.
+LOWBIT_EXPORT void lowbit_int8_linears(const void* x, int element_type, int64_t rows, int64_t depth, int64_t stride, int64_t count,
+                                       const int8_t* const* weights, const int64_t* columns, const float* const* weight_scales,
+                                       const float* const* biases, void* const* outputs, int are_gated, int threads) {
 #ifdef LOWBIT_X86
-    constexpr int64_t kRowsAtOnce = 1152;  // whose codes are held; each piece reads the whole weight
+    constexpr int64_t kRowsAtOnce = 1152;  // whose codes are held; each piece reads the whole weights
     const int64_t element_bytes = element_type == 0 ? 4 : 2;
     for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
-        const int64_t count = smaller(kRowsAtOnce, rows - first);
+        const int64_t part_rows = smaller(kRowsAtOnce, rows - first);
         const void* part = static_cast<const char*>(x) + first * stride * element_bytes;
-        void* to = static_cast<char*>(output) + first * columns * element_bytes;
+        const auto output = [&](int64_t i) { return static_cast<char*>(outputs[i]) + first * columns[i] * element_bytes; };
 #ifdef LOWBIT_AMX
-        if (selected_isa == kAmx && count > kFewRows) {
-            const AmxJob job{part,         count, depth, stride, nullptr, nullptr, weight, columns,
-                             weight_scale, bias,  to,    0,      0,       nullptr, 0};
-            run_amx(amx::quantizing_arrangements[element_type], amx::int8_products[element_type], job, threads);
+        if (selected_isa == kAmx && (part_rows > kFewRows || are_gated)) {
+            AmxJob job{part, part_rows, depth, stride, nullptr, nullptr, {}, {}, 0, nullptr, 0, 0, nullptr, 0};
+            arrange_amx(amx::quantizing_arrangements[element_type], job, threads);
+            for (int64_t i = 0; i < (are_gated ? 1 : count); ++i) {
+                job.weight = {weights[i], weight_scales[i], biases[i]};
+                if (are_gated) job.gated = {weights[1], weight_scales[1], biases[1]};
+                job.columns = columns[i], job.output = output(i);
+                if (job.columns > 0) multiply_amx(amx::int8_products[are_gated][element_type], job, threads);
+            }
             continue;
         }
 #endif
         static thread_local std::vector<uint8_t> codes;  // kept: fresh pages take as long as filling them
         static thread_local std::vector<float> scale;
-        codes.resize(static_cast<size_t>(count * depth));
-        scale.resize(static_cast<size_t>(count));
-        const QuantizeJob job{part, count, depth, stride, 1, depth, codes.data(), scale.data(), false};
-        run(selected->quantize[element_type][1], job, count, count * depth, threads);
-        lowbit_int8_product(codes.data(), count, depth, scale.data(), weight, columns, weight_scale, bias, to, element_type, threads);
+        codes.resize(static_cast<size_t>(part_rows * depth));
+        scale.resize(static_cast<size_t>(part_rows));
+        const QuantizeJob job{part, part_rows, depth, stride, 1, depth, codes.data(), scale.data(), false};
+        run(selected->quantize[element_type][1], job, part_rows, part_rows * depth, threads);
+        for (int64_t i = 0; i < count; ++i)
+            lowbit_int8_product(codes.data(), part_rows, depth, scale.data(), weights[i], columns[i], weight_scales[i], biases[i],
+                                output(i), element_type, threads);
     }
 #endif
 }

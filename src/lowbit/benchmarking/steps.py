@@ -16,6 +16,7 @@ from lowbit.benchmarking.timing import alternate, summary, wait_for
 from lowbit.benchmarking.transformers import share
 from lowbit.errors import ConfigError
 from lowbit.integrations.attention import speed_up_attention
+from lowbit.integrations.fused import fuse_elementwise
 from lowbit.ops.cpu.memory import keep_freed_memory
 from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS
 from lowbit.quantization.plan import quantize_model
@@ -114,9 +115,10 @@ def _layers_to_quantize(model: nn.Module) -> list[str]:
 def _with_lowbit(method: str, model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
     copied = share(model)
     manifest = quantize_model(copied, method)
-    attention = speed_up_attention(copied, device=next(model.parameters()).device, dtype=dtype)
+    setting: dict[str, Any] = {"device": next(model.parameters()).device, "dtype": dtype}
+    attention, fused = speed_up_attention(copied, **setting), fuse_elementwise(copied, **setting)
     kernels = {kernel: count for (_, kernel), count in manifest.by_kernel().items()}
-    return copied, {"kernels": kernels, "attention": "torch" if attention is None else attention.kernel}
+    return copied, {"kernels": kernels, "attention": "torch" if attention is None else attention.kernel, "fused": fused}
 
 
 def _with_peer(

@@ -24,6 +24,7 @@ from lowbit.engine.sizes import check_size
 from lowbit.errors import ConfigError
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.integrations.attention import AttentionRecord, quantize_attention, speed_up_attention
+from lowbit.integrations.fused import fuse_elementwise
 from lowbit.integrations.loading import manifests
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME
@@ -114,6 +115,7 @@ class Omni:
         peak, start = PeakMemory(self.device), time.perf_counter()
         self.pipeline = load_pipeline(self.config)
         self.attention = self._choose_attention()
+        self.fused = self._fuse()
         self._smooth(self.config.calibration_prompts)
         self.load_time_s = time.perf_counter() - start
         self.load_peak_memory_mb = peak.megabytes()
@@ -129,6 +131,8 @@ class Omni:
             logger.info("%s", manifest.summary())
         for name, record in self.attention.items():
             logger.info("%s: %s", name, record.summary())
+        for name, count in self.fused.items():
+            logger.info("%s: %d norms, gates and attention layers in one pass each", name, count)
         for name, layers in self.set_aside.items():
             logger.info("%s: %s not computed, the pipeline does not look at them", name, ", ".join(layers))
         for name, layer in on_host.items():
@@ -263,13 +267,21 @@ class Omni:
         modules, transformers = self.modules(), self.transformers()
         setting: dict[str, Any] = {"device": self.device, "dtype": self.config.dtype}
         if self.config.attention_quantization is None:
-            quantized = {*self.manifests, *routed(self.config)}
-            found = {
-                name: speed_up_attention(transformers[name], **setting) for name in transformers if name in quantized
-            }
+            quantized = self._quantized_transformers()
+            found = {name: speed_up_attention(transformer, **setting) for name, transformer in quantized.items()}
             return {name: record for name, record in found.items() if record is not None}
         kinds = route_attention(self.config.attention_quantization, modules, transformers)
         return {name: quantize_attention(modules[name], kind, **setting) for name, kind in kinds.items()}
+
+    def _fuse(self) -> dict[str, int]:
+        assert isinstance(self.config.dtype, torch.dtype)
+        setting: dict[str, Any] = {"device": self.device, "dtype": self.config.dtype}
+        counts = {name: fuse_elementwise(part, **setting) for name, part in self._quantized_transformers().items()}
+        return {name: count for name, count in counts.items() if count}
+
+    def _quantized_transformers(self) -> dict[str, Any]:
+        quantized = {*self.manifests, *routed(self.config)}
+        return {name: transformer for name, transformer in self.transformers().items() if name in quantized}
 
     def _smooth(self, prompts: Sequence[str]) -> None:
         """Quantize what must be watched first: generate with the unquantized model, then quantize it in place."""

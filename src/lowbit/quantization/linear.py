@@ -192,6 +192,13 @@ class QuantizedLinear(nn.Linear):
             self.method.process_weights_after_loading(self)
         return self._compute_offloaded(x) if self.is_offloaded else self.method.apply(self, x, self.bias)
 
+    def plain_kernel(self) -> ModuleType | None:
+        """Return the kernel, where calling the layer does nothing else than to compute with it; else ``None``."""
+        is_wrapped = "forward" in self.__dict__ or self._forward_hooks or self._forward_pre_hooks
+        if self.kernel is None or self.is_offloaded or is_wrapped or self._is_moved():
+            return None
+        return self.kernel
+
     def _is_moved(self) -> bool:
         if torch.compiler.is_compiling():  # tracing sees packed weights as strided; moving them traces anew
             return False

@@ -125,13 +125,56 @@ def test_compiled_blocks_agree() -> None:
 
 @NEEDS_KERNEL
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 2, 70, 1200])
+def test_several_layers_of_one_input_are_what_each_is(rows: int, dtype: torch.dtype) -> None:
+    layers = [quantized_layer(features, 100) for features in (16, 208, 96)]
+    bias = [None, torch.randn(208).to(dtype), None]
+    x = awkward(max(rows, 16), 100, dtype)[:rows]
+    weights, scales = [weight for weight, _ in layers], [scale for _, scale in layers]
+    for result, (weight, scale), b in zip(int8_native.linears(x, weights, scales, bias), layers, bias, strict=True):
+        assert same(result, int8_native.linear(x, weight, scale, b))
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns", "features"), [(1, 64, 16), (3, 100, 48), (70, 4100, 208), (1200, 100, 96)])
+def test_gated_layers_against_float64(rows: int, columns: int, features: int, dtype: torch.dtype) -> None:
+    layers = [quantized_layer(features, columns) for _ in range(2)]
+    weights, scales = [weight for weight, _ in layers], [scale for _, scale in layers]
+    bias = [torch.randn(features).to(dtype), None]
+    x = torch.randn(2, rows, columns).to(dtype)
+    result = int8_native.gated_linear(x, weights, scales, bias)
+    gate, value = (
+        int8.linear(x.float(), *layer, None if b is None else b.float()).double()
+        for layer, b in zip(layers, bias, strict=True)
+    )
+    expected = torch.nn.functional.silu(gate) * value
+    rounding = torch.finfo(dtype).eps / 2
+    # Without AMX both results are rounded first: gate, value and their product, and what silu makes of the gate's.
+    allowed = 4 * rounding * expected.abs() + rounding * (gate * value).abs() + 4e-6 * value.abs().amax()
+    assert bool(((result.double() - expected).abs() <= allowed).all())
+    assert result.dtype == dtype
+
+
+@NEEDS_KERNEL
+def test_gated_layers_pass_on_what_is_not_finite() -> None:
+    layers = [quantized_layer(16, 64) for _ in range(2)]
+    x = torch.randn(6, 64)
+    x[1, 3], x[2, 5], x[3, 7] = torch.nan, torch.inf, -torch.inf
+    result = int8_native.gated_linear(x, [w for w, _ in layers], [s for _, s in layers], [None, None])
+    assert result.isfinite().all(dim=1).tolist() == [True, False, False, False, True, True]
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_operator_is_well_formed(dtype: torch.dtype) -> None:
     weight, scale = quantized_layer(32, 64)
     x = torch.randint(1, 256, (5, 64), dtype=torch.uint8)
     arguments = (x, torch.rand(5, 1), int8_native.pack_weight(weight), scale, torch.randn(32), dtype)
     torch.library.opcheck(int8_native.product_operator, arguments)
-    arguments = (torch.randn(5, 64, dtype=dtype), int8_native.pack_weight(weight), scale, torch.randn(32))
-    torch.library.opcheck(int8_native.linear_operator, arguments)
+    several = ([int8_native.pack_weight(weight)] * 2, [scale] * 2, [torch.randn(32), None])
+    torch.library.opcheck(int8_native.multiply_operator, (torch.randn(5, 64, dtype=dtype), *several))
+    torch.library.opcheck(int8_native.gate_operator, (torch.randn(5, 64, dtype=dtype), *several))
 
 
 def test_refuses_what_it_cannot_do(path: str) -> None:

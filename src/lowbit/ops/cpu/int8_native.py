@@ -7,14 +7,17 @@ longer than the helper's own pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
+from lowbit.ops.cpu.elementwise import gate
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import define_operator
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["gated_linear", "linear", "linears", "pack_weight", "supports", "unpack_weight"]
 
 ZERO_POINT = 128
 LARGEST_IN_FEATURES = 1 << 17
@@ -81,26 +84,67 @@ product_operator = define_operator(
 
 
 @torch.no_grad()
-def _linear_rows(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+def _multiply(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    outputs = _fake_multiply(x, packed, weight_scale, bias)
+    native.int8_linears(x, _weights(packed, weight_scale, bias), outputs)
+    return outputs
+
+
+def _weights(
+    packed: Sequence[torch.Tensor], weight_scale: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None]
+) -> list[native.Int8Weight]:
+    entries = zip(packed, weight_scale, bias, strict=True)
+    return [native.Int8Weight(weight, scale, None if b is None else b.float()) for weight, scale, b in entries]
+
+
+def _fake_multiply(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    return [x.new_empty((x.shape[0], scale.shape[0])) for scale in weight_scale]
+
+
+multiply_operator = define_operator(
+    "int8_native_linears(Tensor x, Tensor[] packed, Tensor[] weight_scale, Tensor?[] bias) -> Tensor[]",
+    _multiply,
+    _fake_multiply,
+)
+
+
+@torch.no_grad()
+def _gate(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
 ) -> torch.Tensor:
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    output = torch.empty((x.shape[0], weight_scale.shape[0]), dtype=x.dtype)
-    native.int8_linear(x, packed, weight_scale, None if bias is None else bias.float(), output)
+    if not native.multiplies_bfloat16():
+        return gate(*_multiply(x, packed, weight_scale, bias))
+    x = x if x.stride(1) == 1 else x.contiguous()
+    output = _fake_gate(x, packed, weight_scale, bias)
+    native.int8_linears(x, _weights(packed, weight_scale, bias), [output], are_gated=True)
     return output
 
 
-def _fake_linear_rows(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+def _fake_gate(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
 ) -> torch.Tensor:
-    return x.new_empty((x.shape[0], weight_scale.shape[0]))
+    return x.new_empty((x.shape[0], weight_scale[0].shape[0]))
 
 
-linear_operator = define_operator(
-    "int8_native_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias) -> Tensor",
-    _linear_rows,
-    _fake_linear_rows,
+gate_operator = define_operator(
+    "int8_native_gate(Tensor x, Tensor[] packed, Tensor[] weight_scale, Tensor?[] bias) -> Tensor", _gate, _fake_gate
 )
 
 
@@ -108,5 +152,30 @@ def linear(
     x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Apply a W8A8 linear layer: ``lowbit.ops.int8.linear`` with ``packed`` from ``pack_weight``."""
-    result: torch.Tensor = linear_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
-    return result.reshape(*x.shape[:-1], weight_scale.shape[0])
+    (result,) = linears(x, [packed], [weight_scale], [bias])
+    return result
+
+
+def linears(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    """Apply several layers as ``linear`` does, with one input that is quantized once."""
+    results = multiply_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
+    return [result.reshape(*x.shape[:-1], result.shape[1]) for result in results]
+
+
+def gated_linear(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+) -> torch.Tensor:
+    """Apply two layers of equal output features: silu of the first one's result times the second's.
+
+    With AMX in the pass that scales the products, so that neither result is rounded or written.
+    """
+    result: torch.Tensor = gate_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
+    return result.reshape(*x.shape[:-1], result.shape[1])

@@ -8,8 +8,11 @@ in the environment turns it off. Results are those of the plain-torch references
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -41,7 +44,7 @@ _SIGNATURES = {
         _int,
         _int,
     ),
-    "lowbit_int8_linear": (_pointer, _int, *[_size] * 3, _pointer, _size, *[_pointer] * 3, _int),
+    "lowbit_int8_linears": (_pointer, _int, *[_size] * 4, *[_pointer] * 5, _int, _int),
     "lowbit_weight_only_bfloat16": (
         *(_pointer, *[_size] * 3, _pointer, _int, _size, _pointer, _int, _pointer, *[_size] * 2),
         *(_pointer, _size, *[_pointer] * 2, _int),
@@ -70,6 +73,10 @@ _SIGNATURES = {
     "lowbit_int4_decode": (_pointer, _size, _size, _pointer, _int, _pointer, _size, _pointer, _int),
     "lowbit_gguf_decode": (_pointer, _int, *[_size] * 3, _pointer, _int, _int),
     "lowbit_gguf_product": (_pointer, _size, _size, _pointer, _int, *[_size] * 2, _pointer, _pointer, _int, _int),
+    "lowbit_normalize": (
+        *(_pointer, _int, _size, _size, _int, ctypes.c_float, _pointer, _pointer, _size, _size, _pointer, _int),
+    ),
+    "lowbit_gate": (_pointer, _pointer, _int, _size, _pointer, _int),
     "lowbit_set_parallel": (_pointer,),
 }
 
@@ -280,29 +287,54 @@ def int8_product(
     )  # fmt: skip
 
 
-def int8_linear(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
-) -> None:
-    """Quantize rows and multiply them, as ``quantize`` and ``int8_product`` do and where that runs.
+@dataclass(frozen=True)
+class Int8Weight:
+    """What ``int8_linears`` multiplies with.
 
-    Args:
-        x: [M, K] float32, bfloat16 or float16; rows may be apart, columns not; K at most 2**17.
+    Attributes:
         weight: dense int8 [N, K]; N a multiple of 16, K of 4.
         weight_scale: dense float32, one element per output channel.
         bias: dense float32, one element per output channel, or ``None``.
-        output: written: dense [M, N], of the dtype of ``x``.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def int8_linears(
+    x: torch.Tensor, weights: Sequence[Int8Weight], outputs: Sequence[torch.Tensor], *, are_gated: bool = False
+) -> None:
+    """Quantize rows once and multiply them by several weights, as ``quantize`` and ``int8_product`` do.
+
+    It runs where ``int8_product`` does.
+
+    Args:
+        x: [M, K] float32, bfloat16 or float16; rows may be apart, columns not; K at most 2**17.
+        weights: with K inputs each.
+        outputs: written: dense [M, N] for each weight, of the dtype of ``x``.
+        are_gated: there are two weights with equal N and one output, silu of the first result times the second, rounded
+            once; needs ``multiplies_bfloat16``.
     """
     rows, depth = x.shape
-    features = weight.shape[0]
     assert x.stride(1) == 1 or depth <= 1
-    assert weight.shape[1] == depth
-    assert weight.is_contiguous()
-    assert output.shape == (rows, features)
-    assert output.dtype == x.dtype
-    assert output.is_contiguous()
-    _library().lowbit_int8_linear(
-        x.data_ptr(), ELEMENT_TYPES[x.dtype], rows, depth, x.stride(0), weight.data_ptr(), features,
-        _address(weight_scale), _address(bias), output.data_ptr(), torch.get_num_threads(),
+    assert len(weights) == (2 if are_gated else len(outputs))
+    used = [outputs[0]] * 2 if are_gated else outputs
+    for entry, output in zip(weights, used, strict=True):
+        assert entry.weight.shape[1] == depth
+        assert entry.weight.is_contiguous()
+        assert output.shape == (rows, entry.weight.shape[0])
+        assert output.dtype == x.dtype
+        assert output.is_contiguous()
+    count = len(weights)
+    pointers, sizes = _pointer * count, _size * count
+    _library().lowbit_int8_linears(
+        x.data_ptr(), ELEMENT_TYPES[x.dtype], rows, depth, x.stride(0), count,
+        pointers(*(entry.weight.data_ptr() for entry in weights)),
+        sizes(*(entry.weight.shape[0] for entry in weights)),
+        pointers(*(_address(entry.weight_scale) for entry in weights)),
+        pointers(*(_address(entry.bias) for entry in weights)),
+        pointers(*(output.data_ptr() for output in used)), are_gated, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -479,6 +511,52 @@ def gguf_product(
         assert x.dtype == torch.float32
         refused = _library().lowbit_gguf_product(*arguments, ELEMENT_TYPES[output.dtype], torch.get_num_threads())
     assert not refused
+
+
+LARGEST_NORMALIZED = 8192
+"""Width that ``normalize`` takes at most."""
+
+
+def normalize(
+    x: torch.Tensor,
+    epsilon: float | None,
+    weight: torch.Tensor | None,
+    frequencies: torch.Tensor | None,
+    output: torch.Tensor,
+) -> None:
+    """Write ``x`` normalized and rotated to ``output``; see ``lowbit.ops.rotary.normalize``.
+
+    Args:
+        x: dense [batch, tokens, heads, width] float32, bfloat16 or float16; width at most ``LARGEST_NORMALIZED``.
+        epsilon: added to the mean square; ``None`` leaves it undivided.
+        weight: dense float32 [width], or ``None``.
+        frequencies: dense float32 [batch or 1, tokens, width / 2, 2], or ``None``.
+        output: written: dense, like ``x``.
+    """
+    *positions, heads, width = x.shape
+    assert x.is_contiguous()
+    assert output.is_contiguous()
+    assert output.shape == x.shape
+    assert output.dtype == x.dtype
+    if frequencies is not None:
+        positions = [*frequencies.shape[:2]]
+    _library().lowbit_normalize(
+        x.data_ptr(), ELEMENT_TYPES[x.dtype], x.numel() // width, width, epsilon is not None, epsilon or 0.0,
+        _address(weight), _address(frequencies), heads, math.prod(positions), output.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def gate(x: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
+    """Write ``silu(x) * value`` to ``output``: all dense, of one shape, float32, bfloat16 or float16."""
+    assert x.shape == value.shape == output.shape
+    assert x.dtype == value.dtype == output.dtype
+    assert x.is_contiguous()
+    assert value.is_contiguous()
+    assert output.is_contiguous()
+    _library().lowbit_gate(
+        x.data_ptr(), value.data_ptr(), ELEMENT_TYPES[x.dtype], x.numel(), output.data_ptr(), torch.get_num_threads()
+    )
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -1,0 +1,48 @@
+"""Layers that have one input: quantized once where all of them are computed by a kernel that can, else one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.ops.elementwise import gate_operator
+from lowbit.quantization.int8 import Int8LinearMethod
+from lowbit.quantization.linear import QuantizedLinear
+
+
+def linears(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """Return each layer's result for x [..., K]: [..., N] of its own N."""
+    kernel = _joint_kernel(layers)
+    if kernel is None or not hasattr(kernel, "linears"):
+        return [layer(x) for layer in layers]
+    results: list[torch.Tensor] = kernel.linears(x, *_tensors(layers))
+    return results
+
+
+def gated_linear(gate: nn.Module, value: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(gate(x)) * value(x)`` for x [..., K]: [..., N], the N of both."""
+    kernel = _joint_kernel((gate, value))
+    if kernel is None or not hasattr(kernel, "gated_linear"):
+        result: torch.Tensor = gate_operator(gate(x), value(x))
+        return result
+    result = kernel.gated_linear(x, *_tensors((gate, value)))
+    return result
+
+
+def _tensors(layers: Sequence[nn.Module]) -> tuple[list[Any], list[Any], list[Any]]:
+    weights, scales = [layer.weight for layer in layers], [layer.weight_scale for layer in layers]
+    return weights, scales, [layer.bias for layer in layers]
+
+
+def _joint_kernel(layers: Sequence[nn.Module]) -> Any:
+    """Return the kernel that computes all layers and nothing else does, ``None`` where there is none."""
+    kernels = {layer.plain_kernel() if type(layer) is QuantizedLinear else None for layer in layers}
+    are_int8 = all(isinstance(layer, QuantizedLinear) and _is_plain_int8(layer.method) for layer in layers)
+    return kernels.pop() if are_int8 and len(kernels) == 1 else None
+
+
+def _is_plain_int8(method: object) -> bool:
+    return type(method) is Int8LinearMethod and method.activation_bits == 8

@@ -1,0 +1,80 @@
+"""Layers with one input give what they give one by one, however they are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.ops.cpu import int8_native
+from lowbit.ops.dispatch import Problem
+from lowbit.quantization import quantize_model
+from lowbit.quantization.joint import gated_linear, linears
+
+REFUSAL = int8_native.supports(Problem(torch.device("cpu"), torch.float32, 64, 64))
+
+
+def make(method: str | None, features: tuple[int, ...] = (64, 32, 48)) -> nn.ModuleList:
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(64, n, bias=n == 32) for n in features)
+    if method is not None:
+        quantize_model(layers, method)
+    return layers.requires_grad_(False)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return how many layers each call of the native kernel had."""
+    counts: list[int] = []
+    multiply = int8_native.multiply_operator
+
+    def count(x: torch.Tensor, packed: list[torch.Tensor], *rest: object) -> list[torch.Tensor]:
+        counts.append(len(packed))
+        return multiply(x, packed, *rest)
+
+    monkeypatch.setattr(int8_native, "multiply_operator", count)
+    return counts
+
+
+@pytest.mark.parametrize("method", [None, "int8", "fp8", "mxfp8"])
+def test_the_same_as_one_by_one(method: str | None) -> None:
+    layers, x = make(method), torch.randn(2, 5, 64)
+    for result, layer in zip(linears(list(layers), x), layers, strict=True):
+        assert torch.equal(result, layer(x))
+    expected = torch.nn.functional.silu(layers[0](x)) * layers[0](x)
+    torch.testing.assert_close(gated_linear(layers[0], layers[0], x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
+def test_int8_is_quantized_once(calls: list[int]) -> None:
+    layers, x = list(make("int8")), torch.randn(5, 64)
+    linears(layers, x)
+    assert calls == [3]
+
+
+@pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
+@pytest.mark.parametrize("case", ["hook", "wrapped forward", "offloaded", "another method", "unquantized", "subclass"])
+def test_what_does_more_is_computed_alone(case: str, calls: list[int]) -> None:
+    layers, x = list(make("int8")), torch.randn(5, 64)
+    plain = linears(layers, x)
+    seen: list[object] = []
+    first = layers[0]
+    if case == "hook":
+        first.register_forward_hook(lambda *arguments: seen.append(arguments))
+    elif case == "wrapped forward":
+        forward = first.forward
+        first.forward = lambda x: (seen.append(x), forward(x))[1]
+    elif case == "offloaded":
+        first.let_others_move()
+    elif case == "another method":
+        layers[0] = make("fp8")[0]
+    elif case == "unquantized":
+        layers[0] = make(None)[0]
+    else:
+        first.__class__ = type("Other", (type(first),), {})
+    calls.clear()
+    results = linears(layers, x)
+    assert 3 not in calls
+    assert bool(seen) == (case in ("hook", "wrapped forward"))
+    assert all(torch.equal(result, before) for result, before in zip(results[1:], plain[1:], strict=True))
+    assert (results[0] - plain[0]).norm() < 0.05 * plain[0].norm()
