@@ -4,6 +4,7 @@
 // one block's 16 values twice, or those of two blocks of 16 inputs.
 
 constexpr int64_t kWords = 32;  // bfloat16 in a register
+constexpr int64_t kFewInputs = 512;  // as many as are decoded at once for few rows, at most
 
 using avx512::E2M1;
 using avx512::Int4;
@@ -11,6 +12,45 @@ using avx512::Int4;
 LOWBIT_INLINE __m512i round_pair(__m512 low, __m512 high) {
     const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
     return reinterpret_cast<const __m512i&>(rounded);
+}
+
+// Whole registers of codes with a scale for each 16; returns how many of `count` were decoded.
+LOWBIT_INLINE int64_t decode_whole(const Int8* codes, int64_t count, const float* scales, BFloat16* output) {
+    int64_t i = 0;
+    for (; i + kWords <= count; i += kWords) {
+        __m512 values[2];
+        for (int half = 0; half < 2; ++half) {
+            const auto* from = reinterpret_cast<const __m128i*>(codes + i + 16 * half);
+            const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from)));
+            values[half] = _mm512_mul_ps(wide, _mm512_set1_ps(scales[i / 16 + half]));
+        }
+        _mm512_storeu_si512(output + i, round_pair(values[0], values[1]));
+    }
+    return i;
+}
+
+// As decode_as_half of weight_only.h: none if there is a NaN, or a scale of which 256 times is not finite.
+LOWBIT_INLINE int64_t decode_whole(const E4M3* codes, int64_t count, const float* scales, BFloat16* output) {
+    alignas(64) float factors[avx512::kChunk / 16];
+    const __m512i bits = _mm512_set1_epi16(static_cast<int16_t>(0xbf80));
+    __m512i largest_half = _mm512_setzero_si512();
+    int64_t i = 0;
+    for (; i < count / 16; i += 16) {
+        const __mmask16 mask = column_mask(count / 16 - i);
+        const __m512 factor = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scales + i), _mm512_set1_ps(256.0f));
+        if (_mm512_cmp_ps_mask(_mm512_abs_ps(factor), _mm512_set1_ps(3e38f), _CMP_NLT_UQ)) return 0;
+        _mm512_store_ps(factors + i, factor);
+    }
+    for (i = 0; i + kWords <= count; i += kWords) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+        const __m512i half = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7), bits);
+        largest_half = _mm512_max_epu16(largest_half, _mm512_slli_epi16(half, 1));  // without the sign
+        const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+        const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+        const __m512 scaled = _mm512_mul_ps(high, _mm512_set1_ps(factors[i / 16 + 1]));
+        _mm512_storeu_si512(output + i, round_pair(_mm512_mul_ps(low, _mm512_set1_ps(factors[i / 16])), scaled));
+    }
+    return _mm512_cmpeq_epi16_mask(largest_half, _mm512_set1_epi16(0x7f << 8)) ? 0 : i;
 }
 
 // Inputs [first, first + count), first a multiple of kChunk.
@@ -21,21 +61,20 @@ void decode_bytes(const WeightJob& job, int64_t channel, int64_t first, int64_t 
     for (int64_t done = 0; done < count; done += avx512::kChunk) {
         const int64_t part = smaller(avx512::kChunk, count - done);
         avx512::spread_scales(job, channel, first + done, part, scales);
-        for (int64_t i = 0; i < part; i += kWords) {
+        for (int64_t i = decode_whole(codes + done, part, scales, output + done); i < part; i += kWords) {
             __m512 values[2];
             avx512::decode_steps(codes, done + i, part - i, values);
-            const float* scale = scales + i / 16;
-            values[0] = _mm512_mul_ps(values[0], _mm512_set1_ps(scale[0]));
-            values[1] = _mm512_mul_ps(values[1], _mm512_set1_ps(scale[1]));
+            values[0] = _mm512_mul_ps(values[0], _mm512_set1_ps(scales[i / 16]));
+            values[1] = _mm512_mul_ps(values[1], _mm512_set1_ps(scales[i / 16 + 1]));
             _mm512_storeu_si512(output + done + i, round_pair(values[0], values[1]));
         }
     }
 }
 
-// 32 codes of 16 bytes as indices of words, of which the instruction looks at the low five bits; the fifth is not a code's.
+// 32 codes of 16 bytes as indices of words, of which the instruction looks at the low five bits: what is above is not theirs.
 LOWBIT_INLINE __m512i pair_indices(const uint8_t* codes) {
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    return _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+    const __m512i fields = _mm512_cvtepu16_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x000c000800040000), fields);
 }
 
 template <typename Code, int64_t Block>
@@ -45,7 +84,7 @@ LOWBIT_INLINE void decode_pairs(const WeightJob& job, int64_t channel, int64_t f
     for (int64_t chunk = 0; chunk < count; chunk += avx512::kChunk) {
         const int64_t part = smaller(avx512::kChunk, count - chunk), block = Block ? Block : smaller(job.block_columns, part);
         avx512::BlockScales scales;
-        avx512::load_block_scales<Code>(job, channel, first + chunk, blocks(part, block), scales);
+        avx512::load_block_scales<Code>(job, channel, first + chunk, avx512::quotient_up(part, block), scales);
         for (int64_t i = 0, at = 0; i < part; i += Block == 16 ? kWords : block, at += Block == 16 ? 2 : 1) {
             __m512 tables[2];
             for (int half = 0; half < (Block == 16 ? 2 : 1); ++half) {
@@ -92,9 +131,9 @@ void decode_split(const WeightJob& job, int64_t channel, int64_t first, int64_t 
     }
 }
 
-// Ask memory for the same inputs of the next channel: the hardware's own prefetching ends with a page.
-LOWBIT_INLINE void prefetch_next(const uint8_t* codes, int64_t row_bytes, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(codes) + row_bytes + i, _MM_HINT_T0);
+// Ask memory for what is decoded soon: the hardware's own prefetching ends with a page.
+LOWBIT_INLINE void prefetch(const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from) + i, _MM_HINT_T0);
 }
 
 // What AmxJob::decode is for each code.
@@ -102,7 +141,11 @@ template <typename Code>
 void decode_weight(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     const auto& job = *static_cast<const WeightJob*>(weight);
     const auto* codes = reinterpret_cast<const uint8_t*>(avx512::channel_codes<Code>(job, channel));
-    prefetch_next(codes + first * avx512::kBits<Code> / 8, job.depth * avx512::kBits<Code> / 8, count * avx512::kBits<Code> / 8);
+    constexpr int64_t kBits = avx512::kBits<Code>;
+    // What is as far ahead as memory takes to answer: the next channel's, or of few inputs at once the third channel's; of 4
+    // bits, of which the hardware fetches more by itself, the channel's own next ones.
+    const int64_t ahead = count > kFewInputs ? job.depth : kBits == 8 ? 3 * job.depth : count;
+    prefetch(codes + (first + ahead) * kBits / 8, count * kBits / 8);
     if constexpr (avx512::kBits<Code> == 8) {
         if (avx512::has_even_blocks(job)) decode_bytes<Code>(job, channel, first, count, output);
         else decode_any<Code>(job, channel, first, count, output);
@@ -131,7 +174,7 @@ struct GgufRows {
 void decode_gguf(const void* weight, int64_t row, int64_t first, int64_t count, BFloat16* output) {
     const auto& rows = *static_cast<const GgufRows*>(weight);
     const uint8_t* from = rows.input + row * rows.row_bytes + first / rows.kernels->elements * rows.kernels->bytes;
-    prefetch_next(from, rows.row_bytes, count / rows.kernels->elements * rows.kernels->bytes);
+    prefetch(from + rows.row_bytes, count / rows.kernels->elements * rows.kernels->bytes);
     alignas(64) float values[kDepthSteps * kWords];
     rows.kernels->decode[0]({from, count, values}, 0, 1);
     for (int64_t i = 0; i < count; i += kWords)

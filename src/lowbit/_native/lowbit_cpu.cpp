@@ -23,6 +23,7 @@
 #if defined(__GNUC__) || defined(__clang__)
 #define LOWBIT_INLINE static inline __attribute__((always_inline))
 #define LOWBIT_INLINE_LAMBDA __attribute__((always_inline))
+#define LOWBIT_NOINLINE __attribute__((noinline))
 #define LOWBIT_EXPORT extern "C" __attribute__((visibility("default")))
 #else
 #define LOWBIT_INLINE static inline
@@ -342,10 +343,10 @@ constexpr AttentionKernels attentions[kAttentionKinds] = {
 #ifdef LOWBIT_AMX
 #if defined(__clang__)
 #pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16"))), apply_to = function)
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-int8,amx-bf16"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-int8,amx-bf16,prefer-vector-width=512")
 #endif
 namespace amx {
 using avx512_vnni::kStep;
@@ -364,6 +365,7 @@ using avx512_vnni::prefetch_row;
 using avx512_vnni::Queries;
 #include "amx_product.h"
 #include "amx_decode.h"
+#include "amx_few_rows.h"
 #include "attention_amx.h"
 }
 #if defined(__clang__)
@@ -522,6 +524,15 @@ void run_bfloat16(const void* x, int64_t rows, int64_t depth, int64_t stride, co
         AmxJob job{part, smaller(kRowsAtOnce, rows - first), 2 * depth, 2 * stride, nullptr, nullptr,
                    {weight, nullptr, bias}, {nullptr, nullptr, nullptr}, columns, to, 0, 0, decode, 0};
         if (job.rows <= 0 || columns <= 0) return;
+        if (job.rows <= amx::kMostFewRows) {
+            static thread_local std::vector<char> memory;
+            const int64_t row_blocks = blocks(job.rows, amx::kTileRows);
+            memory.resize(static_cast<size_t>(row_blocks * blocks(job.depth, 64) * amx::kTileBytes + 64));
+            job.tiles = reinterpret_cast<uint8_t*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64);
+            run(amx::transpose_rows, job, row_blocks, job.rows * job.depth, threads);
+            run(amx::multiply_few_rows, job, blocks(columns, amx::kChannelsTogether), columns * depth / 4, threads);
+            return;
+        }
         arrange_amx(amx::arrange_rows, job, threads);
         multiply_amx(amx::bfloat16_product, job, threads);
     }

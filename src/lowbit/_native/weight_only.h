@@ -78,10 +78,20 @@ LOWBIT_INLINE float scale_at(const WeightJob& job, int64_t index) {
     }
 }
 
+// a / b without dividing, which takes as long as decoding a register, where b is a power of two or larger than a.
+LOWBIT_INLINE int64_t quotient(int64_t a, int64_t b) {
+#if defined(__GNUC__) || defined(__clang__)
+    if ((b & (b - 1)) == 0) return a >> __builtin_ctzll(static_cast<unsigned long long>(b));
+#endif
+    return a < b ? 0 : a / b;
+}
+
+LOWBIT_INLINE int64_t quotient_up(int64_t a, int64_t b) { return a <= b ? a > 0 : quotient(a + b - 1, b); }
+
 LOWBIT_INLINE float outer_scale_at(const WeightJob& job, int64_t channel, int64_t input) {
     if (!job.outer_scale) return 1.0f;
     if (!job.outer_columns) return job.outer_scale[0];
-    return job.outer_scale[channel * blocks(job.depth, job.outer_columns) + input / job.outer_columns];
+    return job.outer_scale[channel * quotient_up(job.depth, job.outer_columns) + quotient(input, job.outer_columns)];
 }
 
 // Of the block that begins at an input of a channel: its scale times the outer one.
@@ -288,7 +298,11 @@ LOWBIT_INLINE void load_scales(const WeightJob& job, int64_t index, int64_t coun
     const auto* codes = static_cast<const uint8_t*>(job.scale) + index;  // of the types of a byte
     if (job.scale_type == 3) return decode_codes(reinterpret_cast<const E4M3*>(codes), count, 1.0f, scales);
     if (job.scale_type == 0) {
-        std::memcpy(scales, static_cast<const float*>(job.scale) + index, count * sizeof(float));
+        const float* from = static_cast<const float*>(job.scale) + index;
+        for (int64_t i = 0; i < count; i += kStep) {
+            const auto mask = static_cast<__mmask16>(count - i >= kStep ? 0xffff : (1u << (count - i)) - 1);
+            _mm512_mask_storeu_ps(scales + i, mask, _mm512_maskz_loadu_ps(mask, from + i));
+        }
         return;
     }
     int64_t i = 0;
@@ -304,12 +318,12 @@ LOWBIT_INLINE void load_scales(const WeightJob& job, int64_t index, int64_t coun
 
 // For each register of inputs [first, first + count) of a channel, where a chunk begins: its scale.
 LOWBIT_INLINE void spread_scales(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* scales) {
-    const int64_t steps = blocks(count, kStep), per_row = blocks(job.depth, job.block_columns);
-    const int64_t row = channel / job.block_rows * per_row;
+    const int64_t steps = blocks(count, kStep), per_row = quotient_up(job.depth, job.block_columns);
+    const int64_t row = quotient(channel, job.block_rows) * per_row;
     const float outer = outer_scale_at(job, channel, first);
     float found[kChunk / kStep];
-    const int64_t block = first / job.block_columns, within = first - block * job.block_columns;
-    load_scales(job, row + block, blocks(within + count, job.block_columns), found);
+    const int64_t block = quotient(first, job.block_columns), within = first - block * job.block_columns;
+    load_scales(job, row + block, quotient_up(within + count, job.block_columns), found);
     if (within + count <= job.block_columns) {
         for (int64_t step = 0; step < steps; ++step) scales[step] = found[0] * outer;
     } else if (kChunk % job.block_columns == 0) {  // as here most often, and without branches in the loop

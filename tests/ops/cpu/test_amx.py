@@ -17,32 +17,35 @@ from tests.ops.cpu.test_four_bits import FORMATS, Layer
 
 pytestmark = pytest.mark.skipif(not native.multiplies_bfloat16(), reason="the CPU has no AMX")
 
-ROWS = 9
+# Decoded few inputs or many at a time, or with all rows' panels: see amx_few_rows.h and amx_product.h.
+ROWS = pytest.mark.parametrize("rows", [9, 40, 70])
 BF16 = block_type("BF16").number  # weights as they are
 
 
-def one_input_a_row(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+def one_input_a_row(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return x [rows, columns] of which each row picks one input, so that there is nothing to sum, and the inputs."""
-    inputs = torch.randperm(columns, generator=torch.Generator().manual_seed(0))[:ROWS]
+    inputs = torch.randint(columns, (rows,), generator=torch.Generator().manual_seed(0))
     inputs[0] = columns - 1
-    x = torch.zeros(ROWS, columns, dtype=torch.bfloat16)
-    x[torch.arange(ROWS), inputs] = 1.0
+    x = torch.zeros(rows, columns, dtype=torch.bfloat16)
+    x[torch.arange(rows), inputs] = 1.0
     assert weight_only.is_for_amx(x)
     return x, inputs
 
 
+@ROWS
 @pytest.mark.parametrize("columns", [32, 1046, 1312, 2048, 4704])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_four_and_eight_bits_are_decoded_as_by_the_reference(kind: str, columns: int) -> None:
+def test_four_and_eight_bits_are_decoded_as_by_the_reference(kind: str, columns: int, rows: int) -> None:
     layer = Layer(kind, 37, columns)
-    x, inputs = one_input_a_row(columns)
+    x, inputs = one_input_a_row(rows, columns)
     assert torch.equal(layer.linear(x), layer.weight().bfloat16()[:, inputs].t())
 
 
+@ROWS
 @pytest.mark.parametrize("columns", [64, 333, 2048, 5000])
-def test_eight_bits_with_scales_of_any_shape(columns: int) -> None:
+def test_eight_bits_with_scales_of_any_shape(columns: int, rows: int) -> None:
     weight = torch.randn(70, columns)
-    x, inputs = one_input_a_row(columns)
+    x, inputs = one_input_a_row(rows, columns)
     codes, scale = int8.quantize_int8_per_token(weight)
     result = int8_weight_only.int8_weight_only_mm(x, codes, scale, None)
     assert torch.equal(result, (codes * scale).bfloat16()[:, inputs].t())
@@ -54,20 +57,36 @@ def test_eight_bits_with_scales_of_any_shape(columns: int) -> None:
         assert torch.equal(cpu_fp8.fp8_weight_only_mm(x, values, scales, None, block), decoded[:, inputs].t())
 
 
+@ROWS
+def test_every_code_of_e4m3_under_any_scale(rows: int) -> None:
+    every = torch.arange(256, dtype=torch.uint8).repeat(5, 4)
+    every[1:4] = torch.where(every[1:4] % 128 == 127, 8, every[1:4])  # channels without a NaN, too
+    every[2] = torch.where(every[2] % 128 > 0x68, 8, every[2])  # at most 64, so that no product overflows
+    codes = every.view(torch.float8_e4m3fn)
+    scale = torch.tensor([[1.0], [0.3], [2e36], [1e-30], [torch.inf]])
+    x, inputs = one_input_a_row(rows, 1024)
+    expected = fp8.dequantize_fp8(codes, scale, None).bfloat16()[:, inputs].t()
+    result = cpu_fp8.fp8_weight_only_mm(x, codes, scale, None, None)
+    assert torch.equal(result[:, 1:4], expected[:, 1:4])
+    assert result[:, [0, 4]].isnan().all()  # NaN or infinity times zero
+
+
+@ROWS
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, 64, 96, 128, 4608])
-def test_four_bits_in_groups(group_size: int, symmetric: bool) -> None:
+def test_four_bits_in_groups(group_size: int, symmetric: bool, rows: int) -> None:
     columns = 4608
-    x, inputs = one_input_a_row(columns)
+    x, inputs = one_input_a_row(rows, columns)
     packed, scale, zero = w4a16.quantize_int4_per_group(torch.randn(21, columns), group_size, symmetric)
     decoded = w4a16.dequantize_int4(packed, scale, zero).bfloat16()
     assert torch.equal(cpu_w4a16.w4a16_mm(x, packed, scale, None, zero), decoded[:, inputs].t())
 
 
+@ROWS
 @pytest.mark.parametrize("kind", QUANTIZABLE_TYPES)
-def test_gguf_is_decoded_as_by_the_reference(kind: str) -> None:
+def test_gguf_is_decoded_as_by_the_reference(kind: str, rows: int) -> None:
     columns = 2304  # more than is packed at once
-    x, inputs = one_input_a_row(columns)
+    x, inputs = one_input_a_row(rows, columns)
     raw = gguf_quantize(torch.randn(35, columns) / 8, kind)
     result = gguf_native.multiply_native(x, raw, kind)
     assert torch.equal(result, gguf_dequantize(raw, kind).bfloat16()[:, inputs].t())
@@ -82,7 +101,17 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "features", "columns"), [(1, 1, 1), (5, 33, 64), (33, 208, 260), (70, 401, 4700), (4130, 16, 32)]
+    ("rows", "features", "columns"),
+    [
+        (1, 1, 1),
+        (5, 33, 64),
+        (16, 33, 4100),
+        (33, 208, 260),
+        (48, 70, 4700),
+        (64, 40, 2048),
+        (70, 401, 4700),
+        (4130, 16, 32),
+    ],
 )
 def test_products_agree_with_float64(rows: int, features: int, columns: int, threads: int) -> None:
     x = torch.randn(rows, columns).bfloat16()

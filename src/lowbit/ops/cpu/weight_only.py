@@ -2,8 +2,8 @@
 
 Up to ``native.MOST_ROWS`` rows the native helper decodes codes in registers and multiplies in float32, at the speed at
 which memory gives the codes. On CPUs with AMX it decodes to bfloat16 instead, in the cache, and multiplies any number
-of rows of that type. More rows elsewhere, and no helper: blocks of output channels are decoded into the cache and
-multiplied by torch in the precision that this CPU is fastest in.
+of rows of that type; up to 64 while it decodes what comes next. More rows elsewhere, and no helper: blocks of output
+channels are decoded into the cache and multiplied by torch in the precision that this CPU is fastest in.
 """
 
 from __future__ import annotations
