@@ -99,7 +99,7 @@ def _rotate(x: torch.Tensor, norm: Any, frequencies: torch.Tensor) -> torch.Tens
     plain = _plain_norm(norm, x.dtype)
     epsilon, weight = (None, None) if plain is None else plain
     x = x if norm is None or plain is not None else norm(x)
-    result: torch.Tensor = normalize_operator(x, epsilon, weight, torch.view_as_real(frequencies))
+    result: torch.Tensor = normalize_operator(x, epsilon, weight, torch.view_as_real(frequencies).float())
     return result
 
 
