@@ -40,7 +40,7 @@ def normalize(
         real, imaginary = result.unflatten(-1, (-1, 2)).unbind(-1)
         rotated = (real * cosine - imaginary * sine, real * sine + imaginary * cosine)
         result = torch.stack(rotated, dim=-1).flatten(-2)
-    return result.to(x.dtype).contiguous()
+    return x.clone(memory_format=torch.contiguous_format) if result is x else result.to(x.dtype).contiguous()
 
 
 def gate(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
