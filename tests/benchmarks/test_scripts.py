@@ -65,7 +65,7 @@ def test_a_steps_time_is_divided_by_kind() -> None:
     assert sum(shares.values()) == pytest.approx(1, abs=0.002)
     assert shares["linear"] > 0
     assert growth.kind_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
-    assert growth.kind_of("lowbit::int8_native_gate") == "linear"
+    assert growth.kind_of("lowbit::int8_native_linears") == "linear"
     assert growth.kind_of("lowbit::gate") == "other"
 
 

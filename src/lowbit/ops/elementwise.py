@@ -1,8 +1,7 @@
 """What transformers compute between products, each in one pass: root-mean-square norms with rotary embeddings, gates.
 
-In eager mode plain torch makes five passes for a norm and six for a rotary embedding, several of them in float32, and
-``torch.compile`` leaves the product of complex numbers to eager mode. On CPUs these passes cost as much as the products
-of a quantized transformer.
+In eager mode plain torch passes over memory several times for each, in part in float32, and ``torch.compile`` leaves
+the product of complex numbers to eager mode.
 """
 
 from __future__ import annotations

@@ -229,6 +229,11 @@ class LinearMethod(ABC):
         """What the family's kernels call the weight's format, where they know several."""
         return self.name
 
+    @property
+    def is_kernel_alone(self) -> bool:
+        """Whether ``apply`` is the kernel's ``linear`` of x, ``weight``, ``weight_scale`` and bias, no more."""
+        return False
+
     @abstractmethod
     def create_weights(self, layer: QuantizedLinear) -> None:
         """Register the parameters that a checkpoint of this format has, empty, on the layer's device."""

@@ -74,6 +74,11 @@ class Int8LinearMethod(LinearMethod):
         super().__init__(kernel)
         self.activation_bits = activation_bits
 
+    @property
+    def is_kernel_alone(self) -> bool:
+        """Where activations are not rounded to fewer bits first."""
+        return self.activation_bits == 8
+
     def create_weights(self, layer: QuantizedLinear) -> None:
         """Register ``weight`` int8 [N, K] and ``weight_scale`` float32 [N, 1]."""
         layer.register_quantized("weight", (layer.out_features, layer.in_features), torch.int8)

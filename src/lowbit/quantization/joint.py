@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lowbit.ops.elementwise import gate_operator
-from lowbit.quantization.int8 import Int8LinearMethod
 from lowbit.quantization.linear import QuantizedLinear
 
 
@@ -39,10 +38,11 @@ def _tensors(layers: Sequence[nn.Module]) -> tuple[list[Any], list[Any], list[An
 
 def _joint_kernel(layers: Sequence[nn.Module]) -> Any:
     """Return the kernel that computes all layers and nothing else does, ``None`` where there is none."""
-    kernels = {layer.plain_kernel() if type(layer) is QuantizedLinear else None for layer in layers}
-    are_int8 = all(isinstance(layer, QuantizedLinear) and _is_plain_int8(layer.method) for layer in layers)
-    return kernels.pop() if are_int8 and len(kernels) == 1 else None
+    kernels = {_kernel_alone(layer) for layer in layers}
+    return kernels.pop() if len(kernels) == 1 else None
 
 
-def _is_plain_int8(method: object) -> bool:
-    return type(method) is Int8LinearMethod and method.activation_bits == 8
+def _kernel_alone(layer: nn.Module) -> Any:
+    if type(layer) is not QuantizedLinear or not layer.method.is_kernel_alone:
+        return None
+    return layer.plain_kernel()

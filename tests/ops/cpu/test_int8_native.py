@@ -173,8 +173,8 @@ def test_the_operator_is_well_formed(dtype: torch.dtype) -> None:
     arguments = (x, torch.rand(5, 1), int8_native.pack_weight(weight), scale, torch.randn(32), dtype)
     torch.library.opcheck(int8_native.product_operator, arguments)
     several = ([int8_native.pack_weight(weight)] * 2, [scale] * 2, [torch.randn(32), None])
-    torch.library.opcheck(int8_native.multiply_operator, (torch.randn(5, 64, dtype=dtype), *several))
-    torch.library.opcheck(int8_native.gate_operator, (torch.randn(5, 64, dtype=dtype), *several))
+    for are_gated in (False, True):
+        torch.library.opcheck(int8_native.multiply_operator, (torch.randn(5, 64, dtype=dtype), *several, are_gated))
 
 
 def test_refuses_what_it_cannot_do(path: str) -> None:

@@ -89,18 +89,16 @@ def _multiply(
     packed: Sequence[torch.Tensor],
     weight_scale: Sequence[torch.Tensor],
     bias: Sequence[torch.Tensor | None],
+    are_gated: bool,
 ) -> list[torch.Tensor]:
+    if are_gated and not native.multiplies_bfloat16():
+        return [gate(*_multiply(x, packed, weight_scale, bias, False))]
     x = x if x.stride(1) == 1 else x.contiguous()
-    outputs = _fake_multiply(x, packed, weight_scale, bias)
-    native.int8_linears(x, _weights(packed, weight_scale, bias), outputs)
-    return outputs
-
-
-def _weights(
-    packed: Sequence[torch.Tensor], weight_scale: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None]
-) -> list[native.Int8Weight]:
+    outputs = _fake_multiply(x, packed, weight_scale, bias, are_gated)
     entries = zip(packed, weight_scale, bias, strict=True)
-    return [native.Int8Weight(weight, scale, None if b is None else b.float()) for weight, scale, b in entries]
+    weights = [native.Int8Weight(weight, scale, None if b is None else b.float()) for weight, scale, b in entries]
+    native.int8_linears(x, weights, outputs, are_gated=are_gated)
+    return outputs
 
 
 def _fake_multiply(
@@ -108,43 +106,15 @@ def _fake_multiply(
     packed: Sequence[torch.Tensor],
     weight_scale: Sequence[torch.Tensor],
     bias: Sequence[torch.Tensor | None],
+    are_gated: bool,
 ) -> list[torch.Tensor]:
-    return [x.new_empty((x.shape[0], scale.shape[0])) for scale in weight_scale]
+    return [x.new_empty((x.shape[0], scale.shape[0])) for scale in weight_scale[: 1 if are_gated else None]]
 
 
 multiply_operator = define_operator(
-    "int8_native_linears(Tensor x, Tensor[] packed, Tensor[] weight_scale, Tensor?[] bias) -> Tensor[]",
+    "int8_native_linears(Tensor x, Tensor[] packed, Tensor[] weight_scale, Tensor?[] bias, bool are_gated) -> Tensor[]",
     _multiply,
     _fake_multiply,
-)
-
-
-@torch.no_grad()
-def _gate(
-    x: torch.Tensor,
-    packed: Sequence[torch.Tensor],
-    weight_scale: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor | None],
-) -> torch.Tensor:
-    if not native.multiplies_bfloat16():
-        return gate(*_multiply(x, packed, weight_scale, bias))
-    x = x if x.stride(1) == 1 else x.contiguous()
-    output = _fake_gate(x, packed, weight_scale, bias)
-    native.int8_linears(x, _weights(packed, weight_scale, bias), [output], are_gated=True)
-    return output
-
-
-def _fake_gate(
-    x: torch.Tensor,
-    packed: Sequence[torch.Tensor],
-    weight_scale: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor | None],
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], weight_scale[0].shape[0]))
-
-
-gate_operator = define_operator(
-    "int8_native_gate(Tensor x, Tensor[] packed, Tensor[] weight_scale, Tensor?[] bias) -> Tensor", _gate, _fake_gate
 )
 
 
@@ -163,7 +133,7 @@ def linears(
     bias: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor]:
     """Apply several layers as ``linear`` does, with one input that is quantized once."""
-    results = multiply_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
+    results = multiply_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, False)
     return [result.reshape(*x.shape[:-1], result.shape[1]) for result in results]
 
 
@@ -177,5 +147,6 @@ def gated_linear(
 
     With AMX in the pass that scales the products, so that neither result is rounded or written.
     """
-    result: torch.Tensor = gate_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias)
+    results = multiply_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, True)
+    result: torch.Tensor = results[0]
     return result.reshape(*x.shape[:-1], result.shape[1])
