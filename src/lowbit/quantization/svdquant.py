@@ -309,8 +309,9 @@ class SvdQuantLinearMethod(LinearMethod):
         if layer.has_channel_scales:
             result = result * layer.get_parameter("wcscales").to(x.dtype)
         down, up = (layer.get_parameter(name).to(x.dtype) for name in ("proj_down", "proj_up"))
-        result = result + (x @ down) @ up.t()
-        return result if bias is None else result + bias
+        rows = result.view(-1, result.shape[-1])  # nobody else's: added to in place
+        rows.addmm_(x.reshape(-1, x.shape[-1]) @ down, up.t())
+        return result if bias is None else result.add_(bias)
 
 
 def _one(x: torch.Tensor) -> torch.Tensor:
