@@ -1,10 +1,11 @@
-// Weights of 8 and 4 bits decoded to bfloat16 for amx_product.h, a channel's inputs at a time, in their own order.
+// Weights of 8 and 4 bits decoded to bfloat16 for amx_product.h, a channel's inputs at a time.
 //
 // A value is what weight_only.h's is, rounded once more. Codes of 4 bits are looked up in a register that holds 32 words:
-// one block's 16 values twice, or those of two blocks of 16 inputs.
+// one block's 16 values twice, or those of two blocks of 16 inputs. They are written in the order in which shifts find
+// them, and the activations are brought to it.
 
 constexpr int64_t kWords = 32;  // bfloat16 in a register
-constexpr int64_t kFewInputs = 512;  // as many as are decoded at once for few rows, at most
+constexpr int64_t kFewInputs = 256;  // as many as are decoded at once for few rows, at most
 
 using avx512::E2M1;
 using avx512::Int4;
@@ -14,98 +15,309 @@ LOWBIT_INLINE __m512i round_pair(__m512 low, __m512 high) {
     return reinterpret_cast<const __m512i&>(rounded);
 }
 
-// Whole registers of codes with a scale for each 16; returns how many of `count` were decoded.
-LOWBIT_INLINE int64_t decode_whole(const Int8* codes, int64_t count, const float* scales, BFloat16* output) {
-    int64_t i = 0;
-    for (; i + kWords <= count; i += kWords) {
+// Whole registers of codes of one scale.
+LOWBIT_INLINE void decode_block(const Int8* codes, int64_t count, float scale, __m512i&, BFloat16* output) {
+    for (int64_t i = 0; i < count; i += kWords) {
         __m512 values[2];
         for (int half = 0; half < 2; ++half) {
-            const auto* from = reinterpret_cast<const __m128i*>(codes + i + 16 * half);
-            const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from)));
-            values[half] = _mm512_mul_ps(wide, _mm512_set1_ps(scales[i / 16 + half]));
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i) + half);
+            values[half] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), _mm512_set1_ps(scale));
         }
         _mm512_storeu_si512(output + i, round_pair(values[0], values[1]));
     }
-    return i;
 }
 
-// As decode_as_half of weight_only.h: none if there is a NaN, or a scale of which 256 times is not finite.
-LOWBIT_INLINE int64_t decode_whole(const E4M3* codes, int64_t count, const float* scales, BFloat16* output) {
-    alignas(64) float factors[avx512::kChunk / 16];
+// As decode_as_half of weight_only.h; keeps the largest magnitude, by which a NaN is known.
+LOWBIT_INLINE void decode_block(const E4M3* codes, int64_t count, float scale, __m512i& largest, BFloat16* output) {
     const __m512i bits = _mm512_set1_epi16(static_cast<int16_t>(0xbf80));
-    __m512i largest_half = _mm512_setzero_si512();
-    int64_t i = 0;
-    for (; i < count / 16; i += 16) {
-        const __mmask16 mask = column_mask(count / 16 - i);
-        const __m512 factor = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scales + i), _mm512_set1_ps(256.0f));
-        if (_mm512_cmp_ps_mask(_mm512_abs_ps(factor), _mm512_set1_ps(3e38f), _CMP_NLT_UQ)) return 0;
-        _mm512_store_ps(factors + i, factor);
-    }
-    for (i = 0; i + kWords <= count; i += kWords) {
+    const __m512 factor = _mm512_set1_ps(scale * 256.0f);
+    for (int64_t i = 0; i < count; i += kWords) {
         const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
         const __m512i half = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7), bits);
-        largest_half = _mm512_max_epu16(largest_half, _mm512_slli_epi16(half, 1));  // without the sign
-        const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
-        const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
-        const __m512 scaled = _mm512_mul_ps(high, _mm512_set1_ps(factors[i / 16 + 1]));
-        _mm512_storeu_si512(output + i, round_pair(_mm512_mul_ps(low, _mm512_set1_ps(factors[i / 16])), scaled));
+        largest = _mm512_max_epu16(largest, _mm512_slli_epi16(half, 1));  // without the sign
+        const __m512 low = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), factor);
+        const __m512 high = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), factor);
+        _mm512_storeu_si512(output + i, round_pair(low, high));
     }
-    return _mm512_cmpeq_epi16_mask(largest_half, _mm512_set1_epi16(0x7f << 8)) ? 0 : i;
 }
 
-// Inputs [first, first + count), first a multiple of kChunk.
+LOWBIT_INLINE bool are_numbers(Int8, __m512i, float) { return true; }
+
+// Whether decode_block of e4m3 decoded no NaN, and by no scale of which 256 times is too large.
+LOWBIT_INLINE bool are_numbers(E4M3, __m512i largest, float largest_scale) {
+    return !_mm512_cmpeq_epi16_mask(largest, _mm512_set1_epi16(0x7f << 8)) && largest_scale < 1e36f;
+}
+
+// What AmxDecoder::decode is, of what decodes a channel.
+template <void (*Decode)(const void*, int64_t, int64_t, int64_t, BFloat16*)>
+void decode_each(const void* weight, int64_t channel, int64_t channels, int64_t first, int64_t count, BFloat16* output,
+                 int64_t stride) {
+    for (int64_t i = 0; i < channels; ++i) Decode(weight, channel + i, first, count, output + i * stride);
+}
+
+// Inputs of a chunk, whatever the codes, the scales and the size of the blocks.
 template <typename Code>
-void decode_bytes(const WeightJob& job, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+LOWBIT_NOINLINE void decode_slowly(const WeightJob& job, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     const Code* codes = avx512::channel_codes<Code>(job, channel) + first;
     float scales[avx512::kChunk / 16 + 1];
-    for (int64_t done = 0; done < count; done += avx512::kChunk) {
-        const int64_t part = smaller(avx512::kChunk, count - done);
-        avx512::spread_scales(job, channel, first + done, part, scales);
-        for (int64_t i = decode_whole(codes + done, part, scales, output + done); i < part; i += kWords) {
-            __m512 values[2];
-            avx512::decode_steps(codes, done + i, part - i, values);
-            values[0] = _mm512_mul_ps(values[0], _mm512_set1_ps(scales[i / 16]));
-            values[1] = _mm512_mul_ps(values[1], _mm512_set1_ps(scales[i / 16 + 1]));
-            _mm512_storeu_si512(output + done + i, round_pair(values[0], values[1]));
+    avx512::spread_scales(job, channel, first, count, scales);
+    for (int64_t i = 0; i < count; i += kWords) {
+        __m512 values[2];
+        avx512::decode_steps(codes, i, count - i, values);
+        values[0] = _mm512_mul_ps(values[0], _mm512_set1_ps(scales[i / 16]));
+        values[1] = _mm512_mul_ps(values[1], _mm512_set1_ps(scales[i / 16 + 1]));
+        _mm512_storeu_si512(output + i, round_pair(values[0], values[1]));
+    }
+}
+
+// Blocks whose size is a multiple of 32, or whole rows of which 32 is a divisor.
+template <typename Code>
+void decode_bytes(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+    const auto& job = *static_cast<const WeightJob*>(weight);
+    const Code* codes = avx512::channel_codes<Code>(job, channel) + first;
+    const int64_t row = avx512::quotient(channel, job.block_rows) * avx512::quotient_up(job.depth, job.block_columns);
+    int64_t index = row + avx512::quotient(first, job.block_columns);
+    int64_t left = (index - row + 1) * job.block_columns - first;  // of the first block
+    for (int64_t done = 0; done < count;) {
+        const int64_t end = smaller(done + avx512::kChunk, count), begin = done;
+        __m512i largest = _mm512_setzero_si512();
+        float largest_scale = 0.0f;
+        while (done < end) {
+            const int64_t part = smaller(left, end - done);
+            const float scale = avx512::scale_at(job, index, channel, first + done);
+            if (std::fabs(scale) > largest_scale) largest_scale = std::fabs(scale);  // a NaN needs no care
+            decode_block(codes + done, part, scale, largest, output + done);
+            done += part, left -= part;
+            if (left == 0) ++index, left = job.block_columns;
+        }
+        if (!are_numbers(Code{}, largest, largest_scale)) decode_slowly<Code>(job, channel, first + begin, end - begin, output + begin);
+    }
+}
+
+// Blocks whose size is a multiple of 16, or whole rows.
+template <typename Code>
+void decode_even(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+    for (int64_t done = 0; done < count; done += avx512::kChunk)
+        decode_slowly<Code>(*static_cast<const WeightJob*>(weight), channel, first + done, smaller(avx512::kChunk, count - done),
+                            output + done);
+}
+
+// Of each 32 codes in 16 bytes the lowest of each two bytes, then the second, ...
+alignas(64) constexpr uint16_t kNibbleOrder[32] = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
+                                                   2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
+
+// 32 codes in kNibbleOrder as indices of words, of which the instruction looks at the low five bits: what is above the fourth
+// is the next code's.
+LOWBIT_INLINE __m512i nibble_indices(const uint8_t* codes) {
+    const __m512i shifts = _mm512_set_epi64(0x000c000c000c000c, 0x000c000c000c000c, 0x0008000800080008, 0x0008000800080008,
+                                            0x0004000400040004, 0x0004000400040004, 0, 0);
+    return _mm512_srlv_epi16(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), shifts);
+}
+
+// Registers of one table, kRegisters at a time: loops of so few instructions are half bookkeeping otherwise.
+template <int64_t kRegisters>
+LOWBIT_INLINE void write_looked_up(const uint8_t* codes, int64_t count, __m512i words, BFloat16* output) {
+    for (int64_t i = 0; i < count; i += kRegisters * kWords) {
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < kRegisters * kWords; j += kWords)
+            _mm512_storeu_si512(output + i + j, _mm512_permutexvar_epi16(nibble_indices(codes + (i + j) / 2), words));
+    }
+}
+
+// Blocks of `block` inputs, a multiple of kRegisters * 32. `zeros` may be null: 8.
+template <typename Code, int64_t kRegisters, typename Scale>
+LOWBIT_INLINE void decode_nibbles(const uint8_t* codes, int64_t count, int64_t block, const Scale* scales, const float* zeros,
+                                  BFloat16* output) {
+    const __m512 values = avx512::table_of(Code{}, 8.0f);
+    for (int64_t i = 0; i < count; i += block, ++scales) {
+        const __m512 table = _mm512_mul_ps(zeros ? avx512::table_of(Code{}, *zeros++) : values, _mm512_set1_ps(widen(*scales)));
+        write_looked_up<kRegisters>(codes + i / 2, block, round_pair(table, table), output + i);
+    }
+}
+
+// Indices into the words of two blocks of 16 inputs.
+LOWBIT_INLINE __m512i half_block_indices(__m512i indices) {
+    const __m512i second = _mm512_set4_epi32(0x00100010, 0x00100010, 0, 0);
+    return _mm512_ternarylogic_epi32(indices, _mm512_set1_epi16(15), second, 0xea);  // (indices & 15) | second
+}
+
+// Blocks of 16 inputs.
+template <typename Code>
+LOWBIT_INLINE void decode_half_blocks(const uint8_t* codes, int64_t count, const float* scales, BFloat16* output) {
+    const __m512 table = avx512::table_of(Code{}, 0.0f);
+    for (int64_t i = 0; i < count; i += kWords, codes += kWords / 2, scales += 2) {
+        const __m512 first = _mm512_mul_ps(table, _mm512_set1_ps(scales[0])), second = _mm512_mul_ps(table, _mm512_set1_ps(scales[1]));
+        _mm512_storeu_si512(output + i, _mm512_permutexvar_epi16(half_block_indices(nibble_indices(codes)), round_pair(first, second)));
+    }
+}
+
+// The 16 values of E2M1 twice, times each scale of a byte (E8M0 or E4M3), times an outer one.
+struct ScaledE2M1 {
+    alignas(64) BFloat16 values[256][kWords];
+    float outer;
+    int scale_type = -1;
+
+    LOWBIT_NOINLINE void fill(int type, float wanted) {
+        for (uint32_t code = 0; code < 256; ++code) {
+            const float scale = (type == 2 ? avx512::widen_e8m0(code) : avx512::widen_e4m3(code)) * wanted;
+            const __m512 table = _mm512_mul_ps(avx512::table_of(E2M1{}, 0.0f), _mm512_set1_ps(scale));
+            _mm512_store_si512(values[code], round_pair(table, table));
+        }
+        outer = wanted, scale_type = type;
+    }
+};
+
+// Not inlined: compilers look up the thread's own again for each use.
+LOWBIT_NOINLINE const ScaledE2M1& scaled_e2m1(const WeightJob& job) {
+    static thread_local ScaledE2M1 tables;
+    const float outer = job.outer_scale ? job.outer_scale[0] : 1.0f;
+    if (tables.scale_type != job.scale_type || tables.outer != outer) tables.fill(job.scale_type, outer);
+    return tables;
+}
+
+// Calls `each` for every 32 of `count` inputs, eight at a time with offsets that the compiler knows.
+template <typename Each>
+LOWBIT_INLINE void for_registers(int64_t count, Each each) {
+    int64_t i = 0;
+    for (; i + 8 * kWords <= count; i += 8 * kWords) {
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < 8; ++j) each(i, j);
+    }
+    for (; i < count; i += kWords) each(i, 0);
+}
+
+// E2M1 with scales of a byte and one outer scale, in blocks of 16 or 32 inputs.
+template <int64_t Block>
+void decode_looked_up(const void* weight, int64_t channel, int64_t channels, int64_t first, int64_t count, BFloat16* output,
+                      int64_t stride) {
+    const auto& job = *static_cast<const WeightJob*>(weight);
+    const BFloat16 (*values)[kWords] = scaled_e2m1(job).values;
+    for (int64_t i = 0; i < channels; ++i, output += stride) {
+        const int64_t at = (channel + i) * job.depth + first;
+        const auto* all_codes = static_cast<const uint8_t*>(job.weight) + at / 2;
+        const auto* all_scales = static_cast<const uint8_t*>(job.scale) + at / Block;
+        for_registers(count, [=](int64_t from, int64_t j) LOWBIT_INLINE_LAMBDA {
+            const uint8_t *codes = all_codes + from / 2 + j * kWords / 2, *scales = all_scales + from / Block + j * kWords / Block;
+            __m512i words = _mm512_load_si512(values[scales[0]]), indices = nibble_indices(codes);
+            if (Block == 16) {
+                const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(values[scales[1]]));
+                words = _mm512_inserti64x4(words, second, 1);
+                indices = half_block_indices(indices);
+            }
+            _mm512_storeu_si512(output + from + j * kWords, _mm512_permutexvar_epi16(indices, words));
+        });
+    }
+}
+
+// int4 without zero points; blocks are a multiple of kRegisters * 32.
+template <typename Scale, int64_t kRegisters>
+void decode_int4(const void* weight, int64_t channel, int64_t channels, int64_t first, int64_t count, BFloat16* output,
+                 int64_t stride) {
+    const auto& job = *static_cast<const WeightJob*>(weight);
+    const int64_t block = job.block_columns, per_row = block >= job.depth ? 1 : avx512::quotient(job.depth, block);
+    for (int64_t i = 0; i < channels; ++i, output += stride) {
+        const auto* scales = static_cast<const Scale*>(job.scale) + (channel + i) * per_row;
+        const auto* codes = static_cast<const uint8_t*>(job.weight) + ((channel + i) * job.depth + first) / 2;
+        for (int64_t done = 0; done < count; done += avx512::kChunk) {  // whole blocks, or a part of one
+            const int64_t part = smaller(avx512::kChunk, count - done), at = avx512::quotient(first + done, block);
+            decode_nibbles<Int4, kRegisters>(codes + done / 2, part, smaller(block, part), scales + at, nullptr, output + done);
         }
     }
 }
 
-// 32 codes of 16 bytes as indices of words, of which the instruction looks at the low five bits: what is above is not theirs.
-LOWBIT_INLINE __m512i pair_indices(const uint8_t* codes) {
-    const __m512i fields = _mm512_cvtepu16_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x000c000800040000), fields);
+// Either in any groups that split_activations takes.
+template <typename Code>
+void decode_pairs(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+    const auto& job = *static_cast<const WeightJob*>(weight);
+    const auto* codes = reinterpret_cast<const uint8_t*>(avx512::channel_codes<Code>(job, channel)) + first / 2;
+    for (; count > 0; count -= avx512::kChunk, first += avx512::kChunk, codes += avx512::kChunk / 2, output += avx512::kChunk) {
+        const int64_t part = smaller(avx512::kChunk, count), block = smaller(job.block_columns, part);
+        avx512::BlockScales scales;
+        avx512::load_block_scales<Code>(job, channel, first, avx512::quotient_up(part, block), scales);
+        if (block == 16) decode_half_blocks<Code>(codes, part, scales.scales, output);
+        else decode_nibbles<Code, 1>(codes, part, block, scales.scales, scales.zeros, output);
+    }
 }
 
-template <typename Code, int64_t Block>
-LOWBIT_INLINE void decode_pairs(const WeightJob& job, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
-    const auto* codes = reinterpret_cast<const uint8_t*>(avx512::channel_codes<Code>(job, channel)) + first / 2;
-    const __m512i second_half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-    for (int64_t chunk = 0; chunk < count; chunk += avx512::kChunk) {
-        const int64_t part = smaller(avx512::kChunk, count - chunk), block = Block ? Block : smaller(job.block_columns, part);
-        avx512::BlockScales scales;
-        avx512::load_block_scales<Code>(job, channel, first + chunk, avx512::quotient_up(part, block), scales);
-        for (int64_t i = 0, at = 0; i < part; i += Block == 16 ? kWords : block, at += Block == 16 ? 2 : 1) {
-            __m512 tables[2];
-            for (int half = 0; half < (Block == 16 ? 2 : 1); ++half) {
-                const __m512 table = avx512::table_of(Code{}, scales.zeros[Block == 16 ? 0 : at]);
-                tables[half] = _mm512_mul_ps(table, _mm512_set1_ps(scales.scales[at + half]));
+// Of at most 16 E8M0 scales what is to be added to two bfloat16 to multiply them. False if one is so far from 1 that the
+// results might not be normal numbers.
+LOWBIT_INLINE bool load_powers(const uint8_t* scales, int64_t count, uint32_t* powers) {
+    const __mmask16 mask = column_mask(count);
+    const __m512i exponents = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, scales)), _mm512_set1_epi32(127));
+    const __m512i added = _mm512_slli_epi32(exponents, 7);
+    _mm512_store_si512(powers, _mm512_mask_blend_epi16(0xaaaaaaaa, added, _mm512_slli_epi32(added, 16)));
+    return !_mm512_mask_cmpgt_epi32_mask(mask, _mm512_abs_epi32(exponents), _mm512_set1_epi32(60));
+}
+
+LOWBIT_INLINE __m512i power_at(const uint32_t* powers, int64_t i) { return _mm512_set1_epi32(static_cast<int>(powers[i])); }
+
+// E2M1 in blocks of 32 inputs with scales of E8M0 times outer ones.
+void decode_mxfp4(const void* weight, int64_t channel, int64_t channels, int64_t first, int64_t count, BFloat16* output,
+                  int64_t stride) {
+    constexpr float kLargest = 0x1p60f;
+    constexpr __mmask32 kNotZero = 0xfefefefe;
+    const auto& job = *static_cast<const WeightJob*>(weight);
+    for (int64_t i = 0; i < channels; ++i, output += stride) {
+        for (int64_t done = 0; done < count; done += avx512::kChunk) {
+            const int64_t part = smaller(avx512::kChunk, count - done), at = (channel + i) * job.depth + first + done;
+            const float outer = avx512::outer_scale_at(job, channel + i, first + done);
+            alignas(64) uint32_t powers[16];
+            const bool are_near = load_powers(static_cast<const uint8_t*>(job.scale) + at / kWords, part / kWords, powers);
+            if (!are_near || !(outer > 1 / kLargest && outer < kLargest)) {
+                decode_pairs<E2M1>(weight, channel + i, first + done, part, output + done);
+                continue;
             }
-            if (Block != 16) tables[1] = tables[0];
-            const __m512i words = round_pair(tables[0], tables[1]);
-            for (int64_t j = i; j < i + (Block ? kWords : block); j += kWords, codes += kWords / 2) {
-                __m512i indices = pair_indices(codes);
-                if (Block == 16)  // (indices & 15) | second_half
-                    indices = _mm512_ternarylogic_epi32(indices, _mm512_set1_epi16(15), second_half, 0xea);
-                _mm512_storeu_si512(output + chunk + j, _mm512_permutexvar_epi16(indices, words));
+            const auto* codes = static_cast<const uint8_t*>(job.weight) + at / 2;
+            const __m512 table = _mm512_mul_ps(avx512::table_of(E2M1{}, 0.0f), _mm512_set1_ps(outer));
+            const __m512i values = round_pair(table, table);
+            BFloat16* to = output + done;
+            const uint32_t* all_powers = powers;
+            for_registers(part, [=](int64_t from, int64_t j) LOWBIT_INLINE_LAMBDA {
+                const __m512i power = power_at(all_powers, from / kWords + j);
+                const __m512i words = _mm512_mask_add_epi16(values, kNotZero, values, power);
+                const __m512i indices = nibble_indices(codes + from / 2 + j * kWords / 2);
+                _mm512_storeu_si512(to + from + j * kWords, _mm512_permutexvar_epi16(indices, words));
+            });
+        }
+    }
+}
+
+// E4M3 in blocks of 32 inputs with scales of E8M0. Those numbers of e4m3 that are normal become bfloat16 by other exponents;
+// those below, which are eight, are looked up.
+void decode_mxfp8(const void* weight, int64_t channel, int64_t channels, int64_t first, int64_t count, BFloat16* output,
+                  int64_t stride) {
+    constexpr __mmask32 kNotZero = 0xfffffffe;
+    const auto& job = *static_cast<const WeightJob*>(weight);
+    alignas(64) static constexpr uint16_t kSubnormal[32] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};  // / 512
+    const __m512i subnormal = _mm512_load_si512(kSubnormal), magnitude = _mm512_set1_epi16(0x7f << 4);
+    const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000)), exponent = _mm512_set1_epi16(0x78);
+    for (int64_t i = 0; i < channels; ++i, output += stride) {
+        for (int64_t done = 0; done < count; done += avx512::kChunk) {
+            const int64_t part = smaller(avx512::kChunk, count - done), at = (channel + i) * job.depth + first + done;
+            alignas(64) uint32_t powers[16];
+            const bool are_near = load_powers(static_cast<const uint8_t*>(job.scale) + at / kWords, part / kWords, powers);
+            const auto* codes = static_cast<const uint8_t*>(job.weight) + at;
+            __m512i largest = _mm512_setzero_si512();
+            for (int64_t j = 0; j < part; j += kWords) {
+                const __m512i power = power_at(powers, j / kWords);
+                const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j)));
+                const __m512i shifted = _mm512_slli_epi16(wide, 4), bits = _mm512_and_si512(shifted, magnitude);
+                largest = _mm512_max_epu16(largest, bits);
+                __m512i value = _mm512_add_epi16(bits, _mm512_add_epi16(power, _mm512_set1_epi16(120 << 7)));
+                const __m512i small = _mm512_mask_add_epi16(subnormal, kNotZero, subnormal, power);
+                value = _mm512_mask_permutexvar_epi16(value, _mm512_testn_epi16_mask(wide, exponent), wide, small);
+                _mm512_storeu_si512(output + done + j, _mm512_ternarylogic_epi32(value, shifted, sign, 0xf8));  // value | (shifted & sign)
             }
+            if (!are_near || _mm512_cmpeq_epi16_mask(largest, magnitude))  // a NaN
+                decode_slowly<E4M3>(job, channel + i, first + done, part, output + done);
         }
     }
 }
 
 // Through float32, for what the others are not made for.
 template <typename Code>
-void decode_any(const WeightJob& job, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+void decode_any(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+    const auto& job = *static_cast<const WeightJob*>(weight);
     alignas(64) float values[avx512::kChunk];
     for (int64_t done = 0; done < count; done += avx512::kChunk) {
         const int64_t part = smaller(avx512::kChunk, count - done);
@@ -116,7 +328,8 @@ void decode_any(const WeightJob& job, int64_t channel, int64_t first, int64_t co
 }
 
 // int4 in groups that a chunk is not a multiple of; decode_chunk gives of each 32 inputs the even ones first.
-void decode_split(const WeightJob& job, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+void decode_split(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+    const auto& job = *static_cast<const WeightJob*>(weight);
     alignas(64) float values[avx512::kChunk];
     for (int64_t done = 0; done < count; done += avx512::kChunk) {
         const int64_t part = smaller(avx512::kChunk, count - done);
@@ -131,52 +344,40 @@ void decode_split(const WeightJob& job, int64_t channel, int64_t first, int64_t 
     }
 }
 
-// Ask memory for what is decoded soon: the hardware's own prefetching ends with a page.
-LOWBIT_INLINE void prefetch(const uint8_t* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from) + i, _MM_HINT_T0);
-}
+using Decode = decltype(AmxDecoder::decode);
 
-// What AmxJob::decode is for each code.
 template <typename Code>
-void decode_weight(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
-    const auto& job = *static_cast<const WeightJob*>(weight);
-    const auto* codes = reinterpret_cast<const uint8_t*>(avx512::channel_codes<Code>(job, channel));
+Decode byte_decoder(const WeightJob& job) {
+    const bool is_whole = job.depth % kWords == 0 && (job.block_columns % kWords == 0 || job.block_columns >= job.depth);
+    const bool is_mx = job.scale_type == 2 && job.block_columns == 32 && job.block_rows == 1 && !job.outer_scale;
+    if (!avx512::has_even_blocks(job)) return decode_each<decode_any<Code>>;
+    if (!is_whole) return decode_each<decode_even<Code>>;
+    return std::is_same<Code, E4M3>::value && is_mx ? decode_mxfp8 : decode_each<decode_bytes<Code>>;
+}
+
+// Of groups that split_activations takes; in kNibbleOrder.
+Decode group_decoder(Int4, const WeightJob& job) {
+    const bool is_large = job.block_columns % 64 == 0 && job.depth % 64 == 0;  // the group
+    if (job.zero_point || job.scale_type > 1) return decode_each<decode_pairs<Int4>>;
+    if (job.scale_type == 1) return is_large ? decode_int4<BFloat16, 2> : decode_int4<BFloat16, 1>;
+    return is_large ? decode_int4<float, 2> : decode_int4<float, 1>;
+}
+
+Decode group_decoder(E2M1, const WeightJob& job) {
+    if (job.scale_type >= 2 && !job.outer_columns && job.block_columns == 16) return decode_looked_up<16>;
+    if (job.scale_type >= 2 && !job.outer_columns && job.block_columns == 32) return decode_looked_up<32>;
+    return job.scale_type == 2 && job.block_columns == 32 ? decode_mxfp4 : decode_each<decode_pairs<E2M1>>;
+}
+
+template <typename Code>
+AmxDecoder weight_decoder(const WeightJob& job) {
     constexpr int64_t kBits = avx512::kBits<Code>;
-    // What is as far ahead as memory takes to answer: the next channel's, or of few inputs at once the third channel's; of 4
-    // bits, of which the hardware fetches more by itself, the channel's own next ones.
-    const int64_t ahead = count > kFewInputs ? job.depth : kBits == 8 ? 3 * job.depth : count;
-    prefetch(codes + (first + ahead) * kBits / 8, count * kBits / 8);
-    if constexpr (avx512::kBits<Code> == 8) {
-        if (avx512::has_even_blocks(job)) decode_bytes<Code>(job, channel, first, count, output);
-        else decode_any<Code>(job, channel, first, count, output);
-    } else if (std::is_same<Code, E2M1>::value && !avx512::has_whole_groups<Code>(job)) {
-        decode_any<Code>(job, channel, first, count, output);
-    } else if (job.block_columns == 16) {
-        decode_pairs<Code, 16>(job, channel, first, count, output);
-    } else if (job.block_columns == kWords) {
-        decode_pairs<Code, kWords>(job, channel, first, count, output);
-    } else if (avx512::has_whole_groups<Code>(job)) {
-        decode_pairs<Code, 0>(job, channel, first, count, output);
-    } else {
-        decode_split(job, channel, first, count, output);
-    }
+    AmxDecoder decoder{nullptr, nullptr, job.weight, job.depth * kBits / 8, 32 * kBits};
+    if constexpr (kBits == 8) decoder.decode = byte_decoder<Code>(job);
+    else if (avx512::has_whole_groups<Code>(job)) decoder.decode = group_decoder(Code{}, job), decoder.order = kNibbleOrder;
+    else decoder.decode = std::is_same<Code, Int4>::value ? decode_each<decode_split> : decode_each<decode_any<Code>>;
+    return decoder;
 }
 
-constexpr decltype(AmxJob::decode) weight_decoders[4] = {decode_weight<Int8>, decode_weight<E4M3>, decode_weight<Int4>,
-                                                         decode_weight<E2M1>};
-
-struct GgufRows {
-    const GgufKernels* kernels;
-    const uint8_t* input;
-    int64_t row_bytes;
-};
-
-void decode_gguf(const void* weight, int64_t row, int64_t first, int64_t count, BFloat16* output) {
-    const auto& rows = *static_cast<const GgufRows*>(weight);
-    const uint8_t* from = rows.input + row * rows.row_bytes + first / rows.kernels->elements * rows.kernels->bytes;
-    prefetch(from + rows.row_bytes, count / rows.kernels->elements * rows.kernels->bytes);
-    alignas(64) float values[kDepthSteps * kWords];
-    rows.kernels->decode[0]({from, count, values}, 0, 1);
-    for (int64_t i = 0; i < count; i += kWords)
-        _mm512_storeu_si512(output + i, round_pair(_mm512_load_ps(values + i), _mm512_load_ps(values + i + 16)));
-}
+constexpr AmxDecoder (*weight_decoders[4])(const WeightJob&) = {weight_decoder<Int8>, weight_decoder<E4M3>, weight_decoder<Int4>,
+                                                                weight_decoder<E2M1>};

@@ -22,10 +22,15 @@ const TileShape kWholeTiles;  // in memory: the intrinsic does not say how much 
 
 LOWBIT_INLINE void configure_tiles() { _tile_loadconfig(&kWholeTiles); }
 
+// Inputs in the order in which a decoder writes those of a weight.
+LOWBIT_INLINE __m512i reorder(const AmxDecoder* decoder, __m512i inputs) {
+    return decoder && decoder->order ? _mm512_permutexvar_epi16(_mm512_load_si512(decoder->order), inputs) : inputs;
+}
+
 // Rows of `bytes` bytes -> tiles [32 rows][64 bytes] one after the other, zero beyond the last row and byte.
-LOWBIT_INLINE void store_row(const uint8_t* row, int64_t bytes, uint8_t* tiles) {
+LOWBIT_INLINE void store_row(const uint8_t* row, int64_t bytes, uint8_t* tiles, const AmxDecoder* decoder = nullptr) {
     for (int64_t i = 0; i < bytes; i += kStep, tiles += 2 * kTileBytes)
-        _mm512_store_si512(tiles, _mm512_maskz_loadu_epi8(present(i, bytes), row + i));
+        _mm512_store_si512(tiles, reorder(decoder, _mm512_maskz_loadu_epi8(present(i, bytes), row + i)));
 }
 
 LOWBIT_INLINE void clear_rows(int64_t first, int64_t steps, uint8_t* tiles) {
@@ -41,7 +46,8 @@ void arrange_rows(const AmxJob& job, int64_t first, int64_t last) {
         const int64_t top = block * kRowsTogether, rows = smaller(kRowsTogether, job.rows - top);
         uint8_t* tiles = job.tiles + top * steps * kStep;
         for (int64_t row = 0; row < rows; ++row)
-            store_row(static_cast<const uint8_t*>(job.input) + (top + row) * job.stride, job.depth, tiles + row * kStep);
+            store_row(static_cast<const uint8_t*>(job.input) + (top + row) * job.stride, job.depth, tiles + row * kStep,
+                      job.decoder);
         clear_rows(rows, steps, tiles);
     }
 }
@@ -109,15 +115,25 @@ LOWBIT_INLINE void pack_panel(const int8_t* from, int64_t stride, int64_t channe
     }
 }
 
+// Ask memory for what is decoded soon: the hardware's own prefetching ends with a page.
+LOWBIT_INLINE void prefetch_codes(const AmxDecoder& decoder, int64_t channel, int64_t first, int64_t count) {
+    const auto* codes = static_cast<const char*>(decoder.codes) + channel * decoder.row_bytes + first / 256 * decoder.bytes_of_256;
+    const auto within_line = static_cast<int64_t>(reinterpret_cast<uintptr_t>(codes) % 64);
+    for (int64_t i = -within_line; i < count * decoder.bytes_of_256 / 256; i += 64)
+        __asm__ volatile("prefetcht0 %0" : : "m"(codes[i]));  // the builtin is left out where nothing else is inlined with it
+}
+
 // A panel of inputs from byte `first` on of the channels from `channel` on.
 template <typename Kind>
 LOWBIT_INLINE void pack_weight(const AmxJob& job, const AmxWeight& weight, int64_t channel, int64_t first, int64_t bytes,
                                AmxPanels& packed, int64_t panel) {
     const int64_t channels = smaller(kPanelChannels, job.columns - channel), panel_bytes = blocks(bytes, kStep) * kTileBytes;
     uint8_t* to = packed.panels + panel * panel_bytes;
-    if (job.decode) {
-        for (int64_t i = 0; i < channels; ++i)
-            job.decode(weight.data, channel + i, first / 2, bytes / 2, reinterpret_cast<BFloat16*>(packed.decoded[i]));
+    if (job.decoder) {
+        for (int64_t i = 0; i < channels; ++i) {
+            prefetch_codes(*job.decoder, channel + i + 1, first / 2, bytes / 2);
+            job.decoder->decode(weight.data, channel + i, 1, first / 2, bytes / 2, reinterpret_cast<BFloat16*>(packed.decoded[i]), 0);
+        }
         pack_panel(packed.decoded[0], sizeof packed.decoded[0], channels, bytes, to);
     } else {
         pack_panel(static_cast<const int8_t*>(weight.data) + channel * job.depth + first, job.depth, channels, bytes, to);

@@ -56,15 +56,15 @@ LOWBIT_INLINE void load_block_scales(const WeightJob& job, int64_t channel, int6
     const int64_t index = quotient(channel, job.block_rows) * per_row + quotient(first, job.block_columns);
     load_scales(job, index, number, to.scales);
     if (job.outer_scale) {
-        const float outer = outer_scale_at(job, channel, first);
-        for (int64_t i = 0; i < number; ++i) to.scales[i] *= outer;
+        const Lanes outer = _mm512_set1_ps(outer_scale_at(job, channel, first));
+        for (int64_t i = 0; i < number; i += kStep) store_lanes(to.scales + i, _mm512_mul_ps(load_lanes(to.scales + i), outer));
     }
     if (!std::is_same<Code, Int4>::value) return;
     for (int64_t i = 0; i < number; i += kStep) {
         const auto mask = static_cast<__mmask16>(number - i >= kStep ? 0xffff : (1u << (number - i)) - 1);
         __m512 zeros = _mm512_set1_ps(8.0f);
         if (job.zero_point) zeros = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, job.zero_point + index + i)));
-        _mm512_mask_storeu_ps(to.zeros + i, mask, zeros);
+        store_lanes(to.zeros + i, zeros);
     }
 }
 

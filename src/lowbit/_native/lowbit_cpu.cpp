@@ -136,6 +136,17 @@ struct AmxWeight {
     const float *column_scale, *bias;  // [columns]; bias may be null
 };
 
+// How a weight is brought to bfloat16, some inputs of some channels at a time.
+struct AmxDecoder {
+    // Writes inputs [first, first + count) of channels [channel, channel + channels), whose rows in the output are `stride`
+    // apart; first is a multiple of 256, count at most 2048.
+    void (*decode)(const void* weight, int64_t channel, int64_t channels, int64_t first, int64_t count, BFloat16* output,
+                   int64_t stride);
+    const uint16_t* order;  // input order[i] of each 32 is written as the i-th, or null: as they lie
+    const void* codes;
+    int64_t row_bytes, bytes_of_256;  // of a channel, and of 256 inputs of one
+};
+
 struct AmxJob {
     const void* input;  // [rows, depth]
     int64_t rows, depth, stride;  // depth in bytes of what is multiplied; rows are `stride` apart, in bytes or, where they
@@ -146,8 +157,7 @@ struct AmxJob {
     int64_t columns;
     void* output;  // [rows, columns]
     int64_t row_block, row_blocks;
-    // Null, or writes inputs [first, first + count) of a channel; 2048 at a time or what is left.
-    void (*decode)(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output);
+    const AmxDecoder* decoder;  // null for weights that are multiplied as they are
     int64_t call;  // a number of its own
 };
 
@@ -352,6 +362,7 @@ namespace amx {
 using avx512_vnni::kStep;
 using avx512_vnni::pack_step;
 using avx512::store_narrow;
+using avx512::widen;
 using avx512_vnni::present;
 using avx512_vnni::causal_bits;
 using avx512_vnni::head_input;
@@ -365,6 +376,10 @@ using avx512_vnni::prefetch_row;
 using avx512_vnni::Queries;
 #include "amx_product.h"
 #include "amx_decode.h"
+#define LOWBIT_AVX512 1
+#include "gguf_blocks.h"
+#undef LOWBIT_AVX512
+#include "amx_gguf.h"
 #include "amx_few_rows.h"
 #include "attention_amx.h"
 }
@@ -516,22 +531,22 @@ void multiply_amx(AmxKernel multiply, AmxJob job, int threads) {
     run(multiply, job, groups * job.row_blocks, work, threads, groups < 4 * threads ? 1 : job.row_blocks);
 }
 
-void run_bfloat16(const void* x, int64_t rows, int64_t depth, int64_t stride, const void* weight, decltype(AmxJob::decode) decode,
+void run_bfloat16(const void* x, int64_t rows, int64_t depth, int64_t stride, const void* weight, const AmxDecoder& decoder,
                   int64_t columns, const float* bias, void* output, int threads) {
     constexpr int64_t kRowsAtOnce = 4096;  // whose tiles are held; each piece reads the whole weight
     for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
         const auto* part = static_cast<const BFloat16*>(x) + first * stride;
         auto* to = static_cast<BFloat16*>(output) + first * columns;
         AmxJob job{part, smaller(kRowsAtOnce, rows - first), 2 * depth, 2 * stride, nullptr, nullptr,
-                   {weight, nullptr, bias}, {nullptr, nullptr, nullptr}, columns, to, 0, 0, decode, 0};
+                   {weight, nullptr, bias}, {nullptr, nullptr, nullptr}, columns, to, 0, 0, &decoder, 0};
         if (job.rows <= 0 || columns <= 0) return;
         if (job.rows <= amx::kMostFewRows) {
             static thread_local std::vector<char> memory;
             const int64_t row_blocks = blocks(job.rows, amx::kTileRows);
             memory.resize(static_cast<size_t>(row_blocks * blocks(job.depth, 64) * amx::kTileBytes + 64));
             job.tiles = reinterpret_cast<uint8_t*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64);
-            run(amx::transpose_rows, job, row_blocks, job.rows * job.depth, threads);
-            run(amx::multiply_few_rows, job, blocks(columns, amx::kChannelsTogether), columns * depth / 4, threads);
+            run(amx::transpose_rows, job, blocks(job.depth, 64), job.rows * job.depth, threads);
+            run(amx::multiply_few_rows, job, blocks(columns, amx::kTileChannels), columns * depth / 4, threads);
             return;
         }
         arrange_amx(amx::arrange_rows, job, threads);
@@ -756,7 +771,7 @@ LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int6
 #ifdef LOWBIT_AMX
     const WeightJob job{nullptr,    0,          0,             depth,       weight,        columns, scale,   scale_type,
                         zero_point, block_rows, block_columns, outer_scale, outer_columns, nullptr, nullptr, 1, false};
-    run_bfloat16(x, rows, depth, x_stride, &job, amx::weight_decoders[code_type], columns, bias, output, threads);
+    run_bfloat16(x, rows, depth, x_stride, &job, amx::weight_decoders[code_type](job), columns, bias, output, threads);
 #endif
 }
 
@@ -803,7 +818,7 @@ LOWBIT_EXPORT int lowbit_gguf_product_bfloat16(const void* x, int64_t rows, int6
     if (kernels == nullptr || !is_row(*kernels, columns, row_bytes)) return 1;
 #ifdef LOWBIT_AMX
     const amx::GgufRows weight{kernels, input, row_bytes};
-    run_bfloat16(x, rows, columns, columns, &weight, amx::decode_gguf, features, bias, output, threads);
+    run_bfloat16(x, rows, columns, columns, &weight, amx::gguf_decoder(weight), features, bias, output, threads);
 #endif
     return 0;
 }

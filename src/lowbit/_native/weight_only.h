@@ -293,7 +293,8 @@ LOWBIT_INLINE bool has_even_blocks(const WeightJob& job) {
     return job.block_columns % kStep == 0 || job.block_columns >= job.depth;
 }
 
-// Scales of consecutive blocks.
+// Scales of consecutive blocks; `scales` has room for a multiple of 16. Whole registers are stored: what reads a masked store
+// would wait until it is in the cache.
 LOWBIT_INLINE void load_scales(const WeightJob& job, int64_t index, int64_t count, float* scales) {
     const auto* codes = static_cast<const uint8_t*>(job.scale) + index;  // of the types of a byte
     if (job.scale_type == 3) return decode_codes(reinterpret_cast<const E4M3*>(codes), count, 1.0f, scales);
@@ -301,19 +302,28 @@ LOWBIT_INLINE void load_scales(const WeightJob& job, int64_t index, int64_t coun
         const float* from = static_cast<const float*>(job.scale) + index;
         for (int64_t i = 0; i < count; i += kStep) {
             const auto mask = static_cast<__mmask16>(count - i >= kStep ? 0xffff : (1u << (count - i)) - 1);
-            _mm512_mask_storeu_ps(scales + i, mask, _mm512_maskz_loadu_ps(mask, from + i));
+            store_lanes(scales + i, _mm512_maskz_loadu_ps(mask, from + i));
         }
         return;
     }
-    int64_t i = 0;
-    for (; job.scale_type == 2 && i + kStep <= count; i += kStep) {
-        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
+    if (job.scale_type == 1) {
+        const auto* from = static_cast<const BFloat16*>(job.scale) + index;
+        for (int64_t i = 0; i < count; i += kStep) {
+            const auto mask = static_cast<__mmask16>(count - i >= kStep ? 0xffff : (1u << (count - i)) - 1);
+            const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + i));
+            store_lanes(scales + i, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+        }
+        return;
+    }
+    for (int64_t i = 0; i < count; i += kStep) {
+        const auto mask = static_cast<__mmask16>(count - i >= kStep ? 0xffff : (1u << (count - i)) - 1);
+        // What is beyond the last is 1: multiplying numbers below the normal ones takes long.
+        const __m512i wide = _mm512_cvtepu8_epi32(_mm_mask_loadu_epi8(_mm_set1_epi8(127), mask, codes + i));
         __m512i bits = _mm512_slli_epi32(wide, 23);
         bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(wide, wide), _mm512_set1_epi32(0x00400000));
         bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(wide, _mm512_set1_epi32(255)), _mm512_set1_epi32(0x7fc00000));
         store_lanes(scales + i, _mm512_castsi512_ps(bits));
     }
-    for (; i < count; ++i) scales[i] = scale_at(job, index + i);
 }
 
 // For each register of inputs [first, first + count) of a channel, where a chunk begins: its scale.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,12 @@ def register_kernel(name: str, dispatch_key: str, kernel: Callable[..., Any]) ->
 def register_kernel_lazily(name: str, dispatch_key: str, module: str) -> None:
     """Like ``register_kernel`` with the function ``name`` of ``module``, which is imported at the first call."""
 
+    @functools.cache
+    def found() -> Callable[..., Any]:
+        kernel: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return kernel
+
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+        return found()(*args, **kwargs)
 
     register_kernel(name, dispatch_key, kernel)

@@ -11,13 +11,14 @@ from lowbit.ops import fp8, int8, w4a16
 from lowbit.ops.cpu import fp8 as cpu_fp8
 from lowbit.ops.cpu import gguf_native, int8_weight_only, native, weight_only
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
-from lowbit.ops.gguf import QUANTIZABLE_TYPES, gguf_dequantize, gguf_quantize
-from lowbit.ops.gguf_types import block_type
+from lowbit.ops.gguf import gguf_dequantize
+from lowbit.ops.gguf_types import BLOCK_TYPES, block_type
 from tests.ops.cpu.test_four_bits import FORMATS, Layer
+from tests.ops.cpu.test_gguf import random_weight
 
 pytestmark = pytest.mark.skipif(not native.multiplies_bfloat16(), reason="the CPU has no AMX")
 
-# Decoded few inputs or many at a time, or with all rows' panels: see amx_few_rows.h and amx_product.h.
+# With one or three tiles of rows, or with all rows' panels: see amx_few_rows.h and amx_product.h.
 ROWS = pytest.mark.parametrize("rows", [9, 40, 70])
 BF16 = block_type("BF16").number  # weights as they are
 
@@ -28,7 +29,7 @@ def one_input_a_row(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor
     inputs[0] = columns - 1
     x = torch.zeros(rows, columns, dtype=torch.bfloat16)
     x[torch.arange(rows), inputs] = 1.0
-    assert weight_only.is_for_amx(x)
+    assert all(weight_only.is_for_amx(x, weight_type) for weight_type in weight_only.LEAST_ROWS_FOR_AMX)
     return x, inputs
 
 
@@ -39,6 +40,23 @@ def test_four_and_eight_bits_are_decoded_as_by_the_reference(kind: str, columns:
     layer = Layer(kind, 37, columns)
     x, inputs = one_input_a_row(rows, columns)
     assert torch.equal(layer.linear(x), layer.weight().bfloat16()[:, inputs].t())
+
+
+@ROWS
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_scale_code_of_blocks(kind: str, rows: int) -> None:
+    layer = Layer(kind, 256, 512)
+    packed, scale, *rest = layer.tensors
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(scale.shape).contiguous()
+    layer.tensors = (packed, codes.view(scale.dtype), *rest)
+    x, inputs = one_input_a_row(rows, 512)
+    weight, result = layer.weight().bfloat16(), layer.linear(x)
+    usable = weight.isfinite().all(dim=1)  # infinity times 0 is NaN
+    assert usable.sum() > 240
+    expected = weight[usable][:, inputs].t()
+    expected = torch.where(expected.abs() < 2.0**-126, 0, expected)  # the instruction takes those for 0
+    assert torch.equal(result[:, usable], expected)
+    assert not result[:, weight.isnan().all(dim=1)].isfinite().any()
 
 
 @ROWS
@@ -72,24 +90,29 @@ def test_every_code_of_e4m3_under_any_scale(rows: int) -> None:
 
 
 @ROWS
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 4608])
-def test_four_bits_in_groups(group_size: int, symmetric: bool, rows: int) -> None:
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 512, 1536, 4608])
+def test_four_bits_in_groups(group_size: int, symmetric: bool, scale_dtype: torch.dtype, rows: int) -> None:
     columns = 4608
     x, inputs = one_input_a_row(rows, columns)
-    packed, scale, zero = w4a16.quantize_int4_per_group(torch.randn(21, columns), group_size, symmetric)
+    weight = torch.randn(21, columns)
+    packed, scale, zero = w4a16.quantize_int4_per_group(weight, group_size, symmetric, scale_dtype)
     decoded = w4a16.dequantize_int4(packed, scale, zero).bfloat16()
     assert torch.equal(cpu_w4a16.w4a16_mm(x, packed, scale, None, zero), decoded[:, inputs].t())
 
 
 @ROWS
-@pytest.mark.parametrize("kind", QUANTIZABLE_TYPES)
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_gguf_is_decoded_as_by_the_reference(kind: str, rows: int) -> None:
     columns = 2304  # more than is packed at once
     x, inputs = one_input_a_row(rows, columns)
-    raw = gguf_quantize(torch.randn(35, columns) / 8, kind)
-    result = gguf_native.multiply_native(x, raw, kind)
-    assert torch.equal(result, gguf_dequantize(raw, kind).bfloat16()[:, inputs].t())
+    raw = random_weight(kind, 35, columns)
+    weight = gguf_dequantize(raw, kind).bfloat16()
+    usable = weight.isfinite().all(dim=1)
+    expected = weight[usable][:, inputs].t()
+    expected = torch.where(expected.abs() < 2.0**-126, 0, expected)  # the instruction takes those for 0
+    assert torch.equal(gguf_native.multiply_native(x, raw, kind)[:, usable], expected)
 
 
 @pytest.fixture(params=[1, 2, 3])

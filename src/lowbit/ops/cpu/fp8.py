@@ -52,7 +52,6 @@ def _block(packed: torch.Tensor, scale: torch.Tensor, block_size: Sequence[int] 
     return packed.shape[0] if scale.numel() == 1 else 1, packed.shape[1]
 
 
-@torch.no_grad()
 def fp8_weight_only_mm(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -62,7 +61,7 @@ def fp8_weight_only_mm(
 ) -> torch.Tensor:
     """Return ``x @ (packed * weight_scale).T + bias`` [M, N] in the dtype of ``x`` [M, K]."""
     weight_scale = weight_scale.contiguous()
-    if is_fused(x):
+    if is_fused(x, "e4m3"):
         return multiply_fused(x, packed, "e4m3", weight_scale, bias, _block(packed, weight_scale, weight_block_size))
 
     def decode(first: int, weight: torch.Tensor) -> None:

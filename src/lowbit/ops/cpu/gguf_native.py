@@ -30,14 +30,13 @@ def supports(problem: Problem) -> str | None:
     return supported_by_torch(problem)
 
 
-@torch.no_grad()
 def multiply_native(
     x: torch.Tensor, packed: torch.Tensor, weight_type: str, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K]."""
     output = torch.empty((x.shape[0], packed.shape[0]), dtype=x.dtype)
     number = block_type(weight_type).number
-    if is_for_amx(x):
+    if is_for_amx(x, "gguf"):
         native.gguf_product(x.contiguous(), packed, number, None if bias is None else bias.float(), output)
         return output
     if x.shape[0] > FUSED_ROWS or x.shape[1] % 32 or not native.multiplies_gguf():

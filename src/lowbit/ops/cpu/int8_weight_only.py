@@ -8,13 +8,12 @@ from lowbit.ops.cpu import native
 from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused
 
 
-@torch.no_grad()
 def int8_weight_only_mm(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Multiply as ``lowbit.ops.int8_weight_only.int8_weight_only_mm`` does, with sums in float32."""
     weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
-    if is_fused(x):
+    if is_fused(x, "int8"):
         return multiply_fused(x, weight, "int8", weight_scale, bias, (1, weight.shape[1]))
 
     def decode(first: int, output: torch.Tensor) -> None:

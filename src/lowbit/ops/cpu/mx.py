@@ -44,7 +44,6 @@ def decode_rows(
         output.copy_(packed[rows].float().mul_(mx.expand_groups(group_scale, mx.GROUP_SIZE, output.shape[1])))
 
 
-@torch.no_grad()
 def mx_weight_only_mm(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -53,8 +52,8 @@ def mx_weight_only_mm(
     dual_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K], for a weight as ``decode_rows`` takes it."""
-    if is_fused(x):
-        weight_type = "e4m3" if packed.dtype == E4M3 else "e2m1"
+    weight_type = "e4m3" if packed.dtype == E4M3 else "e2m1"
+    if is_fused(x, weight_type):
         outer, columns = (None, 0) if dual_scale is None else (dual_scale.contiguous(), mx.DUAL_GROUP_SIZE)
         scale, block = weight_scale.contiguous(), (1, mx.GROUP_SIZE)
         return multiply_fused(x, packed, weight_type, scale, bias, block, outer_scale=outer, outer_columns=columns)

@@ -16,7 +16,6 @@ from lowbit.ops.nvfp4_weight_only import linear
 __all__ = ["linear", "nvfp4_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
 
 
-@torch.no_grad()
 def nvfp4_weight_only_mm(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -25,7 +24,7 @@ def nvfp4_weight_only_mm(
     global_scale: torch.Tensor,
 ) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K]; the weight as in ``ops.nvfp4.linear``."""
-    if is_fused(x):
+    if is_fused(x, "e2m1"):
         block, outer = (1, nvfp4.GROUP_SIZE), global_scale.reshape(1)
         return multiply_fused(x, packed, "e2m1", weight_scale.contiguous(), bias, block, outer_scale=outer)
 

@@ -13,7 +13,6 @@ from lowbit.ops.w8a16 import operator_linear as linear
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w8a16_mm"]
 
 
-@torch.no_grad()
 def w8a16_mm(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -26,9 +25,9 @@ def w8a16_mm(
         return int8_weight_only_mm(x, packed, weight_scale, bias)
     packed, weight_scale = packed.contiguous(), weight_scale.contiguous()
     group_size = x.shape[1] // weight_scale.shape[1]
-    if zero_point is None and is_fused(x):
+    if zero_point is None and is_fused(x, "int8"):
         return multiply_fused(x, packed, "int8", weight_scale, bias, (1, group_size))
-    if zero_point is not None and has_few_rows(x):
+    if zero_point is not None and has_few_rows(x, "int8"):
         return _few_rows(x, packed, weight_scale, bias, zero_point)
 
     def decode(first: int, weight: torch.Tensor) -> None:
@@ -39,6 +38,7 @@ def w8a16_mm(
     return multiply_decoded(x, packed.shape[0], decode, bias)
 
 
+@torch.no_grad()
 def _few_rows(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -2,8 +2,8 @@
 
 Up to ``native.MOST_ROWS`` rows the native helper decodes codes in registers and multiplies in float32, at the speed at
 which memory gives the codes. On CPUs with AMX it decodes to bfloat16 instead, in the cache, and multiplies any number
-of rows of that type; up to 64 while it decodes what comes next. More rows elsewhere, and no helper: blocks of output
-channels are decoded into the cache and multiplied by torch in the precision that this CPU is fastest in.
+of rows of that type. More rows elsewhere, and no helper: blocks of output channels are decoded into the cache and
+multiplied by torch in the precision that this CPU is fastest in.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lowbit.ops.w4a16 import split_pairs
 # Beyond which a CPU that multiplies 16-bit numbers in one instruction is better off decoding to those.
 MOST_ROWS_BESIDE_FAST_MATMUL = 8
 
-# Beyond which weights are better decoded for AMX, whose instruction takes 16 rows, than for single precision.
-MOST_ROWS_BESIDE_AMX = 4
+# From which on weights are better decoded for AMX, whose instruction takes 16 rows, than for single precision.
+LEAST_ROWS_FOR_AMX = {"int4": 1, "e2m1": 1, "int8": 3, "e4m3": 4, "gguf": 4}
 
 
 def supports(problem: Problem) -> str | None:
@@ -29,22 +29,22 @@ def supports(problem: Problem) -> str | None:
     return native.dtype_refusal(problem.dtype)
 
 
-def has_few_rows(x: torch.Tensor) -> bool:
+def has_few_rows(x: torch.Tensor, weight_type: str) -> bool:
     """Tell whether ``multiply_fused`` multiplies x [M, K] in float32."""
-    if is_for_amx(x):
+    if is_for_amx(x, weight_type):
         return False
     is_fast = fast_matmul_dtype(x.dtype) == x.dtype != torch.float32
     return native.available() and x.shape[0] <= (MOST_ROWS_BESIDE_FAST_MATMUL if is_fast else native.MOST_ROWS)
 
 
-def is_for_amx(x: torch.Tensor) -> bool:
-    """Tell whether the native helper multiplies x [M, K] by a decoded weight with AMX."""
-    return x.dtype == torch.bfloat16 and x.shape[0] > MOST_ROWS_BESIDE_AMX and native.multiplies_bfloat16()
+def is_for_amx(x: torch.Tensor, weight_type: str) -> bool:
+    """Tell whether the native helper multiplies x [M, K] by a decoded weight (of ``LEAST_ROWS_FOR_AMX``) with AMX."""
+    return x.dtype == torch.bfloat16 and x.shape[0] >= LEAST_ROWS_FOR_AMX[weight_type] and native.multiplies_bfloat16()
 
 
-def is_fused(x: torch.Tensor) -> bool:
+def is_fused(x: torch.Tensor, weight_type: str) -> bool:
     """Tell whether ``multiply_fused`` is there and the best for x [M, K]."""
-    return is_for_amx(x) or has_few_rows(x)
+    return is_for_amx(x, weight_type) or has_few_rows(x, weight_type)
 
 
 def multiply_fused(
@@ -61,7 +61,7 @@ def multiply_fused(
     """Return ``native.weight_only_product`` [M, N] in the dtype of ``x`` [M, K]."""
     output = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     bias = None if bias is None else bias.float().contiguous()
-    if is_for_amx(x):
+    if is_for_amx(x, weight_type):
         values = x if x.stride(1) == 1 else x.contiguous()
     else:
         values = _padded(split_pairs(x) if weight_type == "int4" else x)
@@ -79,6 +79,7 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
     return values
 
 
+@torch.no_grad()
 def multiply_decoded(x: torch.Tensor, features: int, decode: Decode, bias: torch.Tensor | None) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K], the weight [N, K] from ``decode``.
 

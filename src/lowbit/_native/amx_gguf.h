@@ -1,0 +1,152 @@
+// Blocks of GGUF files decoded to bfloat16 for amx_product.h; the values are those of gguf_blocks.h, rounded once more.
+//
+// Codes of four and five bits are looked up in a register of 32 words, and written in the order in which shifts find them.
+
+template <typename Block>
+LOWBIT_INLINE void decode_words(Block, const uint8_t* block, BFloat16* output) {
+    __m512 before;
+    Block::unpack(block, [&](int i, __m512 values) LOWBIT_INLINE_LAMBDA {
+        if (i % kWords == 0) before = values;
+        else _mm512_storeu_si512(output + i - kWords / 2, round_pair(before, values));
+    });
+}
+
+alignas(64) constexpr uint16_t kEvenFirst[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+
+// Inputs i and i + 16 in a byte; even ones first.
+LOWBIT_INLINE void decode_halves(const uint8_t* codes, __m512 values, BFloat16* output) {
+    _mm512_storeu_si512(output, _mm512_permutexvar_epi16(nibble_indices(codes), round_pair(values, values)));
+}
+
+LOWBIT_INLINE void decode_words(BlockQ4_0, const uint8_t* block, BFloat16* output) {
+    decode_halves(block + 2, _mm512_mul_ps(halves_of(block), codes_from(-8)), output);
+}
+
+LOWBIT_INLINE void decode_words(BlockQ4_1, const uint8_t* block, BFloat16* output) {
+    decode_halves(block + 4, _mm512_fmadd_ps(halves_of(block), codes_from(0), halves_of(block + 2)), output);
+}
+
+LOWBIT_INLINE void decode_words(BlockIQ4_NL, const uint8_t* block, BFloat16* output) {
+    decode_halves(block + 2, _mm512_mul_ps(halves_of(block), _mm512_loadu_ps(kIq4Values)), output);
+}
+
+LOWBIT_INLINE void decode_words(BlockIQ4_XS, const uint8_t* block, BFloat16* output) {
+    const float d = half_at(block);
+#pragma GCC unroll 8
+    for (int group = 0; group < 8; ++group) {
+        const __m512 scale = _mm512_set1_ps(BlockIQ4_XS::scale_of(block, group, d));
+        decode_halves(block + 8 + 16 * group, _mm512_mul_ps(scale, _mm512_loadu_ps(kIq4Values)), output + 32 * group);
+    }
+}
+
+// Of 32 bytes the even ones, then the odd ones, in the lower half of each word; what is above is not theirs.
+LOWBIT_INLINE __m512i bytes_to_words(const uint8_t* bytes) {
+    const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(8), 1);
+    const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+    return _mm512_srlv_epi16(_mm512_broadcast_i64x4(all), shifts);
+}
+
+LOWBIT_INLINE void decode_words(BlockQ4_K, const uint8_t* block, BFloat16* output) {
+    alignas(64) float scales[16];
+    scales_and_minimums(block, scales);
+#pragma GCC unroll 8
+    for (int group = 0; group < 8; ++group) {
+        const __m512i bytes = bytes_to_words(block + 16 + group / 2 * 32);
+        const __m512 values = scaled(scales[group], codes_from(0), scales[8 + group]);
+        const __m512i codes = group % 2 ? _mm512_srli_epi16(bytes, 4) : bytes;
+        _mm512_storeu_si512(output + 32 * group, _mm512_permutexvar_epi16(codes, round_pair(values, values)));
+    }
+}
+
+// Bits 0 ... 3 of `low`, all others of `high`.
+LOWBIT_INLINE __m512i join_bits(__m512i low, __m512i high) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi16(15), low, high, 0xca);
+}
+
+LOWBIT_INLINE void decode_words(BlockQ5_K, const uint8_t* block, BFloat16* output) {
+    alignas(64) float scales[16];
+    scales_and_minimums(block, scales);
+    const __m512i fifths = bytes_to_words(block + 16);
+#pragma GCC unroll 8
+    for (int group = 0; group < 8; ++group) {
+        const __m512i bytes = bytes_to_words(block + 48 + group / 2 * 32);
+        const __m512 low = scaled(scales[group], codes_from(0), scales[8 + group]);
+        const __m512 high = scaled(scales[group], codes_from(16), scales[8 + group]);
+        const __m512i fifth = group < 4 ? _mm512_slli_epi16(fifths, 4 - group) : _mm512_srli_epi16(fifths, group - 4);
+        const __m512i codes = join_bits(group % 2 ? _mm512_srli_epi16(bytes, 4) : bytes, fifth);
+        _mm512_storeu_si512(output + 32 * group, _mm512_permutexvar_epi16(codes, round_pair(low, high)));
+    }
+}
+
+// Codes of six bits less 32; exact: they are the last bits of 2**23 + code.
+LOWBIT_INLINE __m512 six_bits(__m512i codes) {
+    const __m512i bits = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi32(63), _mm512_set1_epi32(0x4b000000), 0xea);
+    return _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(8388608.0f + 32.0f));
+}
+
+// Of the words, too, the even ones come first: kNibbleOrder.
+LOWBIT_INLINE void decode_words(BlockQ6_K, const uint8_t* block, BFloat16* output) {
+    alignas(64) float scales[16];
+    const __m512i packed = _mm512_cvtepi8_epi32(load_bytes(block + 192));
+    _mm512_store_ps(scales, _mm512_mul_ps(halves_of(block + 208), _mm512_cvtepi32_ps(packed)));
+#pragma GCC unroll 8
+    for (int group = 0; group < 8; ++group) {
+        const int half = group / 4, quarter = group % 4;
+        const __m512i low = bytes_to_words(block + 64 * half + quarter % 2 * 32), high = bytes_to_words(block + 128 + 32 * half);
+        const __m512i upper = quarter < 2 ? _mm512_slli_epi16(high, 4 - 2 * quarter) : _mm512_srli_epi16(high, 2 * quarter - 4);
+        const __m512i codes = join_bits(quarter < 2 ? low : _mm512_srli_epi16(low, 4), upper);
+        const __m512 first = _mm512_set1_ps(scales[2 * group]);  // of the first 16 inputs, which are in these words
+        const __m512 scale = _mm512_mask_broadcastss_ps(first, 0xf0f0, _mm_load_ss(scales + 2 * group + 1));
+        const __m512 even = _mm512_mul_ps(six_bits(codes), scale), odd = _mm512_mul_ps(six_bits(_mm512_srli_epi32(codes, 16)), scale);
+        _mm512_storeu_si512(output + 32 * group, round_pair(even, odd));
+    }
+}
+
+struct GgufRows {
+    const GgufKernels* kernels;
+    const uint8_t* input;
+    int64_t row_bytes;
+};
+
+template <typename Block>
+void decode_blocks(const void* weight, int64_t row, int64_t rows, int64_t first, int64_t count, BFloat16* output,
+                   int64_t stride) {
+    const auto& all = *static_cast<const GgufRows*>(weight);
+    const uint8_t* from = all.input + row * all.row_bytes + first / Block::elements * Block::bytes;
+    for (int64_t i = 0; i < rows; ++i, from += all.row_bytes, output += stride)
+        for (int64_t j = 0; j < count; j += Block::elements)
+            decode_words(Block{}, from + j / Block::elements * Block::bytes, output + j);
+}
+
+// Through float32.
+void decode_plain(const void* weight, int64_t row, int64_t first, int64_t count, BFloat16* output) {
+    const auto& rows = *static_cast<const GgufRows*>(weight);
+    alignas(64) float values[kDepthSteps * kWords];
+    const uint8_t* from = rows.input + row * rows.row_bytes + first / rows.kernels->elements * rows.kernels->bytes;
+    rows.kernels->decode[0]({from, count, values}, 0, 1);
+    for (int64_t i = 0; i < count; i += kWords)
+        _mm512_storeu_si512(output + i, round_pair(_mm512_load_ps(values + i), _mm512_load_ps(values + i + 16)));
+}
+
+struct GgufDecoder {
+    int number;  // ggml's, of the type
+    Decode decode;
+    const uint16_t* order;
+};
+
+constexpr GgufDecoder kGgufDecoders[] = {
+    {8, decode_blocks<BlockQ8_0>, nullptr},       {2, decode_blocks<BlockQ4_0>, kEvenFirst},
+    {3, decode_blocks<BlockQ4_1>, kEvenFirst},  {6, decode_blocks<BlockQ5_0>, nullptr},
+    {7, decode_blocks<BlockQ5_1>, nullptr},       {10, decode_blocks<BlockQ2_K>, nullptr},
+    {11, decode_blocks<BlockQ3_K>, nullptr},      {12, decode_blocks<BlockQ4_K>, kEvenFirst},
+    {13, decode_blocks<BlockQ5_K>, kEvenFirst},  {14, decode_blocks<BlockQ6_K>, kNibbleOrder},
+    {20, decode_blocks<BlockIQ4_NL>, kEvenFirst}, {23, decode_blocks<BlockIQ4_XS>, kEvenFirst},
+};
+
+AmxDecoder gguf_decoder(const GgufRows& rows) {
+    AmxDecoder decoder{decode_each<decode_plain>, nullptr, rows.input, rows.row_bytes, 256 / rows.kernels->elements * rows.kernels->bytes};
+    for (const GgufDecoder& found : kGgufDecoders)
+        if (found.number == rows.kernels->number) decoder.decode = found.decode, decoder.order = found.order;
+    return decoder;
+}
