@@ -6,13 +6,15 @@
 
 Shapes are in_features x out_features. All in one process, in alternation; x is bfloat16, float32 for ``fp32``. A ratio
 above 1 means that the quantized layer is faster. ``whole`` decodes the weight as the method's reference does
-and multiplies in that type.
+and multiplies in that type. As in a model, layers are called one after another, each with a weight of its own; times
+are those of one.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +42,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "svdquant, int4": {"method": "svdquant", "precision": "int4"},
     **{f"gguf {kind}": {"method": "gguf", "gguf_type": kind} for kind in GGUF_TYPES},
 }
+LAYERS = 8
+"""Called one after another."""
+
 ROWS = (1, 8, 64, 256, 1088)
 QUICK_METHODS, QUICK_ROWS = ("int8", "fp8", "gguf Q4_K"), (1, 64, 1088)
 DISTINCT_ROWS = 256
 """Of the weight; they are repeated, to save the time of quantizing."""
 
 
-def quantized_layer(method: LinearMethod, weight: torch.Tensor, features: int) -> QuantizedLinear:
-    """Return a layer with ``features`` output channels that repeat those of ``weight`` [DISTINCT_ROWS, K]."""
-    empty = torch.nn.Linear(weight.shape[1], features, bias=False, device="meta")
+def quantized_layer(
+    method: LinearMethod, quantized: dict[str, torch.Tensor], shape: tuple[int, int]
+) -> QuantizedLinear:
+    """Return a layer of ``shape`` (K, N) whose output channels repeat those of the ``quantized`` weight."""
+    empty = torch.nn.Linear(*shape, bias=False, device="meta")
     layer = QuantizedLinear.like(empty, method, "", torch.bfloat16)
-    for name, tensor in method.quantize_weight(weight).items():
+    for name, tensor in quantized.items():
         times = layer.get_parameter(name).shape[0] // tensor.shape[0] if tensor.ndim else 1
         layer.replace_tensor(name, tensor.repeat(times, *[1] * (tensor.ndim - 1)) if times > 1 else tensor)
     layer.process_weights_after_loading()
@@ -78,18 +85,27 @@ def cases(layer: QuantizedLinear, weight: torch.Tensor, x: torch.Tensor) -> dict
     }
 
 
+def call_all(functions: list[Callable[[], torch.Tensor]]) -> None:
+    """Call ``functions`` one after another."""
+    for function in functions:
+        function()
+
+
 def measure(
     name: str, config: QuantizationConfig, shape: tuple[int, int], rows: int, repetitions: int, budget: float
 ) -> dict[str, Any]:
     """Time one method, shape and number of rows."""
     columns, features = shape
     distinct = torch.randn(DISTINCT_ROWS, columns) * columns**-0.5
-    layer = quantized_layer(config.linear_method(), distinct, features)
-    weight = distinct.repeat(features // DISTINCT_ROWS, 1)
-    seconds = alternate(
-        cases(layer, weight, torch.randn(rows, columns).bfloat16()), repetitions=repetitions, warmup=1, budget=budget
-    )
-    times = {way: summary(values) for way, values in seconds.items()}
+    method, x = config.linear_method(), torch.randn(rows, columns).bfloat16()
+    quantized = method.quantize_weight(distinct)
+    layers = [quantized_layer(method, quantized, shape) for _ in range(LAYERS)]
+    weights = [distinct.repeat(features // DISTINCT_ROWS, 1) for _ in layers]
+    each = [cases(layer, weight, x) for layer, weight in zip(layers, weights, strict=True)]
+    together = {way: partial(call_all, [ways[way] for ways in each]) for way in each[0]}
+    seconds = alternate(together, repetitions=repetitions, warmup=1, budget=budget)
+    times = {way: summary([value / LAYERS for value in values]) for way, values in seconds.items()}
+    layer = layers[0]
     ours = times["quantized"]["median_ms"]
     assert layer.implementation is not None
     return {
