@@ -9,19 +9,28 @@ constexpr int64_t kMostFewRows = 64;
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileChannels = 16;
 
-// Steps [first, last) of 32 inputs -> tiles [steps][blocks of 16 rows][16 pairs of inputs][16 rows][2].
+// Rows of a tile: 16, or as many as there are where those are fewer, so that they are found in the first-level cache.
+LOWBIT_INLINE int64_t rows_of_tile(const AmxJob& job) { return smaller(job.rows, kTileRows); }
+
+LOWBIT_INLINE int64_t bytes_of_step(const AmxJob& job) { return blocks(job.rows, kTileRows) * rows_of_tile(job) * kStep; }
+
+// Steps [first, last) of 32 inputs -> tiles [steps][blocks of rows][16 pairs of inputs][rows of a tile][2].
 void transpose_rows(const AmxJob& job, int64_t first, int64_t last) {
-    uint8_t* to = job.tiles + first * blocks(job.rows, kTileRows) * kTileBytes;
+    const int64_t pair_bytes = rows_of_tile(job) * 4;
+    uint8_t* to = job.tiles + first * bytes_of_step(job);
     for (int64_t step = first; step < last; ++step) {
         const __mmask64 mask = present(step * kStep, job.depth);
         const auto* from = static_cast<const int8_t*>(job.input) + step * kStep;
-        for (int64_t row = 0; row < job.rows; row += kTileRows, to += kTileBytes) {
-            alignas(64) int8_t rows[kTileRows * kStep] = {};
+        for (int64_t row = 0; row < job.rows; row += kTileRows, to += 16 * pair_bytes) {
+            alignas(64) int8_t rows[kTileRows * kStep] = {}, turned[kTileRows * kStep];
             for (int64_t i = 0; i < smaller(kTileRows, job.rows - row); ++i) {
                 const __m512i inputs = _mm512_maskz_loadu_epi8(mask, from + (row + i) * job.stride);
                 _mm512_store_si512(rows + i * kStep, reorder(job.decoder, inputs));
             }
-            pack_step(rows, kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(to));
+            pack_step(rows, kStep, ~__mmask64{0}, turned);
+            const auto mask = static_cast<__mmask16>((1u << rows_of_tile(job)) - 1);
+            for (int64_t pair = 0; pair < 16; ++pair)
+                _mm512_mask_storeu_epi32(to + pair * pair_bytes, mask, _mm512_load_si512(turned + pair * kStep));
         }
     }
 }
@@ -59,12 +68,13 @@ LOWBIT_INLINE void decode_chunk(const AmxJob& job, const Chunk& chunk, DecodedCh
 // Adds decoded times x to tiles 0 ... 3. With one or two blocks of rows every other step has sums of its own: an instruction
 // would wait for the one before that adds to the same.
 template <int RowBlocks>
-LOWBIT_NOINLINE void multiply_chunk(const DecodedChannels& decoded, const uint8_t* x, int64_t steps) {
+LOWBIT_NOINLINE void multiply_chunk(const DecodedChannels& decoded, const uint8_t* x, int64_t steps, int64_t rows) {
     const BFloat16* channels = decoded[0];
+    const int64_t pair_bytes = RowBlocks == 1 ? 4 * rows : kStep;
     __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read it
-    for (int64_t step = 0; step < steps; ++step, channels += kWords, x += RowBlocks * kTileBytes) {
+    for (int64_t step = 0; step < steps; ++step, channels += kWords, x += RowBlocks * 16 * pair_bytes) {
         _tile_loadd(4, channels, sizeof decoded[0]);
-        _tile_loadd(5, x, 64);
+        _tile_loadd(5, x, pair_bytes);
         if (RowBlocks <= 2 && step % 2) {
             _tile_dpbf16ps(2, 4, 5);
             if (RowBlocks == 2) {
@@ -120,7 +130,7 @@ LOWBIT_INLINE void write_transposed(const AmxJob& job, const float* sums, int64_
     }
 }
 
-using MultiplyChunk = void (*)(const DecodedChannels&, const uint8_t*, int64_t);
+using MultiplyChunk = void (*)(const DecodedChannels&, const uint8_t*, int64_t, int64_t);
 constexpr MultiplyChunk kMultiplyChunk[kMostFewRows / kTileRows] = {multiply_chunk<1>, multiply_chunk<2>, multiply_chunk<3>,
                                                                     multiply_chunk<4>};
 
@@ -130,12 +140,20 @@ LOWBIT_NOINLINE FewRowsMemory& few_rows_memory() {
     return memory;
 }
 
+// Sums and activations have a column for each row.
+LOWBIT_INLINE void configure_tiles(int64_t rows) {
+    TileShape shape;
+    for (int tile : {0, 1, 2, 3, 5, 6, 7}) shape.row_bytes[tile] = static_cast<uint16_t>(4 * rows);
+    __asm__ volatile("" : : "r"(&shape) : "memory");  // the intrinsic does not say how much of it is read
+    _tile_loadconfig(&shape);
+}
+
 // Groups [first, last) of 16 channels, with all rows.
 void multiply_few_rows(const AmxJob& job, int64_t first, int64_t last) {
     FewRowsMemory& memory = few_rows_memory();
     const int64_t inputs = job.depth / 2, row_blocks = blocks(job.rows, kTileRows);
     const MultiplyChunk multiply = kMultiplyChunk[row_blocks - 1];
-    configure_tiles();
+    configure_tiles(rows_of_tile(job));
     prefetch_chunk(job, {first, 0});
     for (int64_t group = first; group < last; ++group) {
         zero_sums();
@@ -144,7 +162,7 @@ void multiply_few_rows(const AmxJob& job, int64_t first, int64_t last) {
             if (next.group < last) prefetch_chunk(job, next);
             decode_chunk(job, chunk, memory.decoded);
             const int64_t steps = blocks(smaller(kFewInputs, inputs - input), kWords);
-            multiply(memory.decoded, job.tiles + input / kWords * row_blocks * kTileBytes, steps);
+            multiply(memory.decoded, job.tiles + input / kWords * bytes_of_step(job), steps, job.rows);
         }
         store_sums(memory.sums, row_blocks);
         for (int64_t block = 0; block < row_blocks; ++block)

@@ -127,7 +127,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     ("rows", "features", "columns"),
     [
         (1, 1, 1),
+        (3, 40, 544),
         (5, 33, 64),
+        (15, 17, 96),
         (16, 33, 4100),
         (33, 208, 260),
         (48, 70, 4700),
