@@ -28,9 +28,9 @@ void transpose_rows(const AmxJob& job, int64_t first, int64_t last) {
                 _mm512_store_si512(rows + i * kStep, reorder(job.decoder, inputs));
             }
             pack_step(rows, kStep, ~__mmask64{0}, turned);
-            const auto mask = static_cast<__mmask16>((1u << rows_of_tile(job)) - 1);
+            const __mmask16 columns = column_mask(rows_of_tile(job));
             for (int64_t pair = 0; pair < 16; ++pair)
-                _mm512_mask_storeu_epi32(to + pair * pair_bytes, mask, _mm512_load_si512(turned + pair * kStep));
+                _mm512_mask_storeu_epi32(to + pair * pair_bytes, columns, _mm512_load_si512(turned + pair * kStep));
         }
     }
 }
