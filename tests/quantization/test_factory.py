@@ -70,6 +70,8 @@ def test_per_component() -> None:
         ("fp8", {"weight_block_size": 128}, "weight_block_size must be"),
         ("fp8", {"weight_block_size": [128, 128], "activation_scheme": "static"}, "needs activation_scheme 'dynamic'"),
         ("int8", {"ignored_layers": "img_mlp"}, "must be a list"),
+        ("int8", {"ignored_layers": ""}, "must be a list"),
+        ("int8", {"weight_only_layers": False}, "weight_only_layers must be a list"),
         ("int8", {"ignored_layers": ["a"], "modules_to_not_convert": ["b"]}, "contradict"),
         ({"method": "int8", "quant_method": "fp8"}, {}, "contradict"),
         ({"method": "int8", "ignored_layers": ["a"]}, {"ignored_layers": ["b"]}, "given twice"),

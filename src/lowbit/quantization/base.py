@@ -58,7 +58,7 @@ class QuantizationConfig(ABC):
 
     def __post_init__(self) -> None:
         for option in ("ignored_layers", "weight_only_layers"):
-            layers = getattr(self, option) or []
+            layers = [] if getattr(self, option) is None else getattr(self, option)
             if not isinstance(layers, list | tuple | set) or not all(isinstance(layer, str) for layer in layers):
                 raise ConfigError(f"{option} must be a list of layer names or patterns, not {layers!r}")
             check_syntax(option, layers)
