@@ -4,9 +4,6 @@
 // one block's 16 values twice, or those of two blocks of 16 inputs. They are written in the order in which shifts find
 // them, and the activations are brought to it.
 
-constexpr int64_t kWords = 32;  // bfloat16 in a register
-constexpr int64_t kFewInputs = 256;  // as many as are decoded at once for few rows, at most
-
 using avx512::E2M1;
 using avx512::Int4;
 
@@ -48,12 +45,28 @@ LOWBIT_INLINE bool are_numbers(E4M3, __m512i largest, float largest_scale) {
     return !_mm512_cmpeq_epi16_mask(largest, _mm512_set1_epi16(0x7f << 8)) && largest_scale < 1e36f;
 }
 
-// What AmxDecoder::decode is, of what decodes a channel.
+// A function that decodes inputs of a channel as what multiply_few_rows takes.
 template <void (*Decode)(const void*, int64_t, int64_t, int64_t, BFloat16*)>
-void decode_each(const void* weight, int64_t channel, int64_t channels, int64_t first, int64_t count, BFloat16* output,
-                 int64_t stride) {
-    for (int64_t i = 0; i < channels; ++i) Decode(weight, channel + i, first, count, output + i * stride);
+struct Each {
+    const void* weight;
+    explicit Each(const void* all) : weight(all) {}
+    void operator()(int64_t channel, int64_t first, int64_t count, BFloat16* output) const {
+        Decode(weight, channel, first, count, output);
+    }
+};
+
+template <typename Channel>
+void decode_channel(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+    Channel{weight}(channel, first, count, output);
 }
+
+struct ChannelKernels {
+    decltype(AmxDecoder::decode) decode;
+    decltype(AmxDecoder::multiply_few_rows) multiply_few_rows;
+};
+
+template <typename Channel>
+constexpr ChannelKernels kKernelsOf{decode_channel<Channel>, multiply_few_rows<Channel>};
 
 // Inputs of a chunk, whatever the codes, the scales and the size of the blocks.
 template <typename Code>
@@ -178,50 +191,51 @@ LOWBIT_NOINLINE const ScaledE2M1& scaled_e2m1(const WeightJob& job) {
 // Calls `each` for every 32 of `count` inputs, eight at a time with offsets that the compiler knows.
 template <typename Each>
 LOWBIT_INLINE void for_registers(int64_t count, Each each) {
+    constexpr int64_t kTogether = 8;
     int64_t i = 0;
-    for (; i + 8 * kWords <= count; i += 8 * kWords) {
+    for (; i + kTogether * kWords <= count; i += kTogether * kWords) {
 #pragma GCC unroll 8
-        for (int64_t j = 0; j < 8; ++j) each(i, j);
+        for (int64_t j = 0; j < kTogether; ++j) each(i, j);
     }
     for (; i < count; i += kWords) each(i, 0);
 }
 
 // E2M1 with scales of a byte and one outer scale, in blocks of 16 or 32 inputs.
 template <int64_t Block>
-void decode_looked_up(const void* weight, int64_t channel, int64_t channels, int64_t first, int64_t count, BFloat16* output,
-                      int64_t stride) {
-    const auto& job = *static_cast<const WeightJob*>(weight);
-    const BFloat16 (*values)[kWords] = scaled_e2m1(job).values;
-    for (int64_t i = 0; i < channels; ++i, output += stride) {
-        const int64_t at = (channel + i) * job.depth + first;
+struct LookedUp {
+    const WeightJob& job;
+    const BFloat16 (*values)[kWords];
+
+    explicit LookedUp(const void* weight) : job(*static_cast<const WeightJob*>(weight)), values(scaled_e2m1(job).values) {}
+
+    void operator()(int64_t channel, int64_t first, int64_t count, BFloat16* output) const {
+        const uint64_t at = static_cast<uint64_t>(channel * job.depth + first);
         const auto* all_codes = static_cast<const uint8_t*>(job.weight) + at / 2;
         const auto* all_scales = static_cast<const uint8_t*>(job.scale) + at / Block;
+        const auto* table = values;
         for_registers(count, [=](int64_t from, int64_t j) LOWBIT_INLINE_LAMBDA {
             const uint8_t *codes = all_codes + from / 2 + j * kWords / 2, *scales = all_scales + from / Block + j * kWords / Block;
-            __m512i words = _mm512_load_si512(values[scales[0]]), indices = nibble_indices(codes);
+            __m512i words = _mm512_load_si512(table[scales[0]]), indices = nibble_indices(codes);
             if (Block == 16) {
-                const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(values[scales[1]]));
+                const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(table[scales[1]]));
                 words = _mm512_inserti64x4(words, second, 1);
                 indices = half_block_indices(indices);
             }
             _mm512_storeu_si512(output + from + j * kWords, _mm512_permutexvar_epi16(indices, words));
         });
     }
-}
+};
 
 // int4 without zero points; blocks are a multiple of kRegisters * 32.
 template <typename Scale, int64_t kRegisters>
-void decode_int4(const void* weight, int64_t channel, int64_t channels, int64_t first, int64_t count, BFloat16* output,
-                 int64_t stride) {
+LOWBIT_INLINE void decode_int4(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     const auto& job = *static_cast<const WeightJob*>(weight);
     const int64_t block = job.block_columns, per_row = block >= job.depth ? 1 : avx512::quotient(job.depth, block);
-    for (int64_t i = 0; i < channels; ++i, output += stride) {
-        const auto* scales = static_cast<const Scale*>(job.scale) + (channel + i) * per_row;
-        const auto* codes = static_cast<const uint8_t*>(job.weight) + ((channel + i) * job.depth + first) / 2;
-        for (int64_t done = 0; done < count; done += avx512::kChunk) {  // whole blocks, or a part of one
-            const int64_t part = smaller(avx512::kChunk, count - done), at = avx512::quotient(first + done, block);
-            decode_nibbles<Int4, kRegisters>(codes + done / 2, part, smaller(block, part), scales + at, nullptr, output + done);
-        }
+    const auto* scales = static_cast<const Scale*>(job.scale) + channel * per_row;
+    const auto* codes = static_cast<const uint8_t*>(job.weight) + static_cast<uint64_t>(channel * job.depth + first) / 2;
+    for (int64_t done = 0; done < count; done += avx512::kChunk) {  // whole blocks, or a part of one
+        const int64_t part = smaller(avx512::kChunk, count - done), at = avx512::quotient(first + done, block);
+        decode_nibbles<Int4, kRegisters>(codes + done / 2, part, smaller(block, part), scales + at, nullptr, output + done);
     }
 }
 
@@ -252,65 +266,59 @@ LOWBIT_INLINE bool load_powers(const uint8_t* scales, int64_t count, uint32_t* p
 LOWBIT_INLINE __m512i power_at(const uint32_t* powers, int64_t i) { return _mm512_set1_epi32(static_cast<int>(powers[i])); }
 
 // E2M1 in blocks of 32 inputs with scales of E8M0 times outer ones.
-void decode_mxfp4(const void* weight, int64_t channel, int64_t channels, int64_t first, int64_t count, BFloat16* output,
-                  int64_t stride) {
+LOWBIT_INLINE void decode_mxfp4(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     constexpr float kLargest = 0x1p60f;
     constexpr __mmask32 kNotZero = 0xfefefefe;
     const auto& job = *static_cast<const WeightJob*>(weight);
-    for (int64_t i = 0; i < channels; ++i, output += stride) {
-        for (int64_t done = 0; done < count; done += avx512::kChunk) {
-            const int64_t part = smaller(avx512::kChunk, count - done), at = (channel + i) * job.depth + first + done;
-            const float outer = avx512::outer_scale_at(job, channel + i, first + done);
-            alignas(64) uint32_t powers[16];
-            const bool are_near = load_powers(static_cast<const uint8_t*>(job.scale) + at / kWords, part / kWords, powers);
-            if (!are_near || !(outer > 1 / kLargest && outer < kLargest)) {
-                decode_pairs<E2M1>(weight, channel + i, first + done, part, output + done);
-                continue;
-            }
-            const auto* codes = static_cast<const uint8_t*>(job.weight) + at / 2;
-            const __m512 table = _mm512_mul_ps(avx512::table_of(E2M1{}, 0.0f), _mm512_set1_ps(outer));
-            const __m512i values = round_pair(table, table);
-            BFloat16* to = output + done;
-            const uint32_t* all_powers = powers;
-            for_registers(part, [=](int64_t from, int64_t j) LOWBIT_INLINE_LAMBDA {
-                const __m512i power = power_at(all_powers, from / kWords + j);
-                const __m512i words = _mm512_mask_add_epi16(values, kNotZero, values, power);
-                const __m512i indices = nibble_indices(codes + from / 2 + j * kWords / 2);
-                _mm512_storeu_si512(to + from + j * kWords, _mm512_permutexvar_epi16(indices, words));
-            });
+    for (int64_t done = 0; done < count; done += avx512::kChunk) {
+        const int64_t part = smaller(avx512::kChunk, count - done), at = channel * job.depth + first + done;
+        const float outer = avx512::outer_scale_at(job, channel, first + done);
+        alignas(64) uint32_t powers[16];
+        const bool are_near = load_powers(static_cast<const uint8_t*>(job.scale) + at / kWords, part / kWords, powers);
+        if (!are_near || !(outer > 1 / kLargest && outer < kLargest)) {
+            decode_pairs<E2M1>(weight, channel, first + done, part, output + done);
+            continue;
         }
+        const auto* codes = static_cast<const uint8_t*>(job.weight) + at / 2;
+        const __m512 table = _mm512_mul_ps(avx512::table_of(E2M1{}, 0.0f), _mm512_set1_ps(outer));
+        const __m512i values = round_pair(table, table);
+        BFloat16* to = output + done;
+        const uint32_t* all_powers = powers;
+        for_registers(part, [=](int64_t from, int64_t j) LOWBIT_INLINE_LAMBDA {
+            const __m512i power = power_at(all_powers, from / kWords + j);
+            const __m512i words = _mm512_mask_add_epi16(values, kNotZero, values, power);
+            const __m512i indices = nibble_indices(codes + from / 2 + j * kWords / 2);
+            _mm512_storeu_si512(to + from + j * kWords, _mm512_permutexvar_epi16(indices, words));
+        });
     }
 }
 
 // E4M3 in blocks of 32 inputs with scales of E8M0. Those numbers of e4m3 that are normal become bfloat16 by other exponents;
 // those below, which are eight, are looked up.
-void decode_mxfp8(const void* weight, int64_t channel, int64_t channels, int64_t first, int64_t count, BFloat16* output,
-                  int64_t stride) {
+LOWBIT_INLINE void decode_mxfp8(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     constexpr __mmask32 kNotZero = 0xfffffffe;
     const auto& job = *static_cast<const WeightJob*>(weight);
     alignas(64) static constexpr uint16_t kSubnormal[32] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};  // / 512
     const __m512i subnormal = _mm512_load_si512(kSubnormal), magnitude = _mm512_set1_epi16(0x7f << 4);
     const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000)), exponent = _mm512_set1_epi16(0x78);
-    for (int64_t i = 0; i < channels; ++i, output += stride) {
-        for (int64_t done = 0; done < count; done += avx512::kChunk) {
-            const int64_t part = smaller(avx512::kChunk, count - done), at = (channel + i) * job.depth + first + done;
-            alignas(64) uint32_t powers[16];
-            const bool are_near = load_powers(static_cast<const uint8_t*>(job.scale) + at / kWords, part / kWords, powers);
-            const auto* codes = static_cast<const uint8_t*>(job.weight) + at;
-            __m512i largest = _mm512_setzero_si512();
-            for (int64_t j = 0; j < part; j += kWords) {
-                const __m512i power = power_at(powers, j / kWords);
-                const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j)));
-                const __m512i shifted = _mm512_slli_epi16(wide, 4), bits = _mm512_and_si512(shifted, magnitude);
-                largest = _mm512_max_epu16(largest, bits);
-                __m512i value = _mm512_add_epi16(bits, _mm512_add_epi16(power, _mm512_set1_epi16(120 << 7)));
-                const __m512i small = _mm512_mask_add_epi16(subnormal, kNotZero, subnormal, power);
-                value = _mm512_mask_permutexvar_epi16(value, _mm512_testn_epi16_mask(wide, exponent), wide, small);
-                _mm512_storeu_si512(output + done + j, _mm512_ternarylogic_epi32(value, shifted, sign, 0xf8));  // value | (shifted & sign)
-            }
-            if (!are_near || _mm512_cmpeq_epi16_mask(largest, magnitude))  // a NaN
-                decode_slowly<E4M3>(job, channel + i, first + done, part, output + done);
+    for (int64_t done = 0; done < count; done += avx512::kChunk) {
+        const int64_t part = smaller(avx512::kChunk, count - done), at = channel * job.depth + first + done;
+        alignas(64) uint32_t powers[16];
+        const bool are_near = load_powers(static_cast<const uint8_t*>(job.scale) + at / kWords, part / kWords, powers);
+        const auto* codes = static_cast<const uint8_t*>(job.weight) + at;
+        __m512i largest = _mm512_setzero_si512();
+        for (int64_t j = 0; j < part; j += kWords) {
+            const __m512i power = power_at(powers, j / kWords);
+            const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j)));
+            const __m512i shifted = _mm512_slli_epi16(wide, 4), bits = _mm512_and_si512(shifted, magnitude);
+            largest = _mm512_max_epu16(largest, bits);
+            __m512i value = _mm512_add_epi16(bits, _mm512_add_epi16(power, _mm512_set1_epi16(120 << 7)));
+            const __m512i small = _mm512_mask_add_epi16(subnormal, kNotZero, subnormal, power);
+            value = _mm512_mask_permutexvar_epi16(value, _mm512_testn_epi16_mask(wide, exponent), wide, small);
+            _mm512_storeu_si512(output + done + j, _mm512_ternarylogic_epi32(value, shifted, sign, 0xf8));  // value | (shifted & sign)
         }
+        if (!are_near || _mm512_cmpeq_epi16_mask(largest, magnitude))  // a NaN
+            decode_slowly<E4M3>(job, channel, first + done, part, output + done);
     }
 }
 
@@ -344,39 +352,38 @@ void decode_split(const void* weight, int64_t channel, int64_t first, int64_t co
     }
 }
 
-using Decode = decltype(AmxDecoder::decode);
-
 template <typename Code>
-Decode byte_decoder(const WeightJob& job) {
+ChannelKernels byte_decoder(const WeightJob& job) {
     const bool is_whole = job.depth % kWords == 0 && (job.block_columns % kWords == 0 || job.block_columns >= job.depth);
     const bool is_mx = job.scale_type == 2 && job.block_columns == 32 && job.block_rows == 1 && !job.outer_scale;
-    if (!avx512::has_even_blocks(job)) return decode_each<decode_any<Code>>;
-    if (!is_whole) return decode_each<decode_even<Code>>;
-    return std::is_same<Code, E4M3>::value && is_mx ? decode_mxfp8 : decode_each<decode_bytes<Code>>;
+    if (!avx512::has_even_blocks(job)) return kKernelsOf<Each<decode_any<Code>>>;
+    if (!is_whole) return kKernelsOf<Each<decode_even<Code>>>;
+    return std::is_same<Code, E4M3>::value && is_mx ? kKernelsOf<Each<decode_mxfp8>> : kKernelsOf<Each<decode_bytes<Code>>>;
 }
 
 // Of groups that split_activations takes; in kNibbleOrder.
-Decode group_decoder(Int4, const WeightJob& job) {
+ChannelKernels group_decoder(Int4, const WeightJob& job) {
     const bool is_large = job.block_columns % 64 == 0 && job.depth % 64 == 0;  // the group
-    if (job.zero_point || job.scale_type > 1) return decode_each<decode_pairs<Int4>>;
-    if (job.scale_type == 1) return is_large ? decode_int4<BFloat16, 2> : decode_int4<BFloat16, 1>;
-    return is_large ? decode_int4<float, 2> : decode_int4<float, 1>;
+    if (job.zero_point || job.scale_type > 1) return kKernelsOf<Each<decode_pairs<Int4>>>;
+    if (job.scale_type == 1) return is_large ? kKernelsOf<Each<decode_int4<BFloat16, 2>>> : kKernelsOf<Each<decode_int4<BFloat16, 1>>>;
+    return is_large ? kKernelsOf<Each<decode_int4<float, 2>>> : kKernelsOf<Each<decode_int4<float, 1>>>;
 }
 
-Decode group_decoder(E2M1, const WeightJob& job) {
-    if (job.scale_type >= 2 && !job.outer_columns && job.block_columns == 16) return decode_looked_up<16>;
-    if (job.scale_type >= 2 && !job.outer_columns && job.block_columns == 32) return decode_looked_up<32>;
-    return job.scale_type == 2 && job.block_columns == 32 ? decode_mxfp4 : decode_each<decode_pairs<E2M1>>;
+ChannelKernels group_decoder(E2M1, const WeightJob& job) {
+    if (job.scale_type >= 2 && !job.outer_columns && job.block_columns == 16) return kKernelsOf<LookedUp<16>>;
+    if (job.scale_type >= 2 && !job.outer_columns && job.block_columns == 32) return kKernelsOf<LookedUp<32>>;
+    return job.scale_type == 2 && job.block_columns == 32 ? kKernelsOf<Each<decode_mxfp4>> : kKernelsOf<Each<decode_pairs<E2M1>>>;
 }
 
 template <typename Code>
 AmxDecoder weight_decoder(const WeightJob& job) {
     constexpr int64_t kBits = avx512::kBits<Code>;
-    AmxDecoder decoder{nullptr, nullptr, job.weight, job.depth * kBits / 8, 32 * kBits};
-    if constexpr (kBits == 8) decoder.decode = byte_decoder<Code>(job);
-    else if (avx512::has_whole_groups<Code>(job)) decoder.decode = group_decoder(Code{}, job), decoder.order = kNibbleOrder;
-    else decoder.decode = std::is_same<Code, Int4>::value ? decode_each<decode_split> : decode_each<decode_any<Code>>;
-    return decoder;
+    const uint16_t* order = nullptr;
+    ChannelKernels kernels;
+    if constexpr (kBits == 8) kernels = byte_decoder<Code>(job);
+    else if (avx512::has_whole_groups<Code>(job)) kernels = group_decoder(Code{}, job), order = kNibbleOrder;
+    else kernels = std::is_same<Code, Int4>::value ? kKernelsOf<Each<decode_split>> : kKernelsOf<Each<decode_any<Code>>>;
+    return {kernels.decode, kernels.multiply_few_rows, order, job.weight, job.depth * kBits / 8, 32 * kBits};
 }
 
 constexpr AmxDecoder (*weight_decoders[4])(const WeightJob&) = {weight_decoder<Int8>, weight_decoder<E4M3>, weight_decoder<Int4>,

@@ -2,9 +2,13 @@
 //
 // The roles of amx_product.h are exchanged: a tile's rows are channels, so that decoded inputs are used as they lie in the
 // weight, and the activations, of which there are few, are transposed. The sums are, too, and are written transposed back.
-// Of 16 channels kFewInputs inputs are decoded into the first-level cache and multiplied there; sums stay in their tiles until
-// all inputs are added.
+// Of a group of channels kFewInputs inputs are decoded into the first-level cache while those before are multiplied.
+// Groups are as wide as the tiles allow: 16 channels with four times 16 rows, 32 with twice as many, so that activations,
+// which come from the second-level cache, are loaded less often.
 
+constexpr int64_t kWords = 32;  // bfloat16 in a register
+constexpr int64_t kFewInputs = 256;
+constexpr int64_t kStride = kFewInputs + kWords;  // of decoded channels: 512 bytes apart they would share few sets
 constexpr int64_t kMostFewRows = 64;
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileChannels = 16;
@@ -13,6 +17,10 @@ constexpr int64_t kTileChannels = 16;
 LOWBIT_INLINE int64_t rows_of_tile(const AmxJob& job) { return smaller(job.rows, kTileRows); }
 
 LOWBIT_INLINE int64_t bytes_of_step(const AmxJob& job) { return blocks(job.rows, kTileRows) * rows_of_tile(job) * kStep; }
+
+inline int64_t channels_of_group(int64_t rows) {
+    return rows > kTileRows && rows <= 2 * kTileRows ? 2 * kTileChannels : kTileChannels;
+}
 
 // Steps [first, last) of 32 inputs -> tiles [steps][blocks of rows][16 pairs of inputs][rows of a tile][2].
 void transpose_rows(const AmxJob& job, int64_t first, int64_t last) {
@@ -35,104 +43,12 @@ void transpose_rows(const AmxJob& job, int64_t first, int64_t last) {
     }
 }
 
-using DecodedChannels = BFloat16[kTileChannels][kFewInputs + kWords];  // not 512 bytes apart: those share few sets
+using DecodedChannels = BFloat16[2 * kTileChannels][kStride];
 
 struct FewRowsMemory {
-    alignas(64) DecodedChannels decoded;
-    alignas(64) float sums[kMostFewRows / kTileRows][kTileRows * kTileChannels];
+    alignas(64) DecodedChannels decoded[2];
+    alignas(64) float sums[4][kTileRows * kTileChannels];
 };
-
-// Inputs of a group of channels.
-struct Chunk {
-    int64_t group, input;
-};
-
-LOWBIT_INLINE Chunk next_chunk(const AmxJob& job, const Chunk& chunk) {
-    return chunk.input + kFewInputs < job.depth / 2 ? Chunk{chunk.group, chunk.input + kFewInputs} : Chunk{chunk.group + 1, 0};
-}
-
-LOWBIT_INLINE void prefetch_chunk(const AmxJob& job, const Chunk& chunk) {
-    const int64_t count = smaller(kFewInputs, job.depth / 2 - chunk.input);
-    for (int64_t channel = 0; channel < smaller(kTileChannels, job.columns - chunk.group * kTileChannels); ++channel)
-        prefetch_codes(*job.decoder, chunk.group * kTileChannels + channel, chunk.input, count);
-}
-
-LOWBIT_INLINE void decode_chunk(const AmxJob& job, const Chunk& chunk, DecodedChannels& decoded) {
-    const int64_t channels = smaller(kTileChannels, job.columns - chunk.group * kTileChannels);
-    const int64_t count = smaller(kFewInputs, job.depth / 2 - chunk.input);
-    job.decoder->decode(job.weight.data, chunk.group * kTileChannels, channels, chunk.input, count, decoded[0], kFewInputs + kWords);
-    for (int64_t channel = 0; count % kWords && channel < channels; ++channel)
-        for (int64_t rest = count; rest % kWords; ++rest) decoded[channel][rest].bits = 0;
-}
-
-// Adds decoded times x to tiles 0 ... 3. With one or two blocks of rows every other step has sums of its own: an instruction
-// would wait for the one before that adds to the same.
-template <int RowBlocks>
-LOWBIT_NOINLINE void multiply_chunk(const DecodedChannels& decoded, const uint8_t* x, int64_t steps, int64_t rows) {
-    const BFloat16* channels = decoded[0];
-    const int64_t pair_bytes = RowBlocks == 1 ? 4 * rows : kStep;
-    __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read it
-    for (int64_t step = 0; step < steps; ++step, channels += kWords, x += RowBlocks * 16 * pair_bytes) {
-        _tile_loadd(4, channels, sizeof decoded[0]);
-        _tile_loadd(5, x, pair_bytes);
-        if (RowBlocks <= 2 && step % 2) {
-            _tile_dpbf16ps(2, 4, 5);
-            if (RowBlocks == 2) {
-                _tile_loadd(6, x + kTileBytes, 64);
-                _tile_dpbf16ps(3, 4, 6);
-            }
-            continue;
-        }
-        _tile_dpbf16ps(0, 4, 5);
-        if (RowBlocks >= 2) {
-            _tile_loadd(6, x + kTileBytes, 64);
-            _tile_dpbf16ps(1, 4, 6);
-        }
-        if (RowBlocks >= 3) {
-            _tile_loadd(7, x + 2 * kTileBytes, 64);
-            _tile_dpbf16ps(2, 4, 7);
-        }
-        if (RowBlocks >= 4) {
-            _tile_loadd(5, x + 3 * kTileBytes, 64);
-            _tile_dpbf16ps(3, 4, 5);
-        }
-    }
-}
-
-LOWBIT_INLINE void zero_sums() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-
-LOWBIT_INLINE void store_sums(float (*sums)[kTileRows * kTileChannels], int64_t row_blocks) {
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    _tile_stored(2, sums[2], 64);
-    _tile_stored(3, sums[3], 64);
-    __asm__ volatile("" ::: "memory");
-    if (row_blocks > 2) return;
-    for (int64_t i = 0; i < row_blocks * kTileRows * kTileChannels; i += 16)
-        _mm512_store_ps(sums[0] + i, _mm512_add_ps(_mm512_load_ps(sums[0] + i), _mm512_load_ps(sums[2] + i)));
-}
-
-// Sums [16 channels][16 rows] -> output [rows][channels].
-LOWBIT_INLINE void write_transposed(const AmxJob& job, const float* sums, int64_t row, int64_t column) {
-    alignas(64) float turned[kTileRows * kTileChannels];
-    pack_step(reinterpret_cast<const int8_t*>(sums), kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(turned));
-    const __mmask16 mask = column_mask(job.columns - column);
-    const __m512 bias = job.weight.bias ? _mm512_maskz_loadu_ps(mask, job.weight.bias + column) : _mm512_setzero_ps();
-    auto* to = static_cast<BFloat16*>(job.output) + row * job.columns + column;
-    for (int64_t i = 0; i < smaller(kTileRows, job.rows - row); ++i, to += job.columns) {
-        const __m512 value = _mm512_load_ps(turned + i * kTileChannels);
-        store_narrow(to, mask, job.weight.bias ? _mm512_add_ps(value, bias) : value);
-    }
-}
-
-using MultiplyChunk = void (*)(const DecodedChannels&, const uint8_t*, int64_t, int64_t);
-constexpr MultiplyChunk kMultiplyChunk[kMostFewRows / kTileRows] = {multiply_chunk<1>, multiply_chunk<2>, multiply_chunk<3>,
-                                                                    multiply_chunk<4>};
 
 // Not inlined: compilers look up the thread's own again for each use.
 LOWBIT_NOINLINE FewRowsMemory& few_rows_memory() {
@@ -148,25 +64,164 @@ LOWBIT_INLINE void configure_tiles(int64_t rows) {
     _tile_loadconfig(&shape);
 }
 
-// Groups [first, last) of 16 channels, with all rows.
-void multiply_few_rows(const AmxJob& job, int64_t first, int64_t last) {
+// Inputs of a group of channels; none of group `last`, where a task ends.
+struct Chunk {
+    int64_t group, input;
+};
+
+LOWBIT_INLINE Chunk next_chunk(const AmxJob& job, const Chunk& chunk, int64_t last) {
+    if (chunk.group < last && chunk.input + kFewInputs < job.depth / 2) return {chunk.group, chunk.input + kFewInputs};
+    return {smaller(chunk.group + 1, last), 0};
+}
+
+constexpr int64_t kChannelBytes = kStride * sizeof(BFloat16);
+
+// Up to 16 rows: adds to tiles 0 and 1 in turn, which are of the same sums: an instruction would wait for the one before.
+LOWBIT_INLINE void multiply_narrow(const BFloat16* channels, const uint8_t* x, int64_t step, int64_t pair_bytes) {
+    _tile_loadd(4, channels, kChannelBytes);
+    _tile_loadd(5, x, pair_bytes);
+    if (step % 2) _tile_dpbf16ps(1, 4, 5);
+    else _tile_dpbf16ps(0, 4, 5);
+}
+
+// Up to 32 rows and 32 channels: adds to tiles 0 ... 3, of the first 16 rows, of the others, of the next 16 channels likewise.
+// More activations than fit into the first-level cache are loaded past it.
+LOWBIT_INLINE void multiply_square(const BFloat16* channels, const uint8_t* x) {
+    _tile_loadd(4, channels, kChannelBytes);
+    _tile_stream_loadd(6, x, kStep);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_stream_loadd(7, x + kTileBytes, kStep);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, channels + kTileChannels * kStride, kChannelBytes);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+// More rows: adds to a tile for each 16.
+LOWBIT_INLINE void multiply_high(const BFloat16* channels, const uint8_t* x, bool are_four) {
+    _tile_loadd(4, channels, kChannelBytes);
+    _tile_stream_loadd(5, x, kStep);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_stream_loadd(6, x + kTileBytes, kStep);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_stream_loadd(7, x + 2 * kTileBytes, kStep);
+    _tile_dpbf16ps(2, 4, 7);
+    if (!are_four) return;
+    _tile_stream_loadd(5, x + 3 * kTileBytes, kStep);
+    _tile_dpbf16ps(3, 4, 5);
+}
+
+LOWBIT_INLINE void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+LOWBIT_INLINE void store_sums(float (*sums)[kTileRows * kTileChannels]) {
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    __asm__ volatile("" ::: "memory");
+}
+
+// Sums [16 channels][16 rows] -> output [rows][channels].
+LOWBIT_INLINE void write_transposed(const AmxJob& job, const float* sums, int64_t row, int64_t column) {
+    alignas(64) float turned[kTileRows * kTileChannels];
+    pack_step(reinterpret_cast<const int8_t*>(sums), kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(turned));
+    const __mmask16 mask = column_mask(job.columns - column);
+    const __m512 bias = job.weight.bias ? _mm512_maskz_loadu_ps(mask, job.weight.bias + column) : _mm512_setzero_ps();
+    auto* to = static_cast<BFloat16*>(job.output) + row * job.columns + column;
+    for (int64_t i = 0; i < smaller(kTileRows, job.rows - row); ++i, to += job.columns) {
+        const __m512 value = _mm512_load_ps(turned + i * kTileChannels);
+        store_narrow(to, mask, job.weight.bias ? _mm512_add_ps(value, bias) : value);
+    }
+}
+
+LOWBIT_INLINE void write_sums(const AmxJob& job, float (*sums)[kTileRows * kTileChannels], int64_t column) {
+    const int64_t row_blocks = blocks(job.rows, kTileRows);
+    for (int64_t i = 0; row_blocks == 1 && i < kTileRows * kTileChannels; i += 16)
+        _mm512_store_ps(sums[0] + i, _mm512_add_ps(_mm512_load_ps(sums[0] + i), _mm512_load_ps(sums[1] + i)));
+    for (int64_t block = 0; block < row_blocks; ++block) write_transposed(job, sums[block], block * kTileRows, column);
+    if (row_blocks != 2 || column + kTileChannels >= job.columns) return;
+    for (int64_t block = 0; block < 2; ++block)
+        write_transposed(job, sums[2 + block], block * kTileRows, column + kTileChannels);
+}
+
+// Some channels of a chunk: what is decoded, or asked of memory, between two steps.
+struct Part {
+    int64_t channel, last, input, inputs;
+
+    bool is_whole(int64_t channels) const { return last - channel == channels && inputs == kFewInputs; }
+};
+
+LOWBIT_INLINE Part part_of(const AmxJob& job, const Chunk& chunk, int64_t last, int64_t channels) {
+    const int64_t channel = chunk.group * channels, end = chunk.group < last ? smaller(channel + channels, job.columns) : channel;
+    return {channel, end, chunk.input, smaller(kFewInputs, job.depth / 2 - chunk.input)};
+}
+
+// At most `channels` of each.
+LOWBIT_NOINLINE void decode_part(const AmxJob& job, const Part& decoded, const Part& asked, int64_t channels, BFloat16* output) {
+    for (int64_t channel = asked.channel; channel < smaller(asked.channel + channels, asked.last); ++channel)
+        prefetch_lines(codes_at(*job.decoder, channel, asked.input), bytes_of(*job.decoder, asked.inputs));
+    for (int64_t channel = decoded.channel; channel < smaller(decoded.channel + channels, decoded.last); ++channel) {
+        job.decoder->decode(job.weight.data, channel, decoded.input, decoded.inputs, output);
+        for (int64_t rest = decoded.inputs; rest % kWords; ++rest) output[rest].bits = 0;
+        output += kStride;
+    }
+}
+
+// Groups [first, last) of kChannels, with all rows. `Channel` decodes inputs of a channel.
+template <typename Channel, int64_t kChannels>
+void multiply_groups(const AmxJob& job, int64_t first, int64_t last) {
+    constexpr int64_t kSteps = kFewInputs / kWords, kChannelsOfStep = kChannels / kSteps;
     FewRowsMemory& memory = few_rows_memory();
-    const int64_t inputs = job.depth / 2, row_blocks = blocks(job.rows, kTileRows);
-    const MultiplyChunk multiply = kMultiplyChunk[row_blocks - 1];
+    const Channel decode(job.weight.data);
+    const int64_t row_blocks = blocks(job.rows, kTileRows), step_bytes = bytes_of_step(job), row_bytes = job.decoder->row_bytes;
+    const int64_t chunk_bytes = bytes_of(*job.decoder, kFewInputs);
     configure_tiles(rows_of_tile(job));
-    prefetch_chunk(job, {first, 0});
-    for (int64_t group = first; group < last; ++group) {
-        zero_sums();
-        for (int64_t input = 0; input < inputs; input += kFewInputs) {
-            const Chunk chunk{group, input}, next = next_chunk(job, chunk);
-            if (next.group < last) prefetch_chunk(job, next);
-            decode_chunk(job, chunk, memory.decoded);
-            const int64_t steps = blocks(smaller(kFewInputs, inputs - input), kWords);
-            multiply(memory.decoded, job.tiles + input / kWords * bytes_of_step(job), steps, job.rows);
+    Chunk chunk{last, 0}, next{first, 0};
+    for (int64_t turn = 0; chunk.group < last || next.group < last; turn ^= 1) {
+        const Chunk after = next_chunk(job, next, last);
+        const int64_t inputs = smaller(kFewInputs, job.depth / 2 - chunk.input), steps = chunk.group < last ? blocks(inputs, kWords) : 0;
+        Part decoded = part_of(job, next, last, kChannels), asked = part_of(job, after, last, kChannels);
+        const bool is_whole = decoded.is_whole(kChannels) && asked.is_whole(kChannels);
+        const char* codes = codes_at(*job.decoder, asked.channel, asked.input);
+        const BFloat16* from = memory.decoded[turn][0];
+        const uint8_t* x = job.tiles + chunk.input / kWords * step_bytes;
+        BFloat16* to = memory.decoded[turn ^ 1][0];
+        if (chunk.input == 0) zero_sums();
+        __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read it
+        for (int64_t step = 0; step < kSteps; ++step, from += kWords, x += step_bytes) {
+            if (step < steps) {
+                if (kChannels > kTileChannels) multiply_square(from, x);
+                else if (row_blocks == 1) multiply_narrow(from, x, step, 4 * job.rows);
+                else multiply_high(from, x, row_blocks == 4);
+            }
+            if (is_whole) {
+#pragma GCC unroll 4
+                for (int64_t i = 0; i < kChannelsOfStep; ++i, codes += row_bytes) prefetch_lines(codes, chunk_bytes);
+#pragma GCC unroll 4
+                for (int64_t i = 0; i < kChannelsOfStep; ++i) decode(decoded.channel + i, decoded.input, kFewInputs, to + i * kStride);
+            } else {
+                decode_part(job, decoded, asked, kChannelsOfStep, to);
+            }
+            decoded.channel += kChannelsOfStep, asked.channel += kChannelsOfStep;
+            to += kChannelsOfStep * kStride;
         }
-        store_sums(memory.sums, row_blocks);
-        for (int64_t block = 0; block < row_blocks; ++block)
-            write_transposed(job, memory.sums[block], block * kTileRows, group * kTileChannels);
+        if (steps && next.input == 0) {
+            store_sums(memory.sums);
+            write_sums(job, memory.sums, chunk.group * kChannels);
+        }
+        chunk = next, next = after;
     }
     _tile_release();
+}
+
+// Groups [first, last) of channels_of_group(rows).
+template <typename Channel>
+void multiply_few_rows(const AmxJob& job, int64_t first, int64_t last) {
+    const bool is_square = channels_of_group(job.rows) > kTileChannels;
+    is_square ? multiply_groups<Channel, 2 * kTileChannels>(job, first, last) : multiply_groups<Channel, kTileChannels>(job, first, last);
 }

@@ -110,13 +110,10 @@ struct GgufRows {
 };
 
 template <typename Block>
-void decode_blocks(const void* weight, int64_t row, int64_t rows, int64_t first, int64_t count, BFloat16* output,
-                   int64_t stride) {
-    const auto& all = *static_cast<const GgufRows*>(weight);
-    const uint8_t* from = all.input + row * all.row_bytes + first / Block::elements * Block::bytes;
-    for (int64_t i = 0; i < rows; ++i, from += all.row_bytes, output += stride)
-        for (int64_t j = 0; j < count; j += Block::elements)
-            decode_words(Block{}, from + j / Block::elements * Block::bytes, output + j);
+LOWBIT_INLINE void decode_blocks(const void* weight, int64_t row, int64_t first, int64_t count, BFloat16* output) {
+    const auto& rows = *static_cast<const GgufRows*>(weight);
+    const uint8_t* from = rows.input + row * rows.row_bytes + first / Block::elements * Block::bytes;
+    for (int64_t i = 0; i < count; i += Block::elements, from += Block::bytes) decode_words(Block{}, from, output + i);
 }
 
 // Through float32.
@@ -131,22 +128,23 @@ void decode_plain(const void* weight, int64_t row, int64_t first, int64_t count,
 
 struct GgufDecoder {
     int number;  // ggml's, of the type
-    Decode decode;
+    ChannelKernels kernels;
     const uint16_t* order;
 };
 
 constexpr GgufDecoder kGgufDecoders[] = {
-    {8, decode_blocks<BlockQ8_0>, nullptr},       {2, decode_blocks<BlockQ4_0>, kEvenFirst},
-    {3, decode_blocks<BlockQ4_1>, kEvenFirst},  {6, decode_blocks<BlockQ5_0>, nullptr},
-    {7, decode_blocks<BlockQ5_1>, nullptr},       {10, decode_blocks<BlockQ2_K>, nullptr},
-    {11, decode_blocks<BlockQ3_K>, nullptr},      {12, decode_blocks<BlockQ4_K>, kEvenFirst},
-    {13, decode_blocks<BlockQ5_K>, kEvenFirst},  {14, decode_blocks<BlockQ6_K>, kNibbleOrder},
-    {20, decode_blocks<BlockIQ4_NL>, kEvenFirst}, {23, decode_blocks<BlockIQ4_XS>, kEvenFirst},
+    {8, kKernelsOf<Each<decode_blocks<BlockQ8_0>>>, nullptr},       {2, kKernelsOf<Each<decode_blocks<BlockQ4_0>>>, kEvenFirst},
+    {3, kKernelsOf<Each<decode_blocks<BlockQ4_1>>>, kEvenFirst},  {6, kKernelsOf<Each<decode_blocks<BlockQ5_0>>>, nullptr},
+    {7, kKernelsOf<Each<decode_blocks<BlockQ5_1>>>, nullptr},       {10, kKernelsOf<Each<decode_blocks<BlockQ2_K>>>, nullptr},
+    {11, kKernelsOf<Each<decode_blocks<BlockQ3_K>>>, nullptr},      {12, kKernelsOf<Each<decode_blocks<BlockQ4_K>>>, kEvenFirst},
+    {13, kKernelsOf<Each<decode_blocks<BlockQ5_K>>>, kEvenFirst},  {14, kKernelsOf<Each<decode_blocks<BlockQ6_K>>>, kNibbleOrder},
+    {20, kKernelsOf<Each<decode_blocks<BlockIQ4_NL>>>, kEvenFirst}, {23, kKernelsOf<Each<decode_blocks<BlockIQ4_XS>>>, kEvenFirst},
 };
 
 AmxDecoder gguf_decoder(const GgufRows& rows) {
-    AmxDecoder decoder{decode_each<decode_plain>, nullptr, rows.input, rows.row_bytes, 256 / rows.kernels->elements * rows.kernels->bytes};
-    for (const GgufDecoder& found : kGgufDecoders)
-        if (found.number == rows.kernels->number) decoder.decode = found.decode, decoder.order = found.order;
-    return decoder;
+    GgufDecoder decoder{0, kKernelsOf<Each<decode_plain>>, nullptr};
+    for (const GgufDecoder& known : kGgufDecoders)
+        if (known.number == rows.kernels->number) decoder = known;
+    const int64_t bytes_of_256 = 256 / rows.kernels->elements * rows.kernels->bytes;
+    return {decoder.kernels.decode, decoder.kernels.multiply_few_rows, decoder.order, rows.input, rows.row_bytes, bytes_of_256};
 }

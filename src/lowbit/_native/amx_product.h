@@ -116,11 +116,16 @@ LOWBIT_INLINE void pack_panel(const int8_t* from, int64_t stride, int64_t channe
 }
 
 // Ask memory for what is decoded soon: the hardware's own prefetching ends with a page.
-LOWBIT_INLINE void prefetch_codes(const AmxDecoder& decoder, int64_t channel, int64_t first, int64_t count) {
-    const auto* codes = static_cast<const char*>(decoder.codes) + channel * decoder.row_bytes + first / 256 * decoder.bytes_of_256;
-    const auto within_line = static_cast<int64_t>(reinterpret_cast<uintptr_t>(codes) % 64);
-    for (int64_t i = -within_line; i < count * decoder.bytes_of_256 / 256; i += 64)
-        __asm__ volatile("prefetcht0 %0" : : "m"(codes[i]));  // the builtin is left out where nothing else is inlined with it
+LOWBIT_INLINE void prefetch_lines(const char* from, int64_t bytes) {
+    const char* end = from + bytes;
+    for (from -= reinterpret_cast<uintptr_t>(from) % 64; from < end; from += 64)
+        __asm__ volatile("prefetcht0 %0" : : "m"(*from));  // the builtin is left out where nothing else is inlined with it
+}
+
+LOWBIT_INLINE int64_t bytes_of(const AmxDecoder& decoder, int64_t inputs) { return inputs * decoder.bytes_of_256 / 256; }
+
+LOWBIT_INLINE const char* codes_at(const AmxDecoder& decoder, int64_t channel, int64_t first) {
+    return static_cast<const char*>(decoder.codes) + channel * decoder.row_bytes + bytes_of(decoder, first);
 }
 
 // A panel of inputs from byte `first` on of the channels from `channel` on.
@@ -131,8 +136,8 @@ LOWBIT_INLINE void pack_weight(const AmxJob& job, const AmxWeight& weight, int64
     uint8_t* to = packed.panels + panel * panel_bytes;
     if (job.decoder) {
         for (int64_t i = 0; i < channels; ++i) {
-            prefetch_codes(*job.decoder, channel + i + 1, first / 2, bytes / 2);
-            job.decoder->decode(weight.data, channel + i, 1, first / 2, bytes / 2, reinterpret_cast<BFloat16*>(packed.decoded[i]), 0);
+            prefetch_lines(codes_at(*job.decoder, channel + i + 1, first / 2), bytes_of(*job.decoder, bytes / 2));
+            job.decoder->decode(weight.data, channel + i, first / 2, bytes / 2, reinterpret_cast<BFloat16*>(packed.decoded[i]));
         }
         pack_panel(packed.decoded[0], sizeof packed.decoded[0], channels, bytes, to);
     } else {

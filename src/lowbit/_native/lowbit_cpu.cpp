@@ -136,12 +136,14 @@ struct AmxWeight {
     const float *column_scale, *bias;  // [columns]; bias may be null
 };
 
-// How a weight is brought to bfloat16, some inputs of some channels at a time.
+struct AmxJob;
+using AmxKernel = void (*)(const AmxJob&, int64_t, int64_t);
+
+// How a weight is brought to bfloat16.
 struct AmxDecoder {
-    // Writes inputs [first, first + count) of channels [channel, channel + channels), whose rows in the output are `stride`
-    // apart; first is a multiple of 256, count at most 2048.
-    void (*decode)(const void* weight, int64_t channel, int64_t channels, int64_t first, int64_t count, BFloat16* output,
-                   int64_t stride);
+    // Writes inputs [first, first + count) of a channel; first is a multiple of 256, count at most 2048.
+    void (*decode)(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output);
+    AmxKernel multiply_few_rows;  // the same within a product
     const uint16_t* order;  // input order[i] of each 32 is written as the i-th, or null: as they lie
     const void* codes;
     int64_t row_bytes, bytes_of_256;  // of a channel, and of 256 inputs of one
@@ -160,8 +162,6 @@ struct AmxJob {
     const AmxDecoder* decoder;  // null for weights that are multiplied as they are
     int64_t call;  // a number of its own
 };
-
-using AmxKernel = void (*)(const AmxJob&, int64_t, int64_t);
 
 constexpr int64_t kMostRows = 64;
 
@@ -375,12 +375,12 @@ using avx512_vnni::poison_of;
 using avx512_vnni::prefetch_row;
 using avx512_vnni::Queries;
 #include "amx_product.h"
+#include "amx_few_rows.h"
 #include "amx_decode.h"
 #define LOWBIT_AVX512 1
 #include "gguf_blocks.h"
 #undef LOWBIT_AVX512
 #include "amx_gguf.h"
-#include "amx_few_rows.h"
 #include "attention_amx.h"
 }
 #if defined(__clang__)
@@ -546,7 +546,8 @@ void run_bfloat16(const void* x, int64_t rows, int64_t depth, int64_t stride, co
             memory.resize(static_cast<size_t>(row_blocks * blocks(job.depth, 64) * amx::kTileBytes + 64));
             job.tiles = reinterpret_cast<uint8_t*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64);
             run(amx::transpose_rows, job, blocks(job.depth, 64), job.rows * job.depth, threads);
-            run(amx::multiply_few_rows, job, blocks(columns, amx::kTileChannels), columns * depth / 4, threads);
+            const int64_t groups = blocks(columns, amx::channels_of_group(job.rows));
+            run(decoder.multiply_few_rows, job, groups, columns * depth / 4, threads);
             return;
         }
         arrange_amx(amx::arrange_rows, job, threads);
