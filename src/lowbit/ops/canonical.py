@@ -27,5 +27,7 @@ def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
 
 def apply_to_rows(product: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """Return ``product(rows, *arguments)`` [M, N] of the rows [M, K] of x [..., K] as [..., N]."""
+    if x.ndim == 2:
+        return product(x, *arguments)
     result = product(x.reshape(-1, x.shape[-1]), *arguments)
     return result.reshape(*x.shape[:-1], result.shape[-1])

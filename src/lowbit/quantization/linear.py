@@ -128,6 +128,17 @@ class QuantizedLinear(nn.Linear):
         """Return the quantized parameter that ``state_dict`` calls ``stored_name``, ``None`` if there is none."""
         return next((name for name in self.quantized_names if self.stored_name(name) == stored_name), None)
 
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Return the parameter ``target``, at once: ``nn.Module``'s own looks for modules within on the way.
+
+        Raises:
+            AttributeError: there is none.
+        """
+        parameter = self._parameters.get(target)
+        if parameter is None:
+            raise AttributeError(f"{type(self).__name__} has no parameter {target!r}")
+        return parameter
+
     def replace_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Put ``tensor`` under the parameter ``name``, as it is."""
         self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
@@ -190,7 +201,7 @@ class QuantizedLinear(nn.Linear):
             self.owns_weight = self.owns_weight and self.kernel is None  # what others put here may be theirs
             self.method.restore_weights(self)
             self.method.process_weights_after_loading(self)
-        return self._compute_offloaded(x) if self.is_offloaded else self.method.apply(self, x, self.bias)
+        return self._compute_offloaded(x) if self.is_offloaded else self.method.apply(self, x, self._parameters["bias"])
 
     def plain_kernel(self) -> ModuleType | None:
         """Return the kernel, where calling the layer does nothing else than to compute with it; else ``None``."""

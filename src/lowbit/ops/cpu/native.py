@@ -129,6 +129,7 @@ def available() -> bool:
 def reload() -> None:
     """Look for the helper again at the next use, for instance after a change of ``LOWBIT_NATIVE``."""
     _load.cache_clear()
+    multiplies_bfloat16.cache_clear()
 
 
 def description() -> str:
@@ -142,6 +143,7 @@ def description() -> str:
 
 def select_isa(isa: int) -> int:
     """Use the instruction set ``isa`` (index in ``ISA_NAMES``), or the best there is; return the one in use."""
+    multiplies_bfloat16.cache_clear()
     return int(_library().lowbit_select_isa(isa))
 
 
@@ -338,6 +340,7 @@ def int8_linears(
     )  # fmt: skip
 
 
+@cache
 def multiplies_bfloat16() -> bool:
     """Whether products and attention of bfloat16 run on this CPU: they need AMX, for int8 too, and Linux."""
     return available() and bool(_library().lowbit_has_bfloat16_products())
