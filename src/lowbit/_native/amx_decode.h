@@ -148,10 +148,21 @@ LOWBIT_INLINE void decode_nibbles(const uint8_t* codes, int64_t count, int64_t b
     }
 }
 
-// Indices into the words of two blocks of 16 inputs.
-LOWBIT_INLINE __m512i half_block_indices(__m512i indices) {
-    const __m512i second = _mm512_set4_epi32(0x00100010, 0x00100010, 0, 0);
-    return _mm512_ternarylogic_epi32(indices, _mm512_set1_epi16(15), second, 0xea);  // (indices & 15) | second
+// The words that 32 codes of four bits stand for, by two tables of 16 of them. Code i is the four bits after bit `at[i]` of its
+// eight bytes; both bytes of a word are looked up: this takes one step where looking up words takes two.
+LOWBIT_INLINE __m512i look_up_pairs(__m512i codes, __m512i at, __m512i second_table, __m512i words) {
+    const __m512i bits = _mm512_multishift_epi64_epi8(at, codes);
+    return _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(bits, _mm512_set1_epi8(0x1e), second_table, 0xea), words);
+}
+
+// 32 codes in kNibbleOrder, of two blocks of 16 inputs.
+LOWBIT_INLINE __m512i look_up_half_blocks(const uint8_t* codes, __m512i words) {
+    constexpr int64_t k4 = 0x0404040404040404;
+    const __m512i first = _mm512_set1_epi64(0x2f2f1f1f0f0fffff);  // the word 16 i of 8 bytes, less the bit before
+    const __m512i at = _mm512_add_epi8(first, _mm512_set_epi64(3 * k4, 3 * k4, 2 * k4, 2 * k4, k4, k4, 0, 0));
+    const __m512i second = _mm512_set4_epi32(0x21202120, 0x21202120, 0x01000100, 0x01000100);
+    const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    return look_up_pairs(all, at, second, words);
 }
 
 // Blocks of 16 inputs.
@@ -160,13 +171,14 @@ LOWBIT_INLINE void decode_half_blocks(const uint8_t* codes, int64_t count, const
     const __m512 table = avx512::table_of(Code{}, 0.0f);
     for (int64_t i = 0; i < count; i += kWords, codes += kWords / 2, scales += 2) {
         const __m512 first = _mm512_mul_ps(table, _mm512_set1_ps(scales[0])), second = _mm512_mul_ps(table, _mm512_set1_ps(scales[1]));
-        _mm512_storeu_si512(output + i, _mm512_permutexvar_epi16(half_block_indices(nibble_indices(codes)), round_pair(first, second)));
+        _mm512_storeu_si512(output + i, look_up_half_blocks(codes, round_pair(first, second)));
     }
 }
 
-// The 16 values of E2M1 twice, times each scale of a byte (E8M0 or E4M3), times an outer one.
+// The 16 values of E2M1, `Words` / 16 times, times each scale of a byte (E8M0 or E4M3), times an outer one.
+template <int64_t Words>
 struct ScaledE2M1 {
-    alignas(64) BFloat16 values[256][kWords];
+    alignas(64) BFloat16 values[256][Words];
     float outer;
     int scale_type = -1;
 
@@ -174,15 +186,17 @@ struct ScaledE2M1 {
         for (uint32_t code = 0; code < 256; ++code) {
             const float scale = (type == 2 ? avx512::widen_e8m0(code) : avx512::widen_e4m3(code)) * wanted;
             const __m512 table = _mm512_mul_ps(avx512::table_of(E2M1{}, 0.0f), _mm512_set1_ps(scale));
-            _mm512_store_si512(values[code], round_pair(table, table));
+            const __m512i words = round_pair(table, table);
+            std::memcpy(values[code], &words, sizeof values[code]);
         }
         outer = wanted, scale_type = type;
     }
 };
 
 // Not inlined: compilers look up the thread's own again for each use.
-LOWBIT_NOINLINE const ScaledE2M1& scaled_e2m1(const WeightJob& job) {
-    static thread_local ScaledE2M1 tables;
+template <int64_t Words>
+LOWBIT_NOINLINE const ScaledE2M1<Words>& scaled_e2m1(const WeightJob& job) {
+    static thread_local ScaledE2M1<Words> tables;
     const float outer = job.outer_scale ? job.outer_scale[0] : 1.0f;
     if (tables.scale_type != job.scale_type || tables.outer != outer) tables.fill(job.scale_type, outer);
     return tables;
@@ -204,9 +218,10 @@ LOWBIT_INLINE void for_registers(int64_t count, Each each) {
 template <int64_t Block>
 struct LookedUp {
     const WeightJob& job;
-    const BFloat16 (*values)[kWords];
+    const BFloat16 (*values)[Block];
 
-    explicit LookedUp(const void* weight) : job(*static_cast<const WeightJob*>(weight)), values(scaled_e2m1(job).values) {}
+    explicit LookedUp(const void* weight)
+        : job(*static_cast<const WeightJob*>(weight)), values(scaled_e2m1<Block>(job).values) {}
 
     void operator()(int64_t channel, int64_t first, int64_t count, BFloat16* output) const {
         const uint64_t at = static_cast<uint64_t>(channel * job.depth + first);
@@ -215,13 +230,15 @@ struct LookedUp {
         const auto* table = values;
         for_registers(count, [=](int64_t from, int64_t j) LOWBIT_INLINE_LAMBDA {
             const uint8_t *codes = all_codes + from / 2 + j * kWords / 2, *scales = all_scales + from / Block + j * kWords / Block;
-            __m512i words = _mm512_load_si512(table[scales[0]]), indices = nibble_indices(codes);
+            __m512i words;
             if (Block == 16) {
-                const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(table[scales[1]]));
-                words = _mm512_inserti64x4(words, second, 1);
-                indices = half_block_indices(indices);
+                const __m256i first_words = _mm256_load_si256(reinterpret_cast<const __m256i*>(table[scales[0]]));
+                const __m256i second_words = _mm256_load_si256(reinterpret_cast<const __m256i*>(table[scales[1]]));
+                words = look_up_half_blocks(codes, _mm512_inserti64x4(_mm512_castsi256_si512(first_words), second_words, 1));
+            } else {
+                words = _mm512_permutexvar_epi16(nibble_indices(codes), _mm512_load_si512(table[scales[0]]));
             }
-            _mm512_storeu_si512(output + from + j * kWords, _mm512_permutexvar_epi16(indices, words));
+            _mm512_storeu_si512(output + from + j * kWords, words);
         });
     }
 };
@@ -255,11 +272,12 @@ void decode_pairs(const void* weight, int64_t channel, int64_t first, int64_t co
 
 // Of at most 16 E8M0 scales what is to be added to two bfloat16 to multiply them. False if one is so far from 1 that the
 // results might not be normal numbers.
-LOWBIT_INLINE bool load_powers(const uint8_t* scales, int64_t count, uint32_t* powers) {
+LOWBIT_INLINE bool load_powers(const uint8_t* scales, int64_t count, uint32_t (&powers)[16]) {
     const __mmask16 mask = column_mask(count);
     const __m512i exponents = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, scales)), _mm512_set1_epi32(127));
     const __m512i added = _mm512_slli_epi32(exponents, 7);
     _mm512_store_si512(powers, _mm512_mask_blend_epi16(0xaaaaaaaa, added, _mm512_slli_epi32(added, 16)));
+    keep_in_memory(powers);
     return !_mm512_mask_cmpgt_epi32_mask(mask, _mm512_abs_epi32(exponents), _mm512_set1_epi32(60));
 }
 

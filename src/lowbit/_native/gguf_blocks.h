@@ -263,7 +263,7 @@ struct BlockQ3_K {
 
 #ifdef LOWBIT_AVX512
 // The six-bit scales of the eight groups of Q4_K and Q5_K, times d, then their minimums, times dmin.
-LOWBIT_INLINE void scales_and_minimums(const uint8_t* block, float* out) {
+LOWBIT_INLINE void scales_and_minimums(const uint8_t* block, float (&out)[16]) {
     const __m128i words = load_bytes(block + 4);  // three; each gives a word of the result, with two bits of another
     const __m128i low = _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(words, 0x98), _mm_set_epi32(4, 0, 0, 0)),
                                       _mm_set_epi32(0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f));
@@ -271,9 +271,10 @@ LOWBIT_INLINE void scales_and_minimums(const uint8_t* block, float* out) {
                                        _mm_set_epi32(0x30303030, 0, 0x30303030, 0));
     const __m512 factors = _mm512_mask_mov_ps(halves_of(block), 0xff00, halves_of(block + 2));
     _mm512_store_ps(out, _mm512_mul_ps(factors, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_or_si128(low, high)))));
+    keep_in_memory(out);
 }
 #else
-LOWBIT_INLINE void scales_and_minimums(const uint8_t* block, float* out) {
+LOWBIT_INLINE void scales_and_minimums(const uint8_t* block, float (&out)[16]) {
     const float d = half_at(block), dmin = half_at(block + 2);
     const uint32_t words[3] = {word_at(block + 4), word_at(block + 8), word_at(block + 12)};
     const uint32_t unpacked[4] = {words[0] & 0x3f3f3f3fu, (words[2] & 0x0f0f0f0fu) | ((words[0] >> 2) & 0x30303030u),
@@ -357,6 +358,7 @@ struct BlockQ6_K {
         alignas(64) float scales[16];
         const __m512i packed = _mm512_cvtepi8_epi32(load_bytes(block + 192));
         _mm512_store_ps(scales, _mm512_mul_ps(halves_of(block + 208), _mm512_cvtepi32_ps(packed)));
+        keep_in_memory(scales);
 #pragma GCC unroll 16
         for (int group = 0; group < 16; ++group) {
             const int half = group / 8, quarter = group % 8 / 2, half_group = group % 2 * 16;
