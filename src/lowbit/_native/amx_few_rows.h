@@ -172,13 +172,34 @@ LOWBIT_NOINLINE void decode_part(const AmxJob& job, const Part& decoded, const P
     }
 }
 
+// Adds a step of decoded channels times x.
+template <int64_t kChannels>
+LOWBIT_INLINE void multiply_step(const BFloat16* channels, const uint8_t* x, int64_t step, int64_t rows) {
+    if (kChannels > kTileChannels) multiply_square(channels, x);
+    else if (rows <= kTileRows) multiply_narrow(channels, x, step, 4 * rows);
+    else multiply_high(channels, x, rows > 3 * kTileRows);
+}
+
+// Adds what the low-rank product adds to the channels from `channel` on; `copied` is for a part of them.
+template <int64_t kChannels>
+LOWBIT_NOINLINE void add_low_rank(const AmxJob& job, int64_t channel, DecodedChannels& copied) {
+    for (int64_t step = 0; step * kWords < job.low_rank.rank; ++step) {
+        const __mmask64 mask = present(step * kStep, 2 * job.low_rank.rank);
+        const BFloat16* from = job.low_rank.up + channel * job.low_rank.rank + step * kWords;
+        for (int64_t i = 0; i < kChannels; ++i, from += job.low_rank.rank)
+            _mm512_storeu_si512(copied[i], channel + i < job.columns ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_setzero_si512());
+        __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read it
+        multiply_step<kChannels>(copied[0], job.low_rank.tiles + step * bytes_of_step(job), step, job.rows);
+    }
+}
+
 // Groups [first, last) of kChannels, with all rows. `Channel` decodes inputs of a channel.
 template <typename Channel, int64_t kChannels>
 void multiply_groups(const AmxJob& job, int64_t first, int64_t last) {
     constexpr int64_t kSteps = kFewInputs / kWords, kChannelsOfStep = kChannels / kSteps;
     FewRowsMemory& memory = few_rows_memory();
     const Channel decode(job.weight.data);
-    const int64_t row_blocks = blocks(job.rows, kTileRows), step_bytes = bytes_of_step(job), row_bytes = job.decoder->row_bytes;
+    const int64_t step_bytes = bytes_of_step(job), row_bytes = job.decoder->row_bytes;
     const int64_t chunk_bytes = bytes_of(*job.decoder, kFewInputs);
     configure_tiles(rows_of_tile(job));
     Chunk chunk{last, 0}, next{first, 0};
@@ -194,11 +215,7 @@ void multiply_groups(const AmxJob& job, int64_t first, int64_t last) {
         if (chunk.input == 0) zero_sums();
         __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read it
         for (int64_t step = 0; step < kSteps; ++step, from += kWords, x += step_bytes) {
-            if (step < steps) {
-                if (kChannels > kTileChannels) multiply_square(from, x);
-                else if (row_blocks == 1) multiply_narrow(from, x, step, 4 * job.rows);
-                else multiply_high(from, x, row_blocks == 4);
-            }
+            if (step < steps) multiply_step<kChannels>(from, x, step, job.rows);
             if (is_whole) {
 #pragma GCC unroll 4
                 for (int64_t i = 0; i < kChannelsOfStep; ++i, codes += row_bytes) prefetch_lines(codes, chunk_bytes);
@@ -211,6 +228,7 @@ void multiply_groups(const AmxJob& job, int64_t first, int64_t last) {
             to += kChannelsOfStep * kStride;
         }
         if (steps && next.input == 0) {
+            add_low_rank<kChannels>(job, chunk.group * kChannels, memory.decoded[turn]);
             store_sums(memory.sums);
             write_sums(job, memory.sums, chunk.group * kChannels);
         }

@@ -149,6 +149,17 @@ struct AmxDecoder {
     int64_t row_bytes, bytes_of_256;  // of a channel, and of 256 inputs of one
 };
 
+// x [rows, depth] times down [depth, rank] times the transpose of up [columns, rank], added to a product of few rows.
+struct LowRank {
+    const BFloat16* x;
+    int64_t x_stride;
+    const BFloat16 *down, *up;
+    int64_t rank;      // 0: there is none
+    float* partial;    // see amx_low_rank.h
+    BFloat16* hidden;  // x times down
+    uint8_t* tiles;    // the same as AmxJob's tiles
+};
+
 struct AmxJob {
     const void* input;  // [rows, depth]
     int64_t rows, depth, stride;  // depth in bytes of what is multiplied; rows are `stride` apart, in bytes or, where they
@@ -161,6 +172,7 @@ struct AmxJob {
     int64_t row_block, row_blocks;
     const AmxDecoder* decoder;  // null for weights that are multiplied as they are
     int64_t call;  // a number of its own
+    LowRank low_rank = {};
 };
 
 constexpr int64_t kMostRows = 64;
@@ -385,6 +397,7 @@ using avx512_vnni::prefetch_row;
 using avx512_vnni::Queries;
 #include "amx_product.h"
 #include "amx_few_rows.h"
+#include "amx_low_rank.h"
 #include "amx_decode.h"
 #define LOWBIT_AVX512 1
 #include "gguf_blocks.h"
@@ -540,21 +553,42 @@ void multiply_amx(AmxKernel multiply, AmxJob job, int threads) {
     run(multiply, job, groups * job.row_blocks, work, threads, groups < 4 * threads ? 1 : job.row_blocks);
 }
 
+// Fills the tiles of job.low_rank.
+void project_low_rank(AmxJob& job, int threads) {
+    LowRank& low_rank = job.low_rank;
+    const int64_t pieces = blocks(job.depth / 2, amx::kPieceInputs), width = blocks(low_rank.rank, amx::kRankTile) * amx::kRankTile;
+    static thread_local std::vector<float> partial;
+    static thread_local std::vector<BFloat16> hidden;
+    partial.resize(static_cast<size_t>(pieces * job.rows * width));
+    hidden.resize(static_cast<size_t>(job.rows * low_rank.rank));
+    low_rank.partial = partial.data(), low_rank.hidden = hidden.data();
+    run(amx::project_rows, job, pieces, job.depth * low_rank.rank, threads);
+    amx::add_pieces(job, pieces);
+    AmxJob projected = job;
+    projected.input = low_rank.hidden, projected.depth = projected.stride = 2 * low_rank.rank;
+    projected.tiles = low_rank.tiles, projected.decoder = nullptr;
+    amx::transpose_rows(projected, 0, blocks(projected.depth, 64));
+}
+
+// low_rank: only of as few rows as amx_few_rows.h takes.
 void run_bfloat16(const void* x, int64_t rows, int64_t depth, int64_t stride, const void* weight, const AmxDecoder& decoder,
-                  int64_t columns, const float* bias, void* output, int threads) {
+                  int64_t columns, const float* bias, void* output, int threads, const LowRank& low_rank = {}) {
     constexpr int64_t kRowsAtOnce = 4096;  // whose tiles are held; each piece reads the whole weight
     for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
         const auto* part = static_cast<const BFloat16*>(x) + first * stride;
         auto* to = static_cast<BFloat16*>(output) + first * columns;
         AmxJob job{part, smaller(kRowsAtOnce, rows - first), 2 * depth, 2 * stride, nullptr, nullptr,
-                   {weight, nullptr, bias}, {nullptr, nullptr, nullptr}, columns, to, 0, 0, &decoder, 0};
+                   {weight, nullptr, bias}, {nullptr, nullptr, nullptr}, columns, to, 0, 0, &decoder, 0, low_rank};
         if (job.rows <= 0 || columns <= 0) return;
         if (job.rows <= amx::kMostFewRows) {
             static thread_local std::vector<char> memory;
-            const int64_t row_blocks = blocks(job.rows, amx::kTileRows);
-            memory.resize(static_cast<size_t>(row_blocks * blocks(job.depth, 64) * amx::kTileBytes + 64));
+            const int64_t row_blocks = blocks(job.rows, amx::kTileRows), steps = blocks(job.depth, 64);
+            const int64_t low_rank_steps = blocks(2 * low_rank.rank, 64);
+            memory.resize(static_cast<size_t>(row_blocks * (steps + low_rank_steps) * amx::kTileBytes + 64));
             job.tiles = reinterpret_cast<uint8_t*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64);
-            run(amx::transpose_rows, job, blocks(job.depth, 64), job.rows * job.depth, threads);
+            run(amx::transpose_rows, job, steps, job.rows * job.depth, threads);
+            job.low_rank.tiles = job.tiles + row_blocks * steps * amx::kTileBytes;
+            if (low_rank.rank) project_low_rank(job, threads);
             const int64_t groups = blocks(columns, amx::channels_of_group(job.rows));
             run(decoder.multiply_few_rows, job, groups, columns * depth / 4, threads);
             return;
@@ -772,16 +806,21 @@ LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_st
 }
 
 // As above, of any number of rows x [rows, depth] bfloat16, x_stride apart, in their own order; weights are rounded to
-// bfloat16, the output is bfloat16. Needs lowbit_has_bfloat16_products.
+// bfloat16, the output is bfloat16. Of up to 64 rows and an even depth low_x [rows, depth], low_x_stride apart, times down
+// [depth, rank], rounded, times the transpose of up [columns, rank], all bfloat16, is added to what is rounded, if rank is
+// not 0. Needs lowbit_has_bfloat16_products.
 LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int64_t x_stride, int64_t depth, const void* weight,
                                                int code_type, int64_t columns, const void* scale, int scale_type,
                                                const uint8_t* zero_point, int64_t block_rows, int64_t block_columns,
                                                const float* outer_scale, int64_t outer_columns, const float* bias,
-                                               void* output, int threads) {
+                                               void* output, const void* low_x, int64_t low_x_stride, const void* down,
+                                               const void* up, int64_t rank, int threads) {
 #ifdef LOWBIT_AMX
     const WeightJob job{nullptr,    0,          0,             depth,       weight,        columns, scale,   scale_type,
                         zero_point, block_rows, block_columns, outer_scale, outer_columns, nullptr, nullptr, 1, false};
-    run_bfloat16(x, rows, depth, x_stride, &job, amx::weight_decoders[code_type](job), columns, bias, output, threads);
+    const LowRank low_rank{static_cast<const BFloat16*>(low_x), low_x_stride, static_cast<const BFloat16*>(down),
+                           static_cast<const BFloat16*>(up), rank, nullptr, nullptr, nullptr};
+    run_bfloat16(x, rows, depth, x_stride, &job, amx::weight_decoders[code_type](job), columns, bias, output, threads, low_rank);
 #endif
 }
 

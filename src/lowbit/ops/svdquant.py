@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import torch
 
+from lowbit.ops import nvfp4_weight_only, w4a16
+from lowbit.ops.library import define_operator, register_kernel_lazily
 from lowbit.ops.nvfp4 import dequantize_nvfp4
 from lowbit.ops.w4a4 import dequantize_w4
 
@@ -74,3 +76,57 @@ def svdquant_dequantize(
     if wcscales is not None:
         weight = weight * wcscales.float().unsqueeze(1)
     return weight / smooth_factor.float() + proj_up.float() @ proj_down.float().t()
+
+
+def svdquant_weight_only_mm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    unsmoothed: torch.Tensor,
+    proj_down: torch.Tensor,
+    proj_up: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Add a low-rank product to that of unquantized activations and a 4-bit weight.
+
+    Args:
+        x: [M, K] floating, divided by ``smooth_factor``.
+        packed: the weight as ``lowbit.ops.nvfp4.linear`` takes it, or as ``w4a4.pack_weight`` returns it.
+        weight_scale: likewise: e4m3 [N, K / 16], or bfloat16 or float32 [N, K / 64].
+        global_scale: float32 [], of NVFP4; ``None`` for int4.
+        unsmoothed: [M, K] in ``x.dtype``, the activations as they come.
+        proj_down: [K, rank] in ``x.dtype``.
+        proj_up: [N, rank] in ``x.dtype``.
+        bias: [N] or ``None``.
+
+    Returns:
+        [M, N] in ``x.dtype``.
+    """
+    if global_scale is None:
+        result: torch.Tensor = w4a16.product_operator(x, packed.view(torch.uint8), weight_scale, bias)
+    else:
+        result = nvfp4_weight_only.product_operator(x, packed, weight_scale, bias, global_scale)
+    return result.addmm_(unsmoothed @ proj_down, proj_up.t())
+
+
+def _fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    unsmoothed: torch.Tensor,
+    proj_down: torch.Tensor,
+    proj_up: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+product_operator = define_operator(
+    "svdquant_weight_only_mm(Tensor x, Tensor packed, Tensor weight_scale, Tensor? global_scale, Tensor unsmoothed,"
+    " Tensor proj_down, Tensor proj_up, Tensor? bias) -> Tensor",
+    svdquant_weight_only_mm,
+    _fake,
+)
+register_kernel_lazily("svdquant_weight_only_mm", "CPU", "lowbit.ops.cpu.svdquant")

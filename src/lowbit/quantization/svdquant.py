@@ -16,7 +16,7 @@ from lowbit.errors import CheckpointError, ConfigError
 from lowbit.ops import nvfp4, w4a4
 from lowbit.ops.dispatch import AUTO, Implementation
 from lowbit.ops.fp8 import E4M3
-from lowbit.ops.svdquant import low_rank_factors, svdquant_dequantize
+from lowbit.ops.svdquant import low_rank_factors, product_operator, svdquant_dequantize
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.scales import finite_and_positive, quantize_by_rows
 from lowbit.quantization.transforms import check_transforms
@@ -301,21 +301,38 @@ class SvdQuantLinearMethod(LinearMethod):
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Compute both products and add them and the bias."""
         assert layer.kernel is not None
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        result = self._multiply_rows(layer, rows, bias)
+        return result if x.ndim == 2 else result.view(*x.shape[:-1], result.shape[-1])
+
+    def _multiply_rows(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert layer.kernel is not None
+        weight, scale = layer.get_parameter("weight"), layer.get_parameter("wscales")
         smoothed = (x / layer.get_parameter("smooth_factor")).to(x.dtype) if layer.is_smoothed else x
-        arguments = [smoothed, layer.weight, layer.get_parameter("wscales"), None]
-        if self.precision == "nvfp4":
-            arguments.append(layer.get_parameter("wtscale") if "wtscale" in layer.quantized_names else _one(x))
-        result: torch.Tensor = layer.kernel.linear(*arguments)
+        down, up = (_in_dtype(layer.get_parameter(name), x.dtype) for name in ("proj_down", "proj_up"))
+        global_scale = self._global_scale(layer, x)
+        if self._is_one_product(layer):
+            result: torch.Tensor = product_operator(smoothed, weight, scale, global_scale, x, down, up, bias)
+            return result
+        global_scales = () if global_scale is None else (global_scale,)
+        result = layer.kernel.linear(smoothed, weight, scale, None, *global_scales)
         if layer.has_channel_scales:
             result = result * layer.get_parameter("wcscales").to(x.dtype)
-        down, up = (layer.get_parameter(name).to(x.dtype) for name in ("proj_down", "proj_up"))
-        rows = result.view(-1, result.shape[-1])  # nobody else's: added to in place
-        rows.addmm_(x.reshape(-1, x.shape[-1]) @ down, up.t())
+        result.addmm_(x @ down, up.t())  # nobody else's: added to in place
         return result if bias is None else result.add_(bias)
 
+    def _is_one_product(self, layer: QuantizedLinear) -> bool:
+        assert layer.implementation is not None
+        return layer.implementation.name == "weight_only" and not layer.has_channel_scales
 
-def _one(x: torch.Tensor) -> torch.Tensor:
-    return torch.ones((), device=x.device)
+    def _global_scale(self, layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor | None:
+        if self.precision == "int4":
+            return None
+        return layer.get_parameter("wtscale") if "wtscale" in layer.quantized_names else torch.ones((), device=x.device)
+
+
+def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _finite(layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:

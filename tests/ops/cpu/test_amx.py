@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lowbit.ops import fp8, int8, w4a16
+from lowbit.ops import fp8, int8, nvfp4, svdquant, w4a4, w4a16
 from lowbit.ops.cpu import fp8 as cpu_fp8
 from lowbit.ops.cpu import gguf_native, int8_weight_only, native, weight_only
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
@@ -18,8 +18,8 @@ from tests.ops.cpu.test_gguf import random_weight
 
 pytestmark = pytest.mark.skipif(not native.multiplies_bfloat16(), reason="the CPU has no AMX")
 
-# With one or three tiles of rows, or with all rows' panels: see amx_few_rows.h and amx_product.h.
-ROWS = pytest.mark.parametrize("rows", [9, 40, 70])
+# With one, two or three tiles of rows, or with all rows' panels: see amx_few_rows.h and amx_product.h.
+ROWS = pytest.mark.parametrize("rows", [9, 20, 40, 70])
 BF16 = block_type("BF16").number  # weights as they are
 
 
@@ -166,3 +166,43 @@ def test_what_is_not_finite_stays_in_its_row_and_channel() -> None:
     assert bad[:, 7].all()
     bad[3], bad[:, 7] = False, False
     assert not bad.any()
+
+
+@pytest.mark.parametrize("precision", ["nvfp4", "int4"])
+@pytest.mark.parametrize("rank", [1, 8, 32, 40])
+@pytest.mark.parametrize(
+    ("rows", "features", "columns"),
+    [(1, 33, 64), (7, 48, 1600), (16, 40, 576), (21, 35, 1088), (40, 17, 512), (64, 96, 320), (70, 40, 192)],
+)
+def test_a_low_rank_product_is_added(rows: int, features: int, columns: int, rank: int, precision: str) -> None:
+    weight, bias = torch.randn(features, columns) * columns**-0.5, torch.randn(features)
+    x, unsmoothed = torch.randn(rows, columns).bfloat16(), torch.randn(rows, columns + 8).bfloat16()[:, :columns]
+    down, up = (torch.randn(size, rank).mul_(size**-0.5).bfloat16() for size in (columns, features))
+    if precision == "nvfp4":
+        outer = nvfp4.global_scale_of(weight.abs().amax())
+        packed, scale = nvfp4.quantize_nvfp4(weight, outer)
+        decoded = nvfp4.dequantize_nvfp4(packed, scale, outer)
+        result = svdquant.product_operator(x, packed, scale, outer, unsmoothed, down, up, bias)
+    else:
+        codes, scale = w4a4.quantize_weight(weight)
+        decoded = w4a4.dequantize_w4(codes, scale)
+        result = svdquant.product_operator(x, w4a4.pack_weight(codes), scale, None, unsmoothed, down, up, bias)
+    decoded, hidden = decoded.bfloat16().double(), unsmoothed.double() @ down.double()
+    product, added = x.double() @ decoded.t() + bias.double(), hidden @ up.double().t()
+    error = 2.0**-8 * (hidden.abs() @ up.double().abs().t())  # of rounding what is between
+    error += 2.0**-8 * (product.abs() + (product + added).abs())  # rows that are many are rounded twice
+    assert ((result.double() - product - added).abs() <= error + 1e-5).all()
+
+
+def test_a_low_rank_product_is_the_same_with_any_threads() -> None:
+    x, weight = torch.randn(20, 2048).bfloat16(), torch.randn(64, 2048)
+    down, up = torch.randn(2048, 32).bfloat16(), torch.randn(64, 32).bfloat16()
+    codes, scale = w4a4.quantize_weight(weight)
+    arguments = x, w4a4.pack_weight(codes), scale, None, x, down, up, None
+    expected = svdquant.product_operator(*arguments)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(svdquant.product_operator(*arguments), expected)
+    finally:
+        torch.set_num_threads(threads)

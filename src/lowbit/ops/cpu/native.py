@@ -47,7 +47,7 @@ _SIGNATURES = {
     "lowbit_int8_linears": (_pointer, _int, *[_size] * 4, *[_pointer] * 5, _int, _int),
     "lowbit_weight_only_bfloat16": (
         *(_pointer, *[_size] * 3, _pointer, _int, _size, _pointer, _int, _pointer, *[_size] * 2),
-        *(_pointer, _size, *[_pointer] * 2, _int),
+        *(_pointer, _size, *[_pointer] * 3, _size, *[_pointer] * 2, _size, _int),
     ),
     "lowbit_gguf_product_bfloat16": (_pointer, *[_size] * 2, _pointer, _int, *[_size] * 2, *[_pointer] * 2, _int),
     "lowbit_attention": (*[_pointer] * 5, _int, _pointer, _pointer, ctypes.c_float, *[_int] * 3),
@@ -393,6 +393,21 @@ WEIGHT_TYPES = {"int8": 0, "e4m3": 1, "int4": 2, "e2m1": 3}
 SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float8_e4m3fn: 3}
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """``x @ down @ up.T``, the first product rounded to bfloat16.
+
+    Attributes:
+        x: bfloat16 [M, K]; rows may be apart, columns not.
+        down: dense bfloat16 [K, rank].
+        up: dense bfloat16 [N, rank].
+    """
+
+    x: torch.Tensor
+    down: torch.Tensor
+    up: torch.Tensor
+
+
 def weight_only_product(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -404,6 +419,7 @@ def weight_only_product(
     zero_point: torch.Tensor | None = None,
     outer_scale: torch.Tensor | None = None,
     outer_columns: int = 0,
+    low_rank: LowRank | None = None,
 ) -> None:
     """Write ``x @ ((weight - zero_point) * scale).T + bias`` to ``output``, summed in float32 and rounded once.
 
@@ -423,6 +439,7 @@ def weight_only_product(
         zero_point: of int4: dense uint8, like ``scale``; ``None``: 8.
         outer_scale: dense float32, not of int4: multiplied with the scales: [], or [N, ceil(K / outer_columns)].
         outer_columns: that share an outer scale, a multiple of 512; 0: all.
+        low_rank: added to the result before it is rounded; only of bfloat16, at most ``MOST_ROWS`` rows and an even K.
     """
     rows, depth = x.shape
     assert x.stride(1) == 1
@@ -440,12 +457,31 @@ def weight_only_product(
     )  # fmt: skip
     if x.dtype == torch.bfloat16:
         assert output.dtype == torch.bfloat16
-        _library().lowbit_weight_only_bfloat16(*arguments, torch.get_num_threads())
+        added = (None, 0, None, None, 0) if low_rank is None else _low_rank_arguments(low_rank, rows, depth, output)
+        _library().lowbit_weight_only_bfloat16(*arguments, *added, torch.get_num_threads())
         return
+    assert low_rank is None
     assert x.dtype == torch.float32
     assert rows <= MOST_ROWS
     assert x.stride(0) % ROW_PADDING == 0 or rows <= 1
     _library().lowbit_weight_only(*arguments, ELEMENT_TYPES[output.dtype], torch.get_num_threads())
+
+
+def _low_rank_arguments(
+    low_rank: LowRank, rows: int, depth: int, output: torch.Tensor
+) -> tuple[int, int, int, int, int]:
+    x, down, up = low_rank.x, low_rank.down, low_rank.up
+    rank = down.shape[1]
+    assert rows <= MOST_ROWS
+    assert depth % 2 == 0
+    assert x.shape == (rows, depth)
+    assert down.shape == (depth, rank)
+    assert up.shape == (output.shape[1], rank)
+    assert x.dtype == down.dtype == up.dtype == torch.bfloat16
+    assert x.stride(1) == 1
+    assert down.is_contiguous()
+    assert up.is_contiguous()
+    return x.data_ptr(), x.stride(0), down.data_ptr(), up.data_ptr(), rank
 
 
 def decode_int4(

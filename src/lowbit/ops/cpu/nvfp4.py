@@ -25,8 +25,8 @@ def nvfp4_weight_only_mm(
 ) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K]; the weight as in ``ops.nvfp4.linear``."""
     if is_fused(x, "e2m1"):
-        block, outer = (1, nvfp4.GROUP_SIZE), global_scale.reshape(1)
-        return multiply_fused(x, packed, "e2m1", weight_scale.contiguous(), bias, block, outer_scale=outer)
+        block = (1, nvfp4.GROUP_SIZE)
+        return multiply_fused(x, packed, "e2m1", weight_scale.contiguous(), bias, block, outer_scale=global_scale)
 
     def decode(first: int, weight: torch.Tensor) -> None:
         rows = slice(first, first + weight.shape[0])

@@ -57,8 +57,9 @@ def multiply_fused(
     zero_point: torch.Tensor | None = None,
     outer_scale: torch.Tensor | None = None,
     outer_columns: int = 0,
+    low_rank: native.LowRank | None = None,
 ) -> torch.Tensor:
-    """Return ``native.weight_only_product`` [M, N] in the dtype of ``x`` [M, K]."""
+    """Return ``native.weight_only_product`` [M, N] in the dtype of ``x`` [M, K]; ``low_rank`` only for AMX."""
     output = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     bias = None if bias is None else bias.float().contiguous()
     if is_for_amx(x, weight_type):
@@ -66,7 +67,7 @@ def multiply_fused(
     else:
         values = _padded(split_pairs(x) if weight_type == "int4" else x)
     native.weight_only_product(
-        values, weight, weight_type, scale, bias, output, block_size, zero_point, outer_scale, outer_columns
+        values, weight, weight_type, scale, bias, output, block_size, zero_point, outer_scale, outer_columns, low_rank
     )
     return output
 
