@@ -21,7 +21,7 @@ from lowbit.ops.w4a16 import split_pairs
 MOST_ROWS_BESIDE_FAST_MATMUL = 8
 
 # From which on weights are better decoded for AMX, whose instruction takes 16 rows, than for single precision.
-LEAST_ROWS_FOR_AMX = {"int4": 1, "e2m1": 1, "int8": 3, "e4m3": 4, "gguf": 4}
+LEAST_ROWS_FOR_AMX = {"int4": 1, "e2m1": 1, "int8": 3, "e4m3": 3, "gguf": 2}
 
 
 def supports(problem: Problem) -> str | None:
