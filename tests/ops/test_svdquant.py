@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.ops.e2m1 import E2M1_VALUES
-from lowbit.ops.svdquant import low_rank_factors, svdquant_dequantize
+from lowbit.ops.svdquant import low_rank_factors, nvfp4_svd_dequantize, svdquant_dequantize
 
 
 def outlier_weight(rows: int = 96, columns: int = 128) -> torch.Tensor:
@@ -63,3 +63,19 @@ def test_the_decoder_against_float64(precision: str) -> None:
         plain = svdquant_dequantize(codes.view(torch.int8), scale, smooth, down, up)
         whole = values * scale.double().t().repeat_interleave(group, dim=1) / smooth.double()
         assert torch.allclose(plain.double(), whole + up.double() @ down.double().t(), rtol=1e-5, atol=1e-5)
+
+
+def test_modelopts_decoder_against_float64() -> None:
+    generator = torch.Generator().manual_seed(1)
+    n, k, r = 12, 64, 4
+    codes = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
+    nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).long()
+    values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], dtype=torch.float64)[nibbles]
+    scale = torch.rand(n, k // 16, generator=generator).to(torch.float8_e4m3fn)
+    before = (torch.rand(k, generator=generator) + 0.5).bfloat16()
+    a, b = torch.randn(r, k, generator=generator).bfloat16(), torch.randn(n, r, generator=generator).bfloat16()
+    outer = torch.tensor(0.375)
+    expected = values * scale.double().repeat_interleave(16, dim=1) * 0.375 + b.double() @ a.double()
+    found = nvfp4_svd_dequantize(codes, scale, outer, before, a, b)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected * before.double(), rtol=1e-5, atol=1e-5)

@@ -78,6 +78,30 @@ def svdquant_dequantize(
     return weight / smooth_factor.float() + proj_up.float() @ proj_down.float().t()
 
 
+def nvfp4_svd_dequantize(
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    pre_quant_scale: torch.Tensor,
+    svdquant_lora_a: torch.Tensor,
+    svdquant_lora_b: torch.Tensor,
+) -> torch.Tensor:
+    """Return the float32 weight [N, K], for the input as it comes, of ModelOpt's ``NVFP4_SVD``.
+
+    ``y = z W^T + z svdquant_lora_a^T svdquant_lora_b^T`` with ``z = x * pre_quant_scale``, in ModelOpt's own names.
+
+    Args:
+        packed: e2m1 uint8 [N, K / 2].
+        weight_scale: e4m3 [N, K / 16].
+        global_scale: float32 [], ``weight_scale_2``.
+        pre_quant_scale: [K], any floating dtype.
+        svdquant_lora_a: [rank, K], any floating dtype.
+        svdquant_lora_b: [N, rank], any floating dtype.
+    """
+    weight = dequantize_nvfp4(packed, weight_scale, global_scale)
+    return (weight + svdquant_lora_b.float() @ svdquant_lora_a.float()) * pre_quant_scale.float()
+
+
 def svdquant_weight_only_mm(
     x: torch.Tensor,
     packed: torch.Tensor,

@@ -32,6 +32,7 @@ import torch
 
 from lowbit.errors import ConfigError, UnsupportedError
 from lowbit.ops import fp8, mx, nvfp4
+from lowbit.ops.svdquant import nvfp4_svd_dequantize
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.fp8 import UNCALIBRATED, Fp8LinearMethod
 from lowbit.quantization.mxfp8 import Mxfp8LinearMethod
@@ -309,8 +310,8 @@ class NvFp4SvdLinearMethod(NvFp4LinearMethod):
 
     def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
         """Return the weight for the input as it comes, the low-rank part included."""
-        scale, a, b = (layer.get_parameter(name).float() for name in self.LOW_RANK)
-        return (super().dequantize_weight(layer) + b @ a) * scale
+        names = ("weight", "weight_scale", "weight_scale_2", *self.LOW_RANK)
+        return nvfp4_svd_dequantize(*(layer.get_parameter(name) for name in names))
 
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Scale x, multiply by both parts and add."""
