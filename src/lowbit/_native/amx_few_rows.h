@@ -227,7 +227,7 @@ void multiply_groups(const AmxJob& job, int64_t first, int64_t last) {
             decoded.channel += kChannelsOfStep, asked.channel += kChannelsOfStep;
             to += kChannelsOfStep * kStride;
         }
-        if (steps && next.input == 0) {
+        if (chunk.group < last && next.input == 0) {
             add_low_rank<kChannels>(job, chunk.group * kChannels, memory.decoded[turn]);
             store_sums(memory.sums);
             write_sums(job, memory.sums, chunk.group * kChannels);

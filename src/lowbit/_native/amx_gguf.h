@@ -156,12 +156,18 @@ struct GgufDecoder {
 };
 
 constexpr GgufDecoder kGgufDecoders[] = {
-    {8, kKernelsOf<Each<decode_blocks<BlockQ8_0>>>, nullptr},       {2, kKernelsOf<Each<decode_blocks<BlockQ4_0>>>, kEvenFirst},
-    {3, kKernelsOf<Each<decode_blocks<BlockQ4_1>>>, kEvenFirst},  {6, kKernelsOf<Each<decode_blocks<BlockQ5_0>>>, nullptr},
-    {7, kKernelsOf<Each<decode_blocks<BlockQ5_1>>>, nullptr},       {10, kKernelsOf<Each<decode_blocks<BlockQ2_K>>>, nullptr},
-    {11, kKernelsOf<Each<decode_blocks<BlockQ3_K>>>, nullptr},      {12, kKernelsOf<Each<decode_blocks<BlockQ4_K>>>, kQuadOrder},
-    {13, kKernelsOf<Each<decode_blocks<BlockQ5_K>>>, kEvenFirst},  {14, kKernelsOf<Each<decode_blocks<BlockQ6_K>>>, kNibbleOrder},
-    {20, kKernelsOf<Each<decode_blocks<BlockIQ4_NL>>>, kEvenFirst}, {23, kKernelsOf<Each<decode_blocks<BlockIQ4_XS>>>, kEvenFirst},
+    {8, kKernelsOf<Each<decode_blocks<BlockQ8_0>>>, nullptr},
+    {2, kKernelsOf<Each<decode_blocks<BlockQ4_0>>>, kEvenFirst},
+    {3, kKernelsOf<Each<decode_blocks<BlockQ4_1>>>, kEvenFirst},
+    {6, kKernelsOf<Each<decode_blocks<BlockQ5_0>>>, nullptr},
+    {7, kKernelsOf<Each<decode_blocks<BlockQ5_1>>>, nullptr},
+    {10, kKernelsOf<Each<decode_blocks<BlockQ2_K>>>, nullptr},
+    {11, kKernelsOf<Each<decode_blocks<BlockQ3_K>>>, nullptr},
+    {12, kKernelsOf<Each<decode_blocks<BlockQ4_K>>>, kQuadOrder},
+    {13, kKernelsOf<Each<decode_blocks<BlockQ5_K>>>, kEvenFirst},
+    {14, kKernelsOf<Each<decode_blocks<BlockQ6_K>>>, kNibbleOrder},
+    {20, kKernelsOf<Each<decode_blocks<BlockIQ4_NL>>>, kEvenFirst},
+    {23, kKernelsOf<Each<decode_blocks<BlockIQ4_XS>>>, kEvenFirst},
 };
 
 AmxDecoder gguf_decoder(const GgufRows& rows) {
