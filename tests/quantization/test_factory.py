@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 
-from lowbit.errors import ConfigError
+from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.quantization import (
     SUPPORTED_QUANTIZATION_METHODS,
     ComponentQuantizationConfig,
@@ -13,6 +15,7 @@ from lowbit.quantization import (
     Int8Config,
     build_quant_config,
 )
+from lowbit.quantization.factory import config_class
 
 
 @pytest.mark.parametrize("spec", [None, "none", "None", {"method": None}, {"method": "none"}])
@@ -122,3 +125,47 @@ def test_what_is_written_holds_nothing_a_strict_reader_refuses() -> None:
 def test_values_of_the_wrong_kind_are_named(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_quant_config(spec)
+
+
+# Of every JSON type, and numbers, names and containers that some option takes.
+VALUES = (
+    *(
+        None,
+        False,
+        True,
+        0,
+        1,
+        -1,
+        3,
+        64,
+        10**30,
+        0.0,
+        0.5,
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        "fp8",
+        "nvfp4",
+        "re:(",
+    ),
+    *([], [0], ["a"], [None], [[1]], [["a"]], ["re:("], [128, 128], [0, 0]),
+    *({}, {"a": 1}, {"a": {}}, {"a": None}, {"*": "fp8"}, {"re:(": 1}),
+)
+ALGORITHMS = ("FP8", "NVFP4", "MXFP8", "MIXED_PRECISION", "NVFP4_SVD", "FP8_PER_CHANNEL_PER_TOKEN")
+# That some checkpoint's configuration has, whatever the method.
+FOREIGN_OPTIONS = (
+    *("quant_algo", "producer", "quantization", "config_groups", "kv_cache_scheme", "modules_to_not_convert", "ignore"),
+    *("exclude_modules", "lora_rank", "group_size", "quantized_layers", "extra_config", "packing_format", "data_type"),
+)
+
+
+@pytest.mark.parametrize("method", SUPPORTED_QUANTIZATION_METHODS)
+def test_any_value_of_an_option_is_taken_or_refused(method: str) -> None:
+    options = (*(field.name for field in dataclasses.fields(config_class(method))), *FOREIGN_OPTIONS)
+    given = [{"quant_algo": algorithm} for algorithm in ALGORITHMS] if method == "modelopt" else [{}]
+    for others in given:
+        for option in dict.fromkeys(options):
+            for value in VALUES:
+                with contextlib.suppress(ConfigError, CheckpointError, UnsupportedError):
+                    build_quant_config({"method": method, **others, option: value})

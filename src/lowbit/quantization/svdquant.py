@@ -79,7 +79,7 @@ class SvdQuantConfig(QuantizationConfig):
         super().__post_init__()
         if type(self.rank) is not int or self.rank < 1:
             raise ConfigError(f"svdquant: rank must be a whole number above 0, not {self.rank!r}")
-        if self.precision not in PRECISIONS:
+        if self.precision not in tuple(PRECISIONS):  # which anything can be looked for in
             raise ConfigError(f"svdquant: precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
         check_transforms(self.smoothing, None)
         if self.svdquant_model is not None and not (isinstance(self.svdquant_model, str) and self.svdquant_model):
