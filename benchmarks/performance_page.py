@@ -212,6 +212,20 @@ def methods(found: Mapping[str, Any]) -> str:
     return f"{about(found)}\n\n{grid(heads, rows)}"
 
 
+def few_rows(found: Mapping[str, Any]) -> str:
+    """Return a table of ``benchmarks.linear_methods`` with a column for each number of rows."""
+    counts = sorted({row["m"] for row in found["results"]})
+    over_bf16 = {(row["method"], row["m"]): row["speedup"]["bf16"] for row in found["results"]}
+    shares = {row["method"]: row["bytes_of_bf16"] for row in found["results"]}
+    heads = ["method", "half the ratio of the bytes", *(f"over bf16, {count} rows" for count in counts)]
+    rows = [
+        [method, f"{0.5 / share:.2f}", *(f"{over_bf16[method, count]:.2f}" for count in counts)]
+        for method, share in shares.items()
+    ]
+    first = found["results"][0]
+    return f"{first['k']} x {first['n']}. {about(found)}\n\n{grid(heads, rows)}"
+
+
 def weight_only(found: Mapping[str, Any]) -> str:
     """Return the table of ``benchmarks.weight_only``: time per token, and the share of the bandwidth it comes to."""
     kinds = [name for name in found["results"][0] if name not in ("shape", "m", "bandwidth_gb_per_second")]
@@ -237,6 +251,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "memory_plan": memory_plan.table,
     "load_memory": loading,
     "attention": attentions,
+    "linear_methods_few_rows": few_rows,
     "linear_methods": methods,
     "weight_only": weight_only,
 }
