@@ -17,9 +17,6 @@ from lowbit.ops.cpu.features import fast_matmul_dtype
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.w4a16 import split_pairs
 
-# Beyond which a CPU that multiplies 16-bit numbers in one instruction is better off decoding to those.
-MOST_ROWS_BESIDE_FAST_MATMUL = 8
-
 # From which on weights are better decoded for AMX, whose instruction takes 16 rows, than for single precision.
 LEAST_ROWS_FOR_AMX = {"int4": 1, "e2m1": 1, "int8": 3, "e4m3": 3, "gguf": 2}
 
@@ -31,10 +28,7 @@ def supports(problem: Problem) -> str | None:
 
 def has_few_rows(x: torch.Tensor, weight_type: str) -> bool:
     """Tell whether ``multiply_fused`` multiplies x [M, K] in float32."""
-    if is_for_amx(x, weight_type):
-        return False
-    is_fast = fast_matmul_dtype(x.dtype) == x.dtype != torch.float32
-    return native.available() and x.shape[0] <= (MOST_ROWS_BESIDE_FAST_MATMUL if is_fast else native.MOST_ROWS)
+    return native.available() and x.shape[0] <= native.MOST_ROWS and not is_for_amx(x, weight_type)
 
 
 def is_for_amx(x: torch.Tensor, weight_type: str) -> bool:
