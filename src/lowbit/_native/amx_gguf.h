@@ -106,9 +106,7 @@ LOWBIT_INLINE __m512 six_bits(__m512i codes) {
 // Of the words, too, the even ones come first: kNibbleOrder.
 LOWBIT_INLINE void decode_words(BlockQ6_K, const uint8_t* block, BFloat16* output) {
     alignas(64) float scales[16];
-    const __m512i packed = _mm512_cvtepi8_epi32(load_bytes(block + 192));
-    _mm512_store_ps(scales, _mm512_mul_ps(halves_of(block + 208), _mm512_cvtepi32_ps(packed)));
-    keep_in_memory(scales);
+    scales_of_q6_k(block, scales);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
         const __m512i high = bytes_to_words(block + 128 + 32 * half);

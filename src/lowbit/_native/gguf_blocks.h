@@ -350,15 +350,22 @@ struct BlockQ5_K {
 #endif
 };
 
+#ifdef LOWBIT_AVX512
+// The scales of the sixteen groups of Q6_K, times d.
+LOWBIT_INLINE void scales_of_q6_k(const uint8_t* block, float (&out)[16]) {
+    const __m512i packed = _mm512_cvtepi8_epi32(load_bytes(block + 192));
+    _mm512_store_ps(out, _mm512_mul_ps(halves_of(block + 208), _mm512_cvtepi32_ps(packed)));
+    keep_in_memory(out);
+}
+#endif
+
 struct BlockQ6_K {
     static constexpr int elements = 256, bytes = 210;
 #ifdef LOWBIT_AVX512
     template <typename Use>
     LOWBIT_INLINE void unpack(const uint8_t* block, Use use) {
         alignas(64) float scales[16];
-        const __m512i packed = _mm512_cvtepi8_epi32(load_bytes(block + 192));
-        _mm512_store_ps(scales, _mm512_mul_ps(halves_of(block + 208), _mm512_cvtepi32_ps(packed)));
-        keep_in_memory(scales);
+        scales_of_q6_k(block, scales);
 #pragma GCC unroll 16
         for (int group = 0; group < 16; ++group) {
             const int half = group / 8, quarter = group % 8 / 2, half_group = group % 2 * 16;
