@@ -36,10 +36,11 @@ LOWBIT_INLINE void decode_words(BlockIQ4_NL, const uint8_t* block, BFloat16* out
 }
 
 LOWBIT_INLINE void decode_words(BlockIQ4_XS, const uint8_t* block, BFloat16* output) {
-    const float d = half_at(block);
+    alignas(64) float scales[16];
+    scales_of_iq4_xs(block, scales);
 #pragma GCC unroll 8
     for (int group = 0; group < 8; ++group) {
-        const __m512 scale = _mm512_set1_ps(BlockIQ4_XS::scale_of(block, group, d));
+        const __m512 scale = _mm512_set1_ps(scales[group]);
         decode_halves(block + 8 + 16 * group, _mm512_mul_ps(scale, _mm512_loadu_ps(kIq4Values)), output + 32 * group);
     }
 }
@@ -123,12 +124,6 @@ LOWBIT_INLINE void decode_words(BlockQ6_K, const uint8_t* block, BFloat16* outpu
         }
     }
 }
-
-struct GgufRows {
-    const GgufKernels* kernels;
-    const uint8_t* input;
-    int64_t row_bytes;
-};
 
 template <typename Block>
 LOWBIT_INLINE void decode_blocks(const void* weight, int64_t row, int64_t first, int64_t count, BFloat16* output) {

@@ -193,16 +193,23 @@ struct BlockQ5_1 {
 #endif
 };
 
+#ifdef LOWBIT_AVX512
+// The scales of the sixteen groups of Q2_K, times d, and their minimums, times dmin.
+LOWBIT_INLINE void scales_and_minimums_of_q2_k(const uint8_t* block, float (&scales)[16], float (&minimums)[16]) {
+    const __m512i packed = widen_bytes(block);
+    const __m512 low = look_up(codes_from(0), packed), high = look_up(codes_from(0), _mm512_srli_epi32(packed, 4));
+    _mm512_store_ps(scales, _mm512_mul_ps(halves_of(block + 80), low));
+    _mm512_store_ps(minimums, _mm512_mul_ps(halves_of(block + 82), high));
+}
+#endif
+
 struct BlockQ2_K {
     static constexpr int elements = 256, bytes = 84;
 #ifdef LOWBIT_AVX512
     template <typename Use>
     LOWBIT_INLINE void unpack(const uint8_t* block, Use use) {
         alignas(64) float scales[16], minimums[16];
-        const __m512i packed = widen_bytes(block);
-        const __m512 low = look_up(codes_from(0), packed), high = look_up(codes_from(0), _mm512_srli_epi32(packed, 4));
-        _mm512_store_ps(scales, _mm512_mul_ps(halves_of(block + 80), low));
-        _mm512_store_ps(minimums, _mm512_mul_ps(halves_of(block + 82), high));
+        scales_and_minimums_of_q2_k(block, scales, minimums);
 #pragma GCC unroll 16
         for (int group = 0; group < 16; ++group) {
             const __m512i codes = widen_bytes(block + 16 + group / 8 * 32 + group % 2 * 16);
@@ -225,28 +232,43 @@ struct BlockQ2_K {
 #endif
 };
 
+#ifdef LOWBIT_AVX512
+// The six-bit scales of the sixteen groups of Q3_K, less 32, times d: four bits of each in eight bytes, two in four more.
+LOWBIT_INLINE void scales_of_q3_k(const uint8_t* block, float (&out)[16]) {
+    const __m128i words = load_bytes(block + 96), pairs = _mm_set1_epi32(static_cast<int>(word_at(block + 104)));
+    const __m128i low = _mm_srlv_epi64(_mm_unpacklo_epi64(words, words), _mm_set_epi64x(4, 0));
+    const __m128i high = _mm_slli_epi32(_mm_and_si128(_mm_srlv_epi32(pairs, _mm_set_epi32(6, 4, 2, 0)), _mm_set1_epi8(3)), 4);
+    const __m128i codes = _mm_or_si128(_mm_and_si128(low, _mm_set1_epi8(15)), high);
+    const __m512i less = _mm512_sub_epi32(_mm512_cvtepu8_epi32(codes), _mm512_set1_epi32(32));
+    _mm512_store_ps(out, _mm512_mul_ps(halves_of(block + 108), _mm512_cvtepi32_ps(less)));
+    keep_in_memory(out);
+}
+#endif
+
 struct BlockQ3_K {
     static constexpr int elements = 256, bytes = 110;
-    LOWBIT_INLINE float scale_of(const uint8_t* block, int group, float d) {
-        const uint8_t* scales = block + 96;
-        const int low = (scales[group % 8] >> (group / 8 * 4)) & 15;
-        const int high = (scales[8 + group % 4] >> (group / 4 * 2)) & 3;
-        return d * static_cast<float>((low | (high << 4)) - 32);
-    }
 #ifdef LOWBIT_AVX512
     template <typename Use>
     LOWBIT_INLINE void unpack(const uint8_t* block, Use use) {
-        const float d = half_at(block + 108);
+        alignas(64) float scales[16];
+        scales_of_q3_k(block, scales);
         const __m512 codes = _mm512_broadcast_f32x8(_mm256_set_ps(3, 2, 1, 0, -1, -2, -3, -4));
 #pragma GCC unroll 16
         for (int group = 0; group < 16; ++group) {
             const __m512i q = widen_bytes(block + 32 + group / 8 * 32 + group % 2 * 16);
             const __m512i third = move_bit(widen_bytes(block + group % 2 * 16), group / 2, 2);
             const __m512i code = choose_bits(3, _mm512_srli_epi32(q, group % 8 / 2 * 2), third);
-            use(16 * group, look_up(_mm512_mul_ps(_mm512_set1_ps(scale_of(block, group, d)), codes), code));
+            use(16 * group, look_up(_mm512_mul_ps(_mm512_set1_ps(scales[group]), codes), code));
         }
     }
 #else
+    LOWBIT_INLINE float scale_of(const uint8_t* block, int group, float d) {
+        const uint8_t* scales = block + 96;
+        const int low = (scales[group % 8] >> (group / 8 * 4)) & 15;
+        const int high = (scales[8 + group % 4] >> (group / 4 * 2)) & 3;
+        return d * static_cast<float>((low | (high << 4)) - 32);
+    }
+
     LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
         const float d = half_at(block + 108);
         for (int group = 0; group < 16; ++group) {
@@ -411,24 +433,40 @@ struct BlockIQ4_NL {
 #endif
 };
 
+#ifdef LOWBIT_AVX512
+// The six-bit scales of the eight groups of IQ4_XS, less 32, times d: two bits of each in two bytes, four in four more. Twice.
+LOWBIT_INLINE void scales_of_iq4_xs(const uint8_t* block, float (&out)[16]) {
+    const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i low = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(word_at(block + 4))), _mm512_slli_epi32(steps, 2));
+    const __m512i high = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(word_at(block) >> 16)), _mm512_slli_epi32(steps, 1));
+    const __m512i codes = _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi32(15)),
+                                          _mm512_slli_epi32(_mm512_and_si512(high, _mm512_set1_epi32(3)), 4));
+    const __m512i less = _mm512_sub_epi32(codes, _mm512_set1_epi32(32));
+    _mm512_store_ps(out, _mm512_mul_ps(halves_of(block), _mm512_cvtepi32_ps(less)));
+    keep_in_memory(out);
+}
+#endif
+
 struct BlockIQ4_XS {
     static constexpr int elements = 256, bytes = 136;
+#ifdef LOWBIT_AVX512
+    template <typename Use>
+    LOWBIT_INLINE void unpack(const uint8_t* block, Use use) {
+        alignas(64) float scales[16];
+        scales_of_iq4_xs(block, scales);
+#pragma GCC unroll 8
+        for (int group = 0; group < 8; ++group) {
+            const __m512 scale = _mm512_set1_ps(scales[group]);
+            unpack_nibbles(block + 8 + 16 * group, _mm512_mul_ps(scale, _mm512_loadu_ps(kIq4Values)), 32 * group, use);
+        }
+    }
+#else
     LOWBIT_INLINE float scale_of(const uint8_t* block, int group, float d) {
         const int low = (block[4 + group / 2] >> (group % 2 * 4)) & 15;
         const int high = (block[2 + group / 4] >> (group % 4 * 2)) & 3;
         return d * static_cast<float>((low | (high << 4)) - 32);
     }
-#ifdef LOWBIT_AVX512
-    template <typename Use>
-    LOWBIT_INLINE void unpack(const uint8_t* block, Use use) {
-        const float d = half_at(block);
-#pragma GCC unroll 8
-        for (int group = 0; group < 8; ++group) {
-            const __m512 scale = _mm512_set1_ps(scale_of(block, group, d));
-            unpack_nibbles(block + 8 + 16 * group, _mm512_mul_ps(scale, _mm512_loadu_ps(kIq4Values)), 32 * group, use);
-        }
-    }
-#else
+
     LOWBIT_INLINE void decode(const uint8_t* block, float* out) {
         const float d = half_at(block);
         for (int group = 0; group < 8; ++group) {

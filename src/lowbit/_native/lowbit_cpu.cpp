@@ -246,6 +246,12 @@ struct GgufKernels {
     void (*multiply[3])(const GgufProductJob&, int64_t, int64_t);  // null where the instruction set has none
 };
 
+struct GgufRows {
+    const GgufKernels* kernels;
+    const uint8_t* input;
+    int64_t row_bytes;
+};
+
 // Indices: element type (float32, bfloat16, float16), code type (int8, uint8, e4m3; decoding int8, e4m3).
 struct Kernels {
     void (*quantize[3][3])(const QuantizeJob&, int64_t, int64_t);
@@ -345,6 +351,12 @@ namespace avx512_vnni {
 #include "attention.h"
 #include "attention_float32.h"
 #include "attention_integers.h"
+using avx512::E2M1;
+using avx512::Int4;
+using avx512::narrow;
+using avx512::widen;
+#include "integer_rows.h"
+#include "integer_gguf.h"
 
 template <typename Kind>
 constexpr AttentionKernels integer_attention = {
@@ -530,6 +542,29 @@ void run(void (*kernel)(const Job&, int64_t, int64_t), const Job& job, int64_t c
 
 std::atomic<int64_t> products{0};  // multiplied so far
 
+#ifdef LOWBIT_X86
+bool has_vnni() { return selected_isa >= kAvx512 && __builtin_cpu_supports("avx512vnni"); }
+
+// Multiplies by a weight, or returns false where there are no kernels for it or the rows, or results are not of 16 bits.
+// `input_type` is an index of IntegerKernels::round.
+bool run_integers(const avx512_vnni::IntegerKernels* kernels, avx512_vnni::IntegerJob job, int input_type, int64_t most_rows,
+                  int threads) {
+    if (!kernels || job.rows <= 0 || job.rows > most_rows || job.columns <= 0 || job.element_type == 0) return false;
+    const int64_t units = job.rows * job.depth / avx512_vnni::kUnit;
+    static thread_local std::vector<avx512_vnni::Unit> memory;
+    static thread_local std::vector<float> scales;
+    memory.resize(static_cast<size_t>(units));
+    scales.resize(static_cast<size_t>(units));
+    job.units = memory.data(), job.unit_scale = scales.data();
+    run(kernels->round[input_type], job, units, job.rows * job.depth, threads);
+    const int64_t tasks = blocks(job.columns, avx512_vnni::kIntegerChannels);
+    run(kernels->multiply[job.rows - 1], job, tasks, job.columns * job.depth / 4, threads);
+    return true;
+}
+#endif
+
+constexpr int64_t kIntegerRowsBesideAmx = 2;  // of more the tiles make better use
+
 #ifdef LOWBIT_AMX
 // Bring a job's input to tiles, for all products with it.
 void arrange_amx(AmxKernel arrange, AmxJob& job, int threads) {
@@ -553,7 +588,7 @@ void multiply_amx(AmxKernel multiply, AmxJob job, int threads) {
     run(multiply, job, groups * job.row_blocks, work, threads, groups < 4 * threads ? 1 : job.row_blocks);
 }
 
-// Fills the tiles of job.low_rank.
+// Finds the hidden rows of job.low_rank; of `job` only the rows and the depth are used besides.
 void project_low_rank(AmxJob& job, int threads) {
     LowRank& low_rank = job.low_rank;
     const int64_t pieces = blocks(job.depth / 2, amx::kPieceInputs), width = blocks(low_rank.rank, amx::kRankTile) * amx::kRankTile;
@@ -564,6 +599,11 @@ void project_low_rank(AmxJob& job, int threads) {
     low_rank.partial = partial.data(), low_rank.hidden = hidden.data();
     run(amx::project_rows, job, pieces, job.depth * low_rank.rank, threads);
     amx::add_pieces(job, pieces);
+}
+
+// Fills the tiles of job.low_rank.
+void arrange_low_rank(const AmxJob& job) {
+    const LowRank& low_rank = job.low_rank;
     AmxJob projected = job;
     projected.input = low_rank.hidden, projected.depth = projected.stride = 2 * low_rank.rank;
     projected.tiles = low_rank.tiles, projected.decoder = nullptr;
@@ -588,7 +628,7 @@ void run_bfloat16(const void* x, int64_t rows, int64_t depth, int64_t stride, co
             job.tiles = reinterpret_cast<uint8_t*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64);
             run(amx::transpose_rows, job, steps, job.rows * job.depth, threads);
             job.low_rank.tiles = job.tiles + row_blocks * steps * amx::kTileBytes;
-            if (low_rank.rank) project_low_rank(job, threads);
+            if (low_rank.rank) project_low_rank(job, threads), arrange_low_rank(job);
             const int64_t groups = blocks(columns, amx::channels_of_group(job.rows));
             run(decoder.multiply_few_rows, job, groups, columns * depth / 4, threads);
             return;
@@ -800,6 +840,11 @@ LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_st
     WeightJob job{x,           rows,          x_stride, depth,  weight,       columns,           scale,
                   scale_type,  zero_point,    block_rows, block_columns, outer_scale, outer_columns, bias,
                   output,      element_type,  code_type == kInt4};
+#ifdef LOWBIT_X86
+    const auto* kernels = has_vnni() ? avx512_vnni::kernels_for(job, code_type) : nullptr;
+    const avx512_vnni::IntegerJob few{&job, x, rows, x_stride, depth, columns, nullptr, nullptr, bias, output, element_type};
+    if (run_integers(kernels, few, job.is_split ? 0 : 1, kFewRows, threads)) return;
+#endif
     if (code_type == kE2M1) selected_weight->split(job);
     const int64_t tasks = blocks(columns, selected_weight->task_channels);
     run(selected_weight->multiply[code_type], job, tasks, columns * depth / 4 * (4 + rows) / 4, threads);
@@ -820,6 +865,12 @@ LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int6
                         zero_point, block_rows, block_columns, outer_scale, outer_columns, nullptr, nullptr, 1, false};
     const LowRank low_rank{static_cast<const BFloat16*>(low_x), low_x_stride, static_cast<const BFloat16*>(down),
                            static_cast<const BFloat16*>(up), rank, nullptr, nullptr, nullptr};
+    const auto* kernels = avx512_vnni::kernels_for(job, code_type);
+    AmxJob projected{};
+    projected.rows = rows, projected.depth = 2 * depth, projected.low_rank = low_rank;
+    if (kernels && rank && rows <= kIntegerRowsBesideAmx) project_low_rank(projected, threads);
+    const avx512_vnni::IntegerJob few{&job, x, rows, x_stride, depth, columns, nullptr, nullptr, bias, output, 1, projected.low_rank};
+    if (run_integers(kernels, few, 2, kIntegerRowsBesideAmx, threads)) return;
     run_bfloat16(x, rows, depth, x_stride, &job, amx::weight_decoders[code_type](job), columns, bias, output, threads, low_rank);
 #endif
 }
@@ -854,6 +905,12 @@ LOWBIT_EXPORT int lowbit_gguf_product(const float* x, int64_t rows, int64_t colu
                                       int threads) {
     const GgufKernels* kernels = gguf_kernels_of(selected_isa, type);
     if (kernels == nullptr || !is_row(*kernels, columns, row_bytes) || columns % 32 || !kernels->multiply[0]) return 1;
+#ifdef LOWBIT_X86
+    const GgufRows weight{kernels, input, row_bytes};
+    const auto* integer_kernels = has_vnni() ? avx512_vnni::kernels_for(weight, columns) : nullptr;
+    const avx512_vnni::IntegerJob few{&weight, x, rows, columns, columns, features, nullptr, nullptr, bias, output, element_type};
+    if (run_integers(integer_kernels, few, 1, kFewRows, threads)) return 0;
+#endif
     const GgufProductJob job{x, rows, columns, features, input, bias, output};
     run(kernels->multiply[element_type], job, blocks(features, 4), features * columns, threads);
     return 0;
@@ -866,7 +923,9 @@ LOWBIT_EXPORT int lowbit_gguf_product_bfloat16(const void* x, int64_t rows, int6
     const GgufKernels* kernels = gguf_kernels_of(selected_isa, type);
     if (kernels == nullptr || !is_row(*kernels, columns, row_bytes)) return 1;
 #ifdef LOWBIT_AMX
-    const amx::GgufRows weight{kernels, input, row_bytes};
+    const GgufRows weight{kernels, input, row_bytes};
+    const avx512_vnni::IntegerJob few{&weight, x, rows, columns, columns, features, nullptr, nullptr, bias, output, 1};
+    if (run_integers(avx512_vnni::kernels_for(weight, columns), few, 2, kIntegerRowsBesideAmx, threads)) return 0;
     run_bfloat16(x, rows, columns, columns, &weight, amx::gguf_decoder(weight), features, bias, output, threads);
 #endif
     return 0;

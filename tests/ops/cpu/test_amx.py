@@ -15,6 +15,7 @@ from lowbit.ops.gguf import gguf_dequantize
 from lowbit.ops.gguf_types import BLOCK_TYPES, block_type
 from tests.ops.cpu.test_four_bits import FORMATS, Layer
 from tests.ops.cpu.test_gguf import random_weight
+from tests.ops.cpu.test_integer_rows import MOST_ROWS_WITH_AMX, UNIT
 
 pytestmark = pytest.mark.skipif(not native.multiplies_bfloat16(), reason="the CPU has no AMX")
 
@@ -172,7 +173,17 @@ def test_what_is_not_finite_stays_in_its_row_and_channel() -> None:
 @pytest.mark.parametrize("rank", [1, 8, 32, 40])
 @pytest.mark.parametrize(
     ("rows", "features", "columns"),
-    [(1, 33, 64), (7, 48, 1600), (16, 40, 576), (21, 35, 1088), (40, 17, 512), (64, 96, 320), (70, 40, 192)],
+    [
+        (1, 33, 64),
+        (1, 33, 640),
+        (2, 50, 512),
+        (7, 48, 1600),
+        (16, 40, 576),
+        (21, 35, 1088),
+        (40, 17, 512),
+        (64, 96, 320),
+        (70, 40, 192),
+    ],
 )
 def test_a_low_rank_product_is_added(rows: int, features: int, columns: int, rank: int, precision: str) -> None:
     weight, bias = torch.randn(features, columns) * columns**-0.5, torch.randn(features)
@@ -187,7 +198,9 @@ def test_a_low_rank_product_is_added(rows: int, features: int, columns: int, ran
         codes, scale = w4a4.quantize_weight(weight)
         decoded = w4a4.dequantize_w4(codes, scale)
         result = svdquant.product_operator(x, w4a4.pack_weight(codes), scale, None, unsmoothed, down, up, bias)
-    decoded, hidden = decoded.bfloat16().double(), unsmoothed.double() @ down.double()
+    is_rounded = rows > MOST_ROWS_WITH_AMX or columns % UNIT > 0
+    decoded = decoded.bfloat16().double() if is_rounded else decoded.double()
+    hidden = unsmoothed.double() @ down.double()
     product, added = x.double() @ decoded.t() + bias.double(), hidden @ up.double().t()
     error = 2.0**-8 * (hidden.abs() @ up.double().abs().t())  # of rounding what is between
     error += 2.0**-8 * (product.abs() + (product + added).abs())  # rows that are many are rounded twice

@@ -1,8 +1,9 @@
 """GGUF weights on CPUs with the native helper.
 
 With AVX-512, weights are decoded to float32 and multiplied in one pass: of up to four rows in registers, of up to 64 in
-the cache, four output channels at a time; with AMX they are decoded to bfloat16 for any number of rows. With more rows
-elsewhere, blocks of output channels are decoded and handed to torch's product.
+the cache, four output channels at a time; with AVX512-VNNI codes are multiplied with up to four rows of 16 bits as they
+are; with AMX they are decoded to bfloat16 for any number of rows. With more rows elsewhere, blocks of output channels
+are decoded and handed to torch's product.
 """
 
 from __future__ import annotations

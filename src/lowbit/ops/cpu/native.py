@@ -423,6 +423,10 @@ def weight_only_product(
 ) -> None:
     """Write ``x @ ((weight - zero_point) * scale).T + bias`` to ``output``, summed in float32 and rounded once.
 
+    With AVX512-VNNI and an output of 16 bits, up to four rows of float32 or two of bfloat16 are rounded to integers of
+    16 bits with a power of two as scale for each 128, and no weight is rounded. For this K is a multiple of 128 and a
+    block all of a row or 16, 32, 64 or 128 columns; of int8 128. e4m3 is never multiplied so.
+
     Args:
         x: [M, K] float32, M at most ``MOST_ROWS``; each row followed by zeros up to a multiple of ``ROW_PADDING``. For
             int4 in the order of ``w4a16.split_pairs``. Or, where ``multiplies_bfloat16``, bfloat16 of any M in its own
@@ -529,6 +533,8 @@ def gguf_product(
     x: torch.Tensor, raw: torch.Tensor, number: int, bias: torch.Tensor | None, output: torch.Tensor
 ) -> None:
     """Write ``x @ weight.T + bias`` to ``output``, summed in float32 and rounded once.
+
+    Few rows are rounded as ``weight_only_product`` does, if K is a multiple of 128.
 
     Args:
         x: dense float32 [M, K], K a multiple of 32. Or, where ``multiplies_bfloat16``, bfloat16 of any K that the type

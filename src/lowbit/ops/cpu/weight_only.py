@@ -1,9 +1,10 @@
 """What the products of activations and 8- or 4-bit weights have in common on CPUs.
 
-Up to ``native.MOST_ROWS`` rows the native helper decodes codes in registers and multiplies in float32, at the speed at
-which memory gives the codes. On CPUs with AMX it decodes to bfloat16 instead, in the cache, and multiplies any number
-of rows of that type. More rows elsewhere, and no helper: blocks of output channels are decoded into the cache and
-multiplied by torch in the precision that this CPU is fastest in.
+Up to four rows of 16-bit activations the native helper multiplies with codes that are integers as such, at the speed at
+which memory gives them. Up to ``native.MOST_ROWS`` rows it decodes codes and multiplies in float32. On CPUs with AMX it
+decodes to bfloat16 instead, in the cache, and multiplies any number of rows of that type. More rows elsewhere, and no
+helper: blocks of output channels are decoded into the cache and multiplied by torch in the precision that this CPU is
+fastest in.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from lowbit.ops.cpu.features import fast_matmul_dtype
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.w4a16 import split_pairs
 
-# From which on weights are better decoded for AMX, whose instruction takes 16 rows, than for single precision.
-LEAST_ROWS_FOR_AMX = {"int4": 1, "e2m1": 1, "int8": 3, "e4m3": 3, "gguf": 2}
+# From which on bfloat16 is handed to the helper as it is. Of e4m3, whose codes are no integers, fewer rows are better
+# multiplied in single precision than by AMX, whose instruction takes 16.
+LEAST_ROWS_FOR_AMX = {"int4": 1, "e2m1": 1, "int8": 1, "e4m3": 3, "gguf": 1}
 
 
 def supports(problem: Problem) -> str | None:
@@ -27,12 +29,12 @@ def supports(problem: Problem) -> str | None:
 
 
 def has_few_rows(x: torch.Tensor, weight_type: str) -> bool:
-    """Tell whether ``multiply_fused`` multiplies x [M, K] in float32."""
+    """Tell whether ``multiply_fused`` takes x [M, K] in float32."""
     return native.available() and x.shape[0] <= native.MOST_ROWS and not is_for_amx(x, weight_type)
 
 
 def is_for_amx(x: torch.Tensor, weight_type: str) -> bool:
-    """Tell whether the native helper multiplies x [M, K] by a decoded weight (of ``LEAST_ROWS_FOR_AMX``) with AMX."""
+    """Tell whether the native helper, with AMX, takes x [M, K] as it is for a weight of ``LEAST_ROWS_FOR_AMX``."""
     return x.dtype == torch.bfloat16 and x.shape[0] >= LEAST_ROWS_FOR_AMX[weight_type] and native.multiplies_bfloat16()
 
 

@@ -1,0 +1,154 @@
+"""Products of up to four rows in integers, of every format that is multiplied so, against float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from lowbit.ops import int8, w4a16, w8a16
+from lowbit.ops.cpu import gguf_native, int8_weight_only, native
+from lowbit.ops.cpu import w4a16 as cpu_w4a16
+from lowbit.ops.cpu import w8a16 as cpu_w8a16
+from lowbit.ops.gguf import gguf_dequantize
+from lowbit.ops.gguf_types import BLOCK_TYPES
+from tests.ops.cpu.test_four_bits import Layer
+from tests.ops.cpu.test_gguf import random_weight
+
+pytestmark = pytest.mark.skipif(
+    not native.available() or not native.multiplies_int8(), reason="the CPU has no AVX512-VNNI"
+)
+
+Linear = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+UNIT = 128  # activations with one scale
+MOST_ROWS_WITH_AMX = 2
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+DTYPES = pytest.mark.parametrize("dtype", ROUNDING)
+GGUF_TYPES = [name for name, kind in BLOCK_TYPES.items() if kind.elements > 1]
+GROUPS = [f"{kind} {size}" for size in (32, 64, 128, 0) for kind in ("symmetric", "asymmetric")]
+KINDS = ["int8", "int8 128", *GROUPS, "mxfp4", "dualscale", "nvfp4", *GGUF_TYPES]
+
+
+@pytest.fixture(autouse=True)
+def _isa(vectors_or_tiles: str) -> None:
+    """Run by what takes bfloat16 as it is, and by what takes float32."""
+
+
+def make(kind: str, features: int, columns: int) -> tuple[Linear, torch.Tensor]:
+    """Return a layer of a random weight [features, columns] and what the weight stands for, float64."""
+    weight = torch.randn(features, columns) / 8
+    if kind in GGUF_TYPES:
+        block = BLOCK_TYPES[kind]
+        blocks = random_weight(kind, features, columns).view(features, -1, block.bytes)
+        decoded = gguf_dequantize(blocks.flatten(1), kind).view(features, -1, block.elements)
+        blocks[~(decoded.abs() < 10).all(dim=2)] = 0
+        raw = blocks.flatten(1)
+        return lambda x, bias: gguf_native.linear(x, raw, kind, bias), gguf_dequantize(raw, kind).double()
+    if kind == "int8":
+        codes, scale = int8.quantize_int8_per_token(weight)
+        return lambda x, bias: int8_weight_only.int8_weight_only_mm(x, codes, scale, bias), (codes * scale).double()
+    if kind == "int8 128":
+        codes = torch.randint(-128, 128, (features, columns), dtype=torch.int8)
+        scale = torch.rand(features, columns // 128) / 100
+        return lambda x, bias: cpu_w8a16.w8a16_mm(x, codes, scale, bias), w8a16.dequantize_int8_groups(
+            codes, scale
+        ).double()
+    if kind in GROUPS:
+        name, size = kind.split()
+        tensors = w4a16.quantize_int4_per_group(weight, int(size) or columns, name == "symmetric", torch.bfloat16)
+        decoded = w4a16.dequantize_int4(*tensors).double()
+        return lambda x, bias: cpu_w4a16.w4a16_mm(x, tensors[0], tensors[1], bias, tensors[2]), decoded
+    layer = Layer(kind, features, columns)
+    return layer.linear, layer.weight().double()
+
+
+def largest_of_units(x: torch.Tensor) -> torch.Tensor:
+    """For each element of ``x`` [M, K] the largest magnitude of its unit, float64."""
+    largest = x.double().abs().unflatten(1, (-1, UNIT)).amax(dim=2, keepdim=True)
+    return largest.expand(-1, -1, UNIT).flatten(1)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", KINDS)
+def test_agrees_with_float64(kind: str, dtype: torch.dtype, vectors_or_tiles: str) -> None:
+    """Within what is lost of activations (2**-16 of the largest of a unit), in sums and by rounding the result."""
+    linear, weight = make(kind, 37, 768)
+    bias = torch.randn(37).to(dtype)
+    is_beside_tiles = vectors_or_tiles == "AMX" and dtype == torch.bfloat16
+    for rows, given in itertools.product(range(1, 1 + (MOST_ROWS_WITH_AMX if is_beside_tiles else 4)), (None, bias)):
+        x = torch.randn(rows, 768)
+        x[0] *= torch.randn(768).exp()  # with outliers
+        x[-1, :UNIT] = 0.0
+        x = x.to(dtype)
+        exact = x.double() @ weight.t() + (0 if given is None else given.double())
+        result = linear(x, given)
+        assert result.dtype == dtype
+        lost = largest_of_units(x) @ weight.abs().t() * 2.0**-16
+        summed = (
+            x.double().abs() @ weight.abs().t() + exact.abs()
+        ) * 2.0**-19  # minimums are subtracted from larger sums
+        assert ((result.double() - exact).abs() <= ROUNDING[dtype] * exact.abs() + lost + summed + 1e-7).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_input_is_multiplied_with_its_weight(kind: str, dtype: torch.dtype) -> None:
+    columns = 256
+    linear, weight = make(kind, 9, columns)
+    found = torch.cat([linear(rows.to(dtype), None) for rows in torch.eye(columns).split(MOST_ROWS_WITH_AMX)])
+    error = (found.double() - weight.t()).abs()
+    assert (error <= ROUNDING[dtype] * weight.t().abs() + 2.0**-19 * weight.abs().amax(dim=1)).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e30])
+@pytest.mark.parametrize("kind", ["int8", "symmetric 128", "nvfp4", "Q8_0", "Q4_K"])
+def test_activations_of_any_size(kind: str, size: float) -> None:
+    linear, weight = make(kind, 20, 512)
+    x = torch.randn(2, 512, dtype=torch.bfloat16)
+    x[1] *= size
+    exact = x.double() @ weight.t()
+    bound = 2.0**-8 * exact.abs() + 2.0**-15 * (largest_of_units(x) @ weight.abs().t())
+    assert ((linear(x, None).double() - exact).abs() <= bound).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["int8", "symmetric 128", "mxfp4", "Q8_0", "Q6_K"])
+def test_poisoned_rows_and_only_they_are_not_finite(kind: str, poison: float, dtype: torch.dtype) -> None:
+    linear, _ = make(kind, 20, 512)
+    x = torch.randn(2, 512).to(dtype)
+    x[1, 300] = poison
+    result = linear(x, None)
+    assert not result[1].isfinite().any()
+    assert result[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "asymmetric 32", "nvfp4", "Q8_0", "Q5_K"])
+def test_rows_that_are_apart_and_many_channels(kind: str) -> None:
+    linear, _ = make(kind, 1031, 512)  # more than one task, and the last is not whole
+    x = torch.randn(2, 1024).bfloat16()[:, :512]
+    expected = torch.cat([linear(row[None].contiguous(), None) for row in x])
+    assert torch.equal(linear(x, None), expected)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Give tests that choose a number of threads theirs only."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("kind", ["int8", "mxfp4", "Q4_K"])
+def test_the_same_with_any_threads(kind: str) -> None:
+    linear, _ = make(kind, 500, 2048)
+    x = torch.randn(2, 2048).bfloat16()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(linear(x, None))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
