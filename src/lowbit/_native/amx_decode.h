@@ -13,19 +13,23 @@ LOWBIT_INLINE __m512i round_pair(__m512 low, __m512 high) {
 }
 
 // Whole registers of codes of one scale.
-LOWBIT_INLINE void decode_block(const Int8* codes, int64_t count, float scale, __m512i&, BFloat16* output) {
+template <bool kHasZero>
+LOWBIT_INLINE void decode_block(const Int8* codes, int64_t count, float scale, float zero, __m512i&, BFloat16* output) {
     for (int64_t i = 0; i < count; i += kWords) {
         __m512 values[2];
         for (int half = 0; half < 2; ++half) {
             const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i) + half);
-            values[half] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), _mm512_set1_ps(scale));
+            values[half] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+            if (kHasZero) values[half] = _mm512_sub_ps(values[half], _mm512_set1_ps(zero));
+            values[half] = _mm512_mul_ps(values[half], _mm512_set1_ps(scale));
         }
         _mm512_storeu_si512(output + i, round_pair(values[0], values[1]));
     }
 }
 
 // As decode_as_half of weight_only.h; keeps the largest magnitude, by which a NaN is known.
-LOWBIT_INLINE void decode_block(const E4M3* codes, int64_t count, float scale, __m512i& largest, BFloat16* output) {
+template <bool>
+LOWBIT_INLINE void decode_block(const E4M3* codes, int64_t count, float scale, float, __m512i& largest, BFloat16* output) {
     const __m512i bits = _mm512_set1_epi16(static_cast<int16_t>(0xbf80));
     const __m512 factor = _mm512_set1_ps(scale * 256.0f);
     for (int64_t i = 0; i < count; i += kWords) {
@@ -84,7 +88,7 @@ LOWBIT_NOINLINE void decode_slowly(const WeightJob& job, int64_t channel, int64_
 }
 
 // Blocks whose size is a multiple of 32, or whole rows of which 32 is a divisor.
-template <typename Code>
+template <typename Code, bool kHasZero>
 void decode_bytes(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     const auto& job = *static_cast<const WeightJob*>(weight);
     const Code* codes = avx512::channel_codes<Code>(job, channel) + first;
@@ -99,7 +103,8 @@ void decode_bytes(const void* weight, int64_t channel, int64_t first, int64_t co
             const int64_t part = smaller(left, end - done);
             const float scale = avx512::scale_at(job, index, channel, first + done);
             if (std::fabs(scale) > largest_scale) largest_scale = std::fabs(scale);  // a NaN needs no care
-            decode_block(codes + done, part, scale, largest, output + done);
+            const float zero = kHasZero ? static_cast<const int16_t*>(job.zero_point)[index] : 0;
+            decode_block<kHasZero>(codes + done, part, scale, zero, largest, output + done);
             done += part, left -= part;
             if (left == 0) ++index, left = job.block_columns;
         }
@@ -376,7 +381,8 @@ ChannelKernels byte_decoder(const WeightJob& job) {
     const bool is_mx = job.scale_type == 2 && job.block_columns == 32 && job.block_rows == 1 && !job.outer_scale;
     if (!avx512::has_even_blocks(job)) return kKernelsOf<Each<decode_any<Code>>>;
     if (!is_whole) return kKernelsOf<Each<decode_even<Code>>>;
-    return std::is_same<Code, E4M3>::value && is_mx ? kKernelsOf<Each<decode_mxfp8>> : kKernelsOf<Each<decode_bytes<Code>>>;
+    if (job.zero_point) return kKernelsOf<Each<decode_bytes<Code, true>>>;
+    return std::is_same<Code, E4M3>::value && is_mx ? kKernelsOf<Each<decode_mxfp8>> : kKernelsOf<Each<decode_bytes<Code, false>>>;
 }
 
 // Of groups that split_activations takes; in kNibbleOrder.

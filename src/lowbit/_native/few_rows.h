@@ -63,7 +63,8 @@ LOWBIT_INLINE void load_block_scales(const WeightJob& job, int64_t channel, int6
     for (int64_t i = 0; i < number; i += kStep) {
         const auto mask = static_cast<__mmask16>(number - i >= kStep ? 0xffff : (1u << (number - i)) - 1);
         __m512 zeros = _mm512_set1_ps(8.0f);
-        if (job.zero_point) zeros = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, job.zero_point + index + i)));
+        const auto* from = static_cast<const uint8_t*>(job.zero_point) + index + i;
+        if (job.zero_point) zeros = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, from)));
         store_lanes(to.zeros + i, zeros);
     }
 }

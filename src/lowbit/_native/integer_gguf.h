@@ -68,7 +68,7 @@ struct WeightQ8_0 : BlockWeight<avx512::BlockQ8_0> {
     }
 
     LOWBIT_INLINE_LAMBDA static inline __m512 product(const UnitCodes& weight, const Unit& unit) {
-        return joint_product<true, true>(weight, unit);
+        return joint_product<true, true, false>(weight, unit);
     }
 };
 
@@ -86,7 +86,7 @@ struct WeightIQ4_NL : BlockWeight<avx512::BlockIQ4_NL> {
     }
 
     LOWBIT_INLINE_LAMBDA static inline __m512 product(const UnitCodes& weight, const Unit& unit) {
-        return joint_product<true, true>(weight, unit);
+        return joint_product<true, true, false>(weight, unit);
     }
 };
 
@@ -114,7 +114,7 @@ struct WeightOf32 : BlockWeight<Block> {
     }
 
     LOWBIT_INLINE_LAMBDA static inline __m512 product(const UnitCodes& weight, const Unit& unit) {
-        return joint_product<false, true>(weight, unit);
+        return joint_product<false, true, true>(weight, unit);
     }
 };
 
@@ -260,7 +260,7 @@ struct WeightIQ4_XS : LargeBlockWeight<avx512::BlockIQ4_XS> {
     }
 
     LOWBIT_INLINE_LAMBDA static inline __m512 product(const UnitCodes& weight, const Unit& unit) {
-        return joint_product<true, true>(weight, unit);
+        return joint_product<true, true, false>(weight, unit);
     }
 };
 

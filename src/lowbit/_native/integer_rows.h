@@ -13,8 +13,8 @@ constexpr int64_t kMostGroups = 4096;     // of a channel, whose scales are held
 struct alignas(64) Unit {
     int8_t upper[2][64];  // byte b of register r belongs to the code that a weight loads there
     uint8_t lower[2][64];
-    float sums[2][16];  // what codes of 1 in a register would give; of signed ones what an offset of 128 adds. If lanes of both
-                        // registers are added, so are these: to the first
+    float sums[2][16];  // what codes of 1 in each register would give; where lanes of both are added: in both, to the first.
+                        // The second is then, of signed codes, what an offset of 128 adds to the product with `upper`
 };
 
 struct IntegerJob {
@@ -67,18 +67,17 @@ void round_activations(const IntegerJob& job, int64_t first, int64_t last) {
         int16_t codes[kUnit];
         Unit& unit = job.units[first];
         job.unit_scale[first] = round_unit(static_cast<const Input*>(job.x) + first / units * job.x_stride + first % units * kUnit, codes);
-        for (int64_t r = 0; r < 2; ++r) {
-            int32_t sums[16] = {};
-            float* const to = unit.sums[Weight::is_joint ? 0 : r];
+        int32_t sums[2][16] = {};
+        for (int64_t r = 0; r < 2; ++r)
             for (int64_t b = 0; b < 64; ++b) {
                 const int16_t code = codes[place_of<kRun>(r, b)];
                 unit.upper[r][b] = static_cast<int8_t>(code >> 8);
                 unit.lower[r][b] = static_cast<uint8_t>(code & 255);
-                sums[b / 4] += Weight::is_signed ? (code >> 8) * 32768 : code;
+                sums[Weight::is_joint ? 0 : r][b / 4] += code;
+                if (Weight::is_signed) sums[1][b / 4] += (code >> 8) * 32768;
             }
-            for (int64_t lane = 0; lane < 16; ++lane)
-                to[lane] = static_cast<float>(sums[lane]) + (Weight::is_joint && r ? to[lane] : 0.0f);
-        }
+        for (int64_t r = 0; r < 2; ++r)
+            for (int64_t lane = 0; lane < 16; ++lane) unit.sums[r][lane] = static_cast<float>(sums[r][lane]);
     }
 }
 
@@ -104,14 +103,13 @@ LOWBIT_INLINE __m512 dot(const UnitCodes& weight, const Unit& unit) {
     return _mm512_cvtepi32_ps(sum);
 }
 
-// A lane's codes of both registers have one scale; signed ones have no minimum.
-template <bool kIsSigned, bool kIsScaled>
+// A lane's codes of both registers have one scale.
+template <bool kIsSigned, bool kIsScaled, bool kHasMinimum>
 LOWBIT_INLINE __m512 joint_product(const UnitCodes& weight, const Unit& unit) {
-    const __m512 sums = _mm512_load_ps(unit.sums[0]);
     __m512 value = dot<kIsSigned, 0, 1>(weight, unit);
-    if (kIsSigned) value = _mm512_sub_ps(value, sums);
+    if (kIsSigned) value = _mm512_sub_ps(value, _mm512_load_ps(unit.sums[1]));
     if (kIsScaled) value = _mm512_mul_ps(value, weight.scale[0]);
-    return kIsSigned ? value : _mm512_fnmadd_ps(weight.minimum[0], sums, value);
+    return kHasMinimum ? _mm512_fnmadd_ps(weight.minimum[0], _mm512_load_ps(unit.sums[0]), value) : value;
 }
 
 // Each register has its own.
@@ -147,9 +145,10 @@ LOWBIT_INLINE void load_codes(E2M1, const uint8_t* from, UnitCodes& unit) {
 }
 
 // A WeightJob whose depth is a multiple of kUnit, and so many groups of equal size in a unit, or one of all of a channel.
-template <typename Code, bool kIsWhole>
+template <typename Code, bool kIsWhole, bool kHasZero>
 struct GroupedWeight {
-    static constexpr bool is_signed = std::is_same<Code, Int8>::value, is_joint = true;
+    static constexpr bool is_signed = std::is_same<Code, Int8>::value, is_joint = true, has_minimum = kHasZero || !is_signed;
+    using Zero = typename std::conditional<is_signed, int16_t, uint8_t>::type;
     static constexpr int run = is_signed ? 64 : 1, unit_bytes = kUnit * avx512::kBits<Code> / 8;
     static constexpr float offset = std::is_same<Code, E2M1>::value ? 12.0f : 8.0f;
 
@@ -158,7 +157,7 @@ struct GroupedWeight {
     const __m512i group_of_lane;
     __m512 zero;
     const uint8_t* codes;
-    alignas(64) float scales[kIsWhole ? 16 : kMostGroups + 16], zeros[kIsWhole || is_signed ? 16 : kMostGroups + 16];
+    alignas(64) float scales[kIsWhole ? 16 : kMostGroups + 16], zeros[kIsWhole || !kHasZero ? 16 : kMostGroups + 16];
 
     explicit GroupedWeight(const void* weight)
         : job(*static_cast<const WeightJob*>(weight)), groups(kIsWhole ? 1 : job.depth / job.block_columns),
@@ -172,11 +171,12 @@ struct GroupedWeight {
         codes = static_cast<const uint8_t*>(job.weight) + channel * (job.depth * avx512::kBits<Code> / 8);
         float factor = std::is_same<Code, E2M1>::value ? 0.5f : 1.0f;
         if (job.outer_scale && !job.outer_columns) factor *= job.outer_scale[0];
-        if (job.zero_point && kIsWhole) zero = _mm512_set1_ps(job.zero_point[index]);
+        const auto* points = static_cast<const Zero*>(job.zero_point) + index;
+        if (kHasZero && kIsWhole) zero = _mm512_set1_ps(points[0]);
         if (kIsWhole) return factor * avx512::scale_at(job, index, channel, 0);
         avx512::load_scales(job, index, groups, scales);
         if (job.outer_columns) multiply_outer_scales(channel);
-        for (int64_t i = 0; job.zero_point && i < groups; ++i) zeros[i] = job.zero_point[index + i];
+        for (int64_t i = 0; kHasZero && i < groups; ++i) zeros[i] = points[i];
         return factor;
     }
 
@@ -201,12 +201,12 @@ struct GroupedWeight {
         unit.minimum[0] = zero;
         if (kIsWhole) return unit;
         unit.scale[0] = of_lanes(scales + i * in_unit);
-        if (!is_signed) unit.minimum[0] = _mm512_mul_ps(job.zero_point ? of_lanes(zeros + i * in_unit) : zero, unit.scale[0]);
+        if (has_minimum) unit.minimum[0] = _mm512_mul_ps(kHasZero ? of_lanes(zeros + i * in_unit) : zero, unit.scale[0]);
         return unit;
     }
 
     LOWBIT_INLINE_LAMBDA static inline __m512 product(const UnitCodes& weight, const Unit& unit) {
-        return joint_product<is_signed, !kIsWhole>(weight, unit);
+        return joint_product<is_signed, !kIsWhole, has_minimum>(weight, unit);
     }
 };
 
@@ -262,9 +262,14 @@ constexpr IntegerKernels kIntegerKernels{
     {round_activations<Weight, 16, float>, round_activations<Weight, Weight::run, float>, round_activations<Weight, Weight::run, BFloat16>},
     {multiply_integers<Weight, 1>, multiply_integers<Weight, 2>, multiply_integers<Weight, 3>, multiply_integers<Weight, 4>}};
 
-template <typename Code>
+template <typename Code, bool kHasZero>
 const IntegerKernels* grouped_kernels(bool is_whole) {
-    return is_whole ? &kIntegerKernels<GroupedWeight<Code, true>> : &kIntegerKernels<GroupedWeight<Code, false>>;
+    return is_whole ? &kIntegerKernels<GroupedWeight<Code, true, kHasZero>> : &kIntegerKernels<GroupedWeight<Code, false, kHasZero>>;
+}
+
+template <typename Code>
+const IntegerKernels* grouped_kernels(const WeightJob& job, bool is_whole) {
+    return job.zero_point ? grouped_kernels<Code, true>(is_whole) : grouped_kernels<Code, false>(is_whole);
 }
 
 // The kernels for a weight, or null where there are none.
@@ -273,9 +278,9 @@ const IntegerKernels* kernels_for(const WeightJob& job, int code_type) {
     const bool is_even = kUnit % job.block_columns == 0 && job.block_columns >= 16 && job.depth / job.block_columns <= kMostGroups;
     if (job.depth % kUnit || !(is_whole || is_even) || (job.outer_columns && job.block_columns > 32)) return nullptr;
     switch (code_type) {
-        case 0: return is_whole || job.block_columns == kUnit ? grouped_kernels<Int8>(is_whole) : nullptr;
-        case 2: return grouped_kernels<Int4>(is_whole);
-        case 3: return grouped_kernels<E2M1>(is_whole);
+        case 0: return is_whole || job.block_columns == kUnit ? grouped_kernels<Int8>(job, is_whole) : nullptr;
+        case 2: return grouped_kernels<Int4>(job, is_whole);
+        case 3: return grouped_kernels<E2M1, false>(is_whole);
         default: return nullptr;
     }
 }

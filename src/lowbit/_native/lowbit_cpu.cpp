@@ -184,7 +184,7 @@ struct WeightJob {
     int64_t columns;
     const void* scale;  // one per block of the weight
     int scale_type;     // 0 float32, 1 bfloat16, 2 E8M0, 3 e4m3
-    const uint8_t* zero_point;  // likewise, of int4; or null: 8
+    const void* zero_point;  // likewise: uint8 of int4, int16 of int8; or null: 8 and 0
     int64_t block_rows, block_columns;
     const float* outer_scale;  // multiplied with the scale: one per row and outer_columns (of 512 or a
                                // multiple), one at all (0), or null
@@ -833,7 +833,7 @@ LOWBIT_EXPORT void lowbit_attention(const void* query, const void* key, const vo
 // block_rows is 1, depth and block_columns are even.
 LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_stride, int64_t depth, const void* weight,
                                       int code_type, int64_t columns, const void* scale, int scale_type,
-                                      const uint8_t* zero_point, int64_t block_rows, int64_t block_columns,
+                                      const void* zero_point, int64_t block_rows, int64_t block_columns,
                                       const float* outer_scale, int64_t outer_columns, const float* bias, void* output,
                                       int element_type, int threads) {
     constexpr int kInt4 = 2, kE2M1 = 3;
@@ -851,12 +851,12 @@ LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_st
 }
 
 // As above, of any number of rows x [rows, depth] bfloat16, x_stride apart, in their own order; weights are rounded to
-// bfloat16, the output is bfloat16. Of up to 64 rows and an even depth low_x [rows, depth], low_x_stride apart, times down
+// bfloat16, the output is bfloat16. int8 has zero points, too, if depth and block_columns are multiples of 32. Of up to 64 rows and an even depth low_x [rows, depth], low_x_stride apart, times down
 // [depth, rank], rounded, times the transpose of up [columns, rank], all bfloat16, is added to what is rounded, if rank is
 // not 0. Needs lowbit_has_bfloat16_products.
 LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int64_t x_stride, int64_t depth, const void* weight,
                                                int code_type, int64_t columns, const void* scale, int scale_type,
-                                               const uint8_t* zero_point, int64_t block_rows, int64_t block_columns,
+                                               const void* zero_point, int64_t block_rows, int64_t block_columns,
                                                const float* outer_scale, int64_t outer_columns, const float* bias,
                                                void* output, const void* low_x, int64_t low_x_stride, const void* down,
                                                const void* up, int64_t rank, int threads) {

@@ -99,6 +99,11 @@ LOWBIT_INLINE float scale_at(const WeightJob& job, int64_t index, int64_t channe
     return scale_at(job, index) * outer_scale_at(job, channel, input);
 }
 
+// The zero point of a block of int4.
+LOWBIT_INLINE float zero_at(const WeightJob& job, int64_t index) {
+    return job.zero_point ? static_cast<const uint8_t*>(job.zero_point)[index] : 8.0f;
+}
+
 LOWBIT_INLINE void decode_codes(const Int8* input, int64_t count, float scale, float* output) {
     decode(input, count, scale, output);
 }
@@ -214,8 +219,7 @@ LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t f
     int64_t group = channel * (job.depth / job.block_columns) + block;
     for (int64_t done = 0; done < count; ++group, left = job.block_columns) {
         const int64_t part = smaller(left, count - done);
-        const float zero = job.zero_point ? job.zero_point[group] : 8.0f;
-        decode_group(codes + done / 2, part, zero, scale_at(job, group), output + done);
+        decode_group(codes + done / 2, part, zero_at(job, group), scale_at(job, group), output + done);
         done += part;
     }
 }

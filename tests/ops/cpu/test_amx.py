@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lowbit.ops import fp8, int8, nvfp4, svdquant, w4a4, w4a16
+from lowbit.ops import fp8, int8, nvfp4, svdquant, w4a4, w4a16, w8a16
 from lowbit.ops.cpu import fp8 as cpu_fp8
 from lowbit.ops.cpu import gguf_native, int8_weight_only, native, weight_only
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
+from lowbit.ops.cpu import w8a16 as cpu_w8a16
 from lowbit.ops.gguf import gguf_dequantize
 from lowbit.ops.gguf_types import BLOCK_TYPES, block_type
 from tests.ops.cpu.test_four_bits import FORMATS, Layer
@@ -74,6 +75,18 @@ def test_eight_bits_with_scales_of_any_shape(columns: int, rows: int) -> None:
         )
         decoded = fp8.dequantize_fp8(values, scales, block).bfloat16()
         assert torch.equal(cpu_fp8.fp8_weight_only_mm(x, values, scales, None, block), decoded[:, inputs].t())
+
+
+@ROWS
+@pytest.mark.parametrize("group_size", [32, 96, 1024, 4704])
+def test_eight_bits_with_zero_points(group_size: int, rows: int) -> None:
+    columns = 9408 // group_size * group_size  # more than what is decoded at once
+    codes = torch.randint(-128, 128, (70, columns), dtype=torch.int8)
+    scale = torch.rand(70, columns // group_size) + 0.1
+    zero = torch.randint(-128, 129, scale.shape, dtype=torch.int16)
+    x, inputs = one_input_a_row(rows, columns)
+    decoded = w8a16.dequantize_int8_groups(codes, scale, zero).bfloat16()
+    assert torch.equal(cpu_w8a16.w8a16_mm(x, codes, scale, None, zero), decoded[:, inputs].t())
 
 
 @ROWS

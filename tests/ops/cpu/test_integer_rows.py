@@ -28,7 +28,17 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 DTYPES = pytest.mark.parametrize("dtype", ROUNDING)
 GGUF_TYPES = [name for name, kind in BLOCK_TYPES.items() if kind.elements > 1]
 GROUPS = [f"{kind} {size}" for size in (32, 64, 128, 0) for kind in ("symmetric", "asymmetric")]
-KINDS = ["int8", "int8 128", *GROUPS, "mxfp4", "dualscale", "nvfp4", *GGUF_TYPES]
+KINDS = [
+    "int8",
+    "int8 128",
+    "int8 128 asymmetric",
+    "int8 0 asymmetric",
+    *GROUPS,
+    "mxfp4",
+    "dualscale",
+    "nvfp4",
+    *GGUF_TYPES,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +59,12 @@ def make(kind: str, features: int, columns: int) -> tuple[Linear, torch.Tensor]:
     if kind == "int8":
         codes, scale = int8.quantize_int8_per_token(weight)
         return lambda x, bias: int8_weight_only.int8_weight_only_mm(x, codes, scale, bias), (codes * scale).double()
-    if kind == "int8 128":
+    if kind.startswith("int8 "):
         codes = torch.randint(-128, 128, (features, columns), dtype=torch.int8)
-        scale = torch.rand(features, columns // 128) / 100
-        return lambda x, bias: cpu_w8a16.w8a16_mm(x, codes, scale, bias), w8a16.dequantize_int8_groups(
-            codes, scale
-        ).double()
+        scale = torch.rand(features, columns // 128 if "128" in kind else 1) / 100
+        zero = torch.randint(-128, 129, scale.shape, dtype=torch.int16) if "asymmetric" in kind else None
+        decoded = w8a16.dequantize_int8_groups(codes, scale, zero).double()
+        return lambda x, bias: cpu_w8a16.w8a16_mm(x, codes, scale, bias, zero), decoded
     if kind in GROUPS:
         name, size = kind.split()
         tensors = w4a16.quantize_int4_per_group(weight, int(size) or columns, name == "symmetric", torch.bfloat16)
@@ -86,9 +96,7 @@ def test_agrees_with_float64(kind: str, dtype: torch.dtype, vectors_or_tiles: st
         result = linear(x, given)
         assert result.dtype == dtype
         lost = largest_of_units(x) @ weight.abs().t() * 2.0**-16
-        summed = (
-            x.double().abs() @ weight.abs().t() + exact.abs()
-        ) * 2.0**-19  # minimums are subtracted from larger sums
+        summed = (x.double().abs() @ weight.abs().t() + exact.abs()) * 2.0**-19  # in float32, of larger numbers
         assert ((result.double() - exact).abs() <= ROUNDING[dtype] * exact.abs() + lost + summed + 1e-7).all()
 
 

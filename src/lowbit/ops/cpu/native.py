@@ -389,7 +389,9 @@ MOST_ROWS = 64
 """Rows that ``weight_only_product`` takes."""
 
 ROW_PADDING = 32
+INT8_ZERO_COLUMNS = 32
 WEIGHT_TYPES = {"int8": 0, "e4m3": 1, "int4": 2, "e2m1": 3}
+ZERO_POINTS = {("int4", torch.uint8), ("int8", torch.int16)}
 SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float8_e4m3fn: 3}
 
 
@@ -440,7 +442,8 @@ def weight_only_product(
         output: written: dense [M, N] float32, bfloat16 or float16.
         block_size: rows and columns of a block; of int4 one row and a multiple of 32 columns that divides K, of e2m1
             one row and an even number of columns.
-        zero_point: of int4: dense uint8, like ``scale``; ``None``: 8.
+        zero_point: of int4: dense uint8, like ``scale``; ``None``: 8. Of int8 with x of bfloat16 and blocks of one row
+            and a multiple of ``INT8_ZERO_COLUMNS``: dense int16; ``None``: 0.
         outer_scale: dense float32, not of int4: multiplied with the scales: [], or [N, ceil(K / outer_columns)].
         outer_columns: that share an outer scale, a multiple of 512; 0: all.
         low_rank: added to the result before it is rounded; only of bfloat16, at most ``MOST_ROWS`` rows and an even K.
@@ -449,7 +452,11 @@ def weight_only_product(
     assert x.stride(1) == 1
     assert weight.is_contiguous()
     assert scale.is_contiguous()
-    assert zero_point is None or zero_point.is_contiguous()
+    if zero_point is not None:
+        assert zero_point.is_contiguous()
+        assert zero_point.shape == scale.shape
+        assert (weight_type, zero_point.dtype) in ZERO_POINTS
+        assert weight_type == "int4" or (x.dtype == torch.bfloat16 and block_size[1] % INT8_ZERO_COLUMNS == 0)
     outer_scales = output.shape[1] * -(-depth // outer_columns) if outer_columns else 1
     assert outer_scale is None or outer_scale.numel() == outer_scales
     assert outer_columns % 512 == 0

@@ -8,7 +8,7 @@ from lowbit.ops import w8a16
 from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.int8_weight_only import int8_weight_only_mm
-from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports
+from lowbit.ops.cpu.weight_only import is_for_amx, is_fused, multiply_decoded, multiply_fused, supports
 from lowbit.ops.w8a16 import operator_linear as linear
 
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w8a16_mm"]
@@ -28,6 +28,8 @@ def w8a16_mm(
     group_size = x.shape[1] // weight_scale.shape[1]
     if zero_point is None and is_fused(x, "int8"):
         return multiply_fused(x, packed, "int8", weight_scale, bias, (1, group_size))
+    if zero_point is not None and _are_native(zero_point, group_size) and is_for_amx(x, "int8"):
+        return multiply_fused(x, packed, "int8", weight_scale, bias, (1, group_size), zero_point.contiguous())
     if zero_point is not None and native.available() and x.shape[0] <= native.MOST_ROWS:
         return _few_rows(x, packed, weight_scale, bias, zero_point)
 
@@ -39,6 +41,10 @@ def w8a16_mm(
     return multiply_decoded(x, packed.shape[0], decode, bias)
 
 
+def _are_native(zero_point: torch.Tensor, group_size: int) -> bool:
+    return zero_point.dtype == torch.int16 and group_size % native.INT8_ZERO_COLUMNS == 0
+
+
 @torch.no_grad()
 def _few_rows(
     x: torch.Tensor,
@@ -48,7 +54,7 @@ def _few_rows(
     zero_point: torch.Tensor,
 ) -> torch.Tensor:
     group_size = x.shape[1] // scale.shape[1]
-    # The native helper knows no zero points of 8 bits; their part needs the sums of the groups alone.
+    # In float32 the native helper knows no zero points of 8 bits; their part needs the sums of the groups alone.
     values = x.float()
     result = multiply_fused(values, weight, "int8", scale, bias, (1, group_size))
     sums = values.unflatten(1, (-1, group_size)).sum(dim=-1)
