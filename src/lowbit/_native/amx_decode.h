@@ -124,12 +124,16 @@ void decode_even(const void* weight, int64_t channel, int64_t first, int64_t cou
 alignas(64) constexpr uint16_t kNibbleOrder[32] = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
                                                    2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
 
+LOWBIT_INLINE __m512i broadcast_16(const uint8_t* bytes) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+
 // 32 codes in kNibbleOrder as indices of words, of which the instruction looks at the low five bits: what is above the fourth
 // is the next code's.
 LOWBIT_INLINE __m512i nibble_indices(const uint8_t* codes) {
     const __m512i shifts = _mm512_set_epi64(0x000c000c000c000c, 0x000c000c000c000c, 0x0008000800080008, 0x0008000800080008,
                                             0x0004000400040004, 0x0004000400040004, 0, 0);
-    return _mm512_srlv_epi16(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), shifts);
+    return _mm512_srlv_epi16(broadcast_16(codes), shifts);
 }
 
 // Registers of one table, kRegisters at a time: loops of so few instructions are half bookkeeping otherwise.
@@ -160,14 +164,17 @@ LOWBIT_INLINE __m512i look_up_pairs(__m512i codes, __m512i at, __m512i second_ta
     return _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(bits, _mm512_set1_epi8(0x1e), second_table, 0xea), words);
 }
 
-// 32 codes in kNibbleOrder, of two blocks of 16 inputs.
-LOWBIT_INLINE __m512i look_up_half_blocks(const uint8_t* codes, __m512i words) {
+// Where a multishift finds 32 codes in 16 bytes, in kNibbleOrder, each twice.
+LOWBIT_INLINE __m512i nibble_places() {
     constexpr int64_t k4 = 0x0404040404040404;
     const __m512i first = _mm512_set1_epi64(0x2f2f1f1f0f0fffff);  // the word 16 i of 8 bytes, less the bit before
-    const __m512i at = _mm512_add_epi8(first, _mm512_set_epi64(3 * k4, 3 * k4, 2 * k4, 2 * k4, k4, k4, 0, 0));
+    return _mm512_add_epi8(first, _mm512_set_epi64(3 * k4, 3 * k4, 2 * k4, 2 * k4, k4, k4, 0, 0));
+}
+
+// 32 codes in kNibbleOrder, of two blocks of 16 inputs.
+LOWBIT_INLINE __m512i look_up_half_blocks(const uint8_t* codes, __m512i words) {
     const __m512i second = _mm512_set4_epi32(0x21202120, 0x21202120, 0x01000100, 0x01000100);
-    const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    return look_up_pairs(all, at, second, words);
+    return look_up_pairs(broadcast_16(codes), nibble_places(), second, words);
 }
 
 // Blocks of 16 inputs.
@@ -180,10 +187,14 @@ LOWBIT_INLINE void decode_half_blocks(const uint8_t* codes, int64_t count, const
     }
 }
 
-// The 16 values of E2M1, `Words` / 16 times, times each scale of a byte (E8M0 or E4M3), times an outer one.
-template <int64_t Words>
+LOWBIT_INLINE __m256i load_words(const BFloat16* from) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(from)); }
+
+// 16 words, twice.
+LOWBIT_INLINE __m512i words_at(const BFloat16* from) { return _mm512_broadcast_i64x4(load_words(from)); }
+
+// The 16 values of E2M1 times each scale of a byte (E8M0 or E4M3), times an outer one.
 struct ScaledE2M1 {
-    alignas(64) BFloat16 values[256][Words];
+    alignas(64) BFloat16 values[256][16];
     float outer;
     int scale_type = -1;
 
@@ -199,9 +210,8 @@ struct ScaledE2M1 {
 };
 
 // Not inlined: compilers look up the thread's own again for each use.
-template <int64_t Words>
-LOWBIT_NOINLINE const ScaledE2M1<Words>& scaled_e2m1(const WeightJob& job) {
-    static thread_local ScaledE2M1<Words> tables;
+LOWBIT_NOINLINE const ScaledE2M1& scaled_e2m1(const WeightJob& job) {
+    static thread_local ScaledE2M1 tables;
     const float outer = job.outer_scale ? job.outer_scale[0] : 1.0f;
     if (tables.scale_type != job.scale_type || tables.outer != outer) tables.fill(job.scale_type, outer);
     return tables;
@@ -223,10 +233,10 @@ LOWBIT_INLINE void for_registers(int64_t count, Each each) {
 template <int64_t Block>
 struct LookedUp {
     const WeightJob& job;
-    const BFloat16 (*values)[Block];
+    const BFloat16 (*values)[16];
 
     explicit LookedUp(const void* weight)
-        : job(*static_cast<const WeightJob*>(weight)), values(scaled_e2m1<Block>(job).values) {}
+        : job(*static_cast<const WeightJob*>(weight)), values(scaled_e2m1(job).values) {}
 
     void operator()(int64_t channel, int64_t first, int64_t count, BFloat16* output) const {
         const uint64_t at = static_cast<uint64_t>(channel * job.depth + first);
@@ -237,27 +247,43 @@ struct LookedUp {
             const uint8_t *codes = all_codes + from / 2 + j * kWords / 2, *scales = all_scales + from / Block + j * kWords / Block;
             __m512i words;
             if (Block == 16) {
-                const __m256i first_words = _mm256_load_si256(reinterpret_cast<const __m256i*>(table[scales[0]]));
-                const __m256i second_words = _mm256_load_si256(reinterpret_cast<const __m256i*>(table[scales[1]]));
-                words = look_up_half_blocks(codes, _mm512_inserti64x4(_mm512_castsi256_si512(first_words), second_words, 1));
+                // A masked load takes the unit less that looking up waits for than inserting.
+                words = _mm512_mask_broadcast_i64x4(words_at(table[scales[0]]), 0xf0, load_words(table[scales[1]]));
+                words = look_up_half_blocks(codes, words);
             } else {
-                words = _mm512_permutexvar_epi16(nibble_indices(codes), _mm512_load_si512(table[scales[0]]));
+                words = _mm512_permutexvar_epi16(nibble_indices(codes), words_at(table[scales[0]]));
             }
             _mm512_storeu_si512(output + from + j * kWords, words);
         });
     }
 };
 
-// int4 without zero points; blocks are a multiple of kRegisters * 32.
-template <typename Scale, int64_t kRegisters>
+// Codes of a block, by the first or the second half of the words.
+LOWBIT_INLINE void write_half(const uint8_t* codes, int64_t count, __m512i words, __m512i half, BFloat16* output) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < count; i += kWords)
+        _mm512_storeu_si512(output + i, look_up_pairs(broadcast_16(codes + i / 2), nibble_places(), half, words));
+}
+
+// int4 without zero points; kBlock inputs have a scale, or any multiple of 32 (0). Values are rounded for two blocks at once.
+template <typename Scale, int64_t kBlock>
 LOWBIT_INLINE void decode_int4(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     const auto& job = *static_cast<const WeightJob*>(weight);
-    const int64_t block = job.block_columns, per_row = block >= job.depth ? 1 : avx512::quotient(job.depth, block);
+    const int64_t block = kBlock ? kBlock : job.block_columns, per_row = block >= job.depth ? 1 : avx512::quotient(job.depth, block);
     const auto* scales = static_cast<const Scale*>(job.scale) + channel * per_row;
     const auto* codes = static_cast<const uint8_t*>(job.weight) + static_cast<uint64_t>(channel * job.depth + first) / 2;
+    const __m512 values = avx512::table_of(Int4{}, 8.0f);
+    const __m512i first_half = _mm512_set1_epi16(0x0100), second_half = _mm512_set1_epi16(0x2120);
     for (int64_t done = 0; done < count; done += avx512::kChunk) {  // whole blocks, or a part of one
-        const int64_t part = smaller(avx512::kChunk, count - done), at = avx512::quotient(first + done, block);
-        decode_nibbles<Int4, kRegisters>(codes + done / 2, part, smaller(block, part), scales + at, nullptr, output + done);
+        const int64_t part = smaller(avx512::kChunk, count - done), size = kBlock ? kBlock : smaller(block, part);
+        const Scale* scale = scales + avx512::quotient(first + done, block);
+        for (int64_t i = done; i < done + part; i += 2 * size, scale += 2) {
+            const bool are_two = i + size < done + part;
+            const __m512 low = _mm512_mul_ps(values, _mm512_set1_ps(widen(scale[0])));
+            const __m512i words = round_pair(low, are_two ? _mm512_mul_ps(values, _mm512_set1_ps(widen(scale[1]))) : low);
+            write_half(codes + i / 2, size, words, first_half, output + i);
+            if (are_two) write_half(codes + (i + size) / 2, size, words, second_half, output + i + size);
+        }
     }
 }
 
@@ -385,12 +411,16 @@ ChannelKernels byte_decoder(const WeightJob& job) {
     return std::is_same<Code, E4M3>::value && is_mx ? kKernelsOf<Each<decode_mxfp8>> : kKernelsOf<Each<decode_bytes<Code, false>>>;
 }
 
+template <typename Scale>
+ChannelKernels int4_decoder(const WeightJob& job) {
+    if (job.block_columns == 64) return kKernelsOf<Each<decode_int4<Scale, 64>>>;
+    return job.block_columns == 128 ? kKernelsOf<Each<decode_int4<Scale, 128>>> : kKernelsOf<Each<decode_int4<Scale, 0>>>;
+}
+
 // Of groups that split_activations takes; in kNibbleOrder.
 ChannelKernels group_decoder(Int4, const WeightJob& job) {
-    const bool is_large = job.block_columns % 64 == 0 && job.depth % 64 == 0;  // the group
     if (job.zero_point || job.scale_type > 1) return kKernelsOf<Each<decode_pairs<Int4>>>;
-    if (job.scale_type == 1) return is_large ? kKernelsOf<Each<decode_int4<BFloat16, 2>>> : kKernelsOf<Each<decode_int4<BFloat16, 1>>>;
-    return is_large ? kKernelsOf<Each<decode_int4<float, 2>>> : kKernelsOf<Each<decode_int4<float, 1>>>;
+    return job.scale_type == 1 ? int4_decoder<BFloat16>(job) : int4_decoder<float>(job);
 }
 
 ChannelKernels group_decoder(E2M1, const WeightJob& job) {
