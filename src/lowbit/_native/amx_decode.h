@@ -301,18 +301,24 @@ void decode_pairs(const void* weight, int64_t channel, int64_t first, int64_t co
     }
 }
 
-// Of at most 16 E8M0 scales what is to be added to two bfloat16 to multiply them. False if one is so far from 1 that the
-// results might not be normal numbers.
-LOWBIT_INLINE bool load_powers(const uint8_t* scales, int64_t count, uint32_t (&powers)[16]) {
-    const __mmask16 mask = column_mask(count);
-    const __m512i exponents = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, scales)), _mm512_set1_epi32(127));
-    const __m512i added = _mm512_slli_epi32(exponents, 7);
-    _mm512_store_si512(powers, _mm512_mask_blend_epi16(0xaaaaaaaa, added, _mm512_slli_epi32(added, 16)));
-    keep_in_memory(powers);
-    return !_mm512_mask_cmpgt_epi32_mask(mask, _mm512_abs_epi32(exponents), _mm512_set1_epi32(60));
-}
+// Of each E8M0 scale what is to be added to two bfloat16 to multiply them.
+struct Powers {
+    uint32_t values[256];
 
-LOWBIT_INLINE __m512i power_at(const uint32_t* powers, int64_t i) { return _mm512_set1_epi32(static_cast<int>(powers[i])); }
+    constexpr Powers() : values() {
+        for (uint32_t code = 0; code < 256; ++code) values[code] = ((code - 127) << 7 & 0xffff) * 0x10001u;
+    }
+};
+constexpr Powers kPowers;
+
+LOWBIT_INLINE __m512i power_of(uint8_t scale) { return _mm512_set1_epi32(static_cast<int>(kPowers.values[scale])); }
+
+// Whether none of at most 16 E8M0 scales is so far from 1 that results might not be normal numbers.
+LOWBIT_INLINE bool are_near(const uint8_t* scales, int64_t count) {
+    const __m128i codes = _mm_mask_loadu_epi8(_mm_set1_epi8(127), column_mask(count), scales);
+    const __m128i beyond = _mm_subs_epu8(_mm_sub_epi8(codes, _mm_set1_epi8(127 - 60)), _mm_set1_epi8(120));
+    return _mm_testz_si128(beyond, beyond);
+}
 
 // E2M1 in blocks of 32 inputs with scales of E8M0 times outer ones.
 LOWBIT_INLINE void decode_mxfp4(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
@@ -322,9 +328,8 @@ LOWBIT_INLINE void decode_mxfp4(const void* weight, int64_t channel, int64_t fir
     for (int64_t done = 0; done < count; done += avx512::kChunk) {
         const int64_t part = smaller(avx512::kChunk, count - done), at = channel * job.depth + first + done;
         const float outer = avx512::outer_scale_at(job, channel, first + done);
-        alignas(64) uint32_t powers[16];
-        const bool are_near = load_powers(static_cast<const uint8_t*>(job.scale) + at / kWords, part / kWords, powers);
-        if (!are_near || !(outer > 1 / kLargest && outer < kLargest)) {
+        const auto* scales = static_cast<const uint8_t*>(job.scale) + at / kWords;
+        if (!are_near(scales, part / kWords) || !(outer > 1 / kLargest && outer < kLargest)) {
             decode_pairs<E2M1>(weight, channel, first + done, part, output + done);
             continue;
         }
@@ -332,9 +337,8 @@ LOWBIT_INLINE void decode_mxfp4(const void* weight, int64_t channel, int64_t fir
         const __m512 table = _mm512_mul_ps(avx512::table_of(E2M1{}, 0.0f), _mm512_set1_ps(outer));
         const __m512i values = round_pair(table, table);
         BFloat16* to = output + done;
-        const uint32_t* all_powers = powers;
         for_registers(part, [=](int64_t from, int64_t j) LOWBIT_INLINE_LAMBDA {
-            const __m512i power = power_at(all_powers, from / kWords + j);
+            const __m512i power = power_of(scales[from / kWords + j]);
             const __m512i words = _mm512_mask_add_epi16(values, kNotZero, values, power);
             const __m512i indices = nibble_indices(codes + from / 2 + j * kWords / 2);
             _mm512_storeu_si512(to + from + j * kWords, _mm512_permutexvar_epi16(indices, words));
@@ -352,12 +356,11 @@ LOWBIT_INLINE void decode_mxfp8(const void* weight, int64_t channel, int64_t fir
     const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000)), exponent = _mm512_set1_epi16(0x78);
     for (int64_t done = 0; done < count; done += avx512::kChunk) {
         const int64_t part = smaller(avx512::kChunk, count - done), at = channel * job.depth + first + done;
-        alignas(64) uint32_t powers[16];
-        const bool are_near = load_powers(static_cast<const uint8_t*>(job.scale) + at / kWords, part / kWords, powers);
+        const auto* scales = static_cast<const uint8_t*>(job.scale) + at / kWords;
         const auto* codes = static_cast<const uint8_t*>(job.weight) + at;
         __m512i largest = _mm512_setzero_si512();
         for (int64_t j = 0; j < part; j += kWords) {
-            const __m512i power = power_at(powers, j / kWords);
+            const __m512i power = power_of(scales[j / kWords]);
             const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j)));
             const __m512i shifted = _mm512_slli_epi16(wide, 4), bits = _mm512_and_si512(shifted, magnitude);
             largest = _mm512_max_epu16(largest, bits);
@@ -366,7 +369,7 @@ LOWBIT_INLINE void decode_mxfp8(const void* weight, int64_t channel, int64_t fir
             value = _mm512_mask_permutexvar_epi16(value, _mm512_testn_epi16_mask(wide, exponent), wide, small);
             _mm512_storeu_si512(output + done + j, _mm512_ternarylogic_epi32(value, shifted, sign, 0xf8));  // value | (shifted & sign)
         }
-        if (!are_near || _mm512_cmpeq_epi16_mask(largest, magnitude))  // a NaN
+        if (!are_near(scales, part / kWords) || _mm512_cmpeq_epi16_mask(largest, magnitude))  // a NaN
             decode_slowly<E4M3>(job, channel, first + done, part, output + done);
     }
 }

@@ -125,11 +125,25 @@ LOWBIT_INLINE void decode_words(BlockQ6_K, const uint8_t* block, BFloat16* outpu
     }
 }
 
+// Two blocks: values are rounded together, and a code's fifth bit says which block it is of.
+LOWBIT_INLINE void decode_pair(BlockQ4_0, const uint8_t* block, BFloat16* output) {
+    constexpr int kBytes = BlockQ4_0::bytes;
+    const __m512 first = _mm512_mul_ps(halves_of(block), codes_from(-8));
+    const __m512i words = round_pair(first, _mm512_mul_ps(halves_of(block + kBytes), codes_from(-8)));
+    const __m512i low = _mm512_set1_epi16(15), second = _mm512_set1_epi16(16);
+    _mm512_storeu_si512(output, _mm512_permutexvar_epi16(_mm512_and_si512(nibble_indices(block + 2), low), words));
+    const __m512i codes = _mm512_ternarylogic_epi32(nibble_indices(block + kBytes + 2), low, second, 0xea);
+    _mm512_storeu_si512(output + 32, _mm512_permutexvar_epi16(codes, words));
+}
+
 template <typename Block>
 LOWBIT_INLINE void decode_blocks(const void* weight, int64_t row, int64_t first, int64_t count, BFloat16* output) {
     const auto& rows = *static_cast<const GgufRows*>(weight);
     const uint8_t* from = rows.input + row * rows.row_bytes + first / Block::elements * Block::bytes;
-    for (int64_t i = 0; i < count; i += Block::elements, from += Block::bytes) decode_words(Block{}, from, output + i);
+    int64_t i = 0;
+    if constexpr (std::is_same<Block, BlockQ4_0>::value)
+        for (; i + 2 * Block::elements <= count; i += 2 * Block::elements, from += 2 * Block::bytes) decode_pair(Block{}, from, output + i);
+    for (; i < count; i += Block::elements, from += Block::bytes) decode_words(Block{}, from, output + i);
 }
 
 // Through float32.
