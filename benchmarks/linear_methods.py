@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "nvfp4": {"method": "nvfp4"},
     "auto-round": {"method": "auto-round", "group_size": 128},
     "auto-round, 8 bits": {"method": "auto-round", "group_size": 128, "bits": 8},
+    "auto-round, 8 bits, asymmetric": {"method": "auto-round", "group_size": 128, "bits": 8, "sym": False},
     "svdquant": {"method": "svdquant"},
     "svdquant, int4": {"method": "svdquant", "precision": "int4"},
     **{f"gguf {kind}": {"method": "gguf", "gguf_type": kind} for kind in GGUF_TYPES},
