@@ -235,8 +235,9 @@ struct BlockQ2_K {
 #ifdef LOWBIT_AVX512
 // The six-bit scales of the sixteen groups of Q3_K, less 32, times d: four bits of each in eight bytes, two in four more.
 LOWBIT_INLINE void scales_of_q3_k(const uint8_t* block, float (&out)[16]) {
-    const __m128i words = load_bytes(block + 96), pairs = _mm_set1_epi32(static_cast<int>(word_at(block + 104)));
+    const __m128i words = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(block + 96));  // a block ends soon after
     const __m128i low = _mm_srlv_epi64(_mm_unpacklo_epi64(words, words), _mm_set_epi64x(4, 0));
+    const __m128i pairs = _mm_set1_epi32(static_cast<int>(word_at(block + 104)));
     const __m128i high = _mm_slli_epi32(_mm_and_si128(_mm_srlv_epi32(pairs, _mm_set_epi32(6, 4, 2, 0)), _mm_set1_epi8(3)), 4);
     const __m128i codes = _mm_or_si128(_mm_and_si128(low, _mm_set1_epi8(15)), high);
     const __m512i less = _mm512_sub_epi32(_mm512_cvtepu8_epi32(codes), _mm512_set1_epi32(32));

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -76,3 +79,16 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
         return False
     a, b = left.double(), right.double()
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def at_the_end_of_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a dense ``tensor`` after whose last byte a page begins that ends the process if it is read."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("protects memory as Linux does")
+    size = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    after = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(after), mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=torch.uint8, offset=size - tensor.nbytes, count=tensor.nbytes)
+    copy.copy_(tensor.flatten().view(torch.uint8))
+    return copy.view(tensor.dtype).view(tensor.shape)

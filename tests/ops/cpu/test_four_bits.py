@@ -12,7 +12,7 @@ from lowbit.ops.cpu import blocked, fp4, native, weight_only
 from lowbit.ops.cpu import mx as cpu_mx
 from lowbit.ops.cpu import nvfp4 as cpu_nvfp4
 from lowbit.ops.dispatch import Problem
-from tests.ops.cpu.conftest import same
+from tests.ops.cpu.conftest import at_the_end_of_memory, same
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = ["mxfp8", "mxfp4", "dualscale", "nvfp4"]
@@ -177,3 +177,15 @@ def test_operators_are_well_formed() -> None:
 @pytest.mark.parametrize("module", [cpu_mx, cpu_nvfp4])
 def test_other_dtypes_are_refused(module: object) -> None:
     assert "float64" in (module.supports(Problem(torch.device("cpu"), torch.float64, 8, 8)) or "")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [640, 1056])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_nothing_is_read_beyond_a_weight(kind: str, columns: int, dtype: torch.dtype, vectors_or_tiles: str) -> None:
+    layer = Layer(kind, 7, columns)
+    inputs = [torch.randn(rows, columns).to(dtype) for rows in (1, 3, 9, 70)]
+    expected = [layer.linear(x) for x in inputs]
+    layer.tensors = tuple(at_the_end_of_memory(tensor) for tensor in layer.tensors)
+    for x, result in zip(inputs, expected, strict=True):
+        assert same(layer.linear(x), result)

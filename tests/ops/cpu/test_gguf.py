@@ -10,6 +10,7 @@ from lowbit.ops.cpu import gguf as blocked
 from lowbit.ops.cpu import gguf_native, native
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
+from tests.ops.cpu.conftest import at_the_end_of_memory
 from tests.ops.test_gguf import random_blocks, same_bits
 
 needs_native = pytest.mark.skipif(not native.available(), reason=f"native helper {native.refusal()}")
@@ -130,3 +131,15 @@ def test_float64_is_refused() -> None:
     problem = Problem(torch.device("cpu"), torch.float64, 8, 256, weight_format="Q4_K")
     for module in (gguf_native, blocked) if native.available() else (blocked,):
         assert "float64" in str(module.supports(problem))
+
+
+@needs_native
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_read_beyond_a_weight(kind: str, dtype: torch.dtype, vectors_or_tiles: str) -> None:
+    raw = random_weight(kind, 7, 768)
+    last = at_the_end_of_memory(raw)
+    assert same_bits(blocked.gguf_dequantize(last, kind), blocked.gguf_dequantize(raw, kind))
+    for rows in (1, 3, 9, 70):
+        x = torch.randn(rows, 768).to(dtype)
+        assert same_bits(gguf_native.linear(x, last, kind, None), gguf_native.linear(x, raw, kind, None))
