@@ -136,24 +136,15 @@ LOWBIT_INLINE __m512i nibble_indices(const uint8_t* codes) {
     return _mm512_srlv_epi16(broadcast_16(codes), shifts);
 }
 
-// Registers of one table, kRegisters at a time: loops of so few instructions are half bookkeeping otherwise.
-template <int64_t kRegisters>
-LOWBIT_INLINE void write_looked_up(const uint8_t* codes, int64_t count, __m512i words, BFloat16* output) {
-    for (int64_t i = 0; i < count; i += kRegisters * kWords) {
-#pragma GCC unroll 8
-        for (int64_t j = 0; j < kRegisters * kWords; j += kWords)
-            _mm512_storeu_si512(output + i + j, _mm512_permutexvar_epi16(nibble_indices(codes + (i + j) / 2), words));
-    }
-}
-
-// Blocks of `block` inputs, a multiple of kRegisters * 32. `zeros` may be null: 8.
-template <typename Code, int64_t kRegisters, typename Scale>
-LOWBIT_INLINE void decode_nibbles(const uint8_t* codes, int64_t count, int64_t block, const Scale* scales, const float* zeros,
+// Blocks of `block` inputs, a multiple of 32.
+template <typename Code>
+LOWBIT_INLINE void decode_nibbles(const uint8_t* codes, int64_t count, int64_t block, const float* scales, const float* zeros,
                                   BFloat16* output) {
-    const __m512 values = avx512::table_of(Code{}, 8.0f);
-    for (int64_t i = 0; i < count; i += block, ++scales) {
-        const __m512 table = _mm512_mul_ps(zeros ? avx512::table_of(Code{}, *zeros++) : values, _mm512_set1_ps(widen(*scales)));
-        write_looked_up<kRegisters>(codes + i / 2, block, round_pair(table, table), output + i);
+    for (int64_t i = 0; i < count; i += block, ++scales, ++zeros) {
+        const __m512 table = _mm512_mul_ps(avx512::table_of(Code{}, *zeros), _mm512_set1_ps(*scales));
+        const __m512i words = round_pair(table, table);
+        for (int64_t j = i; j < i + block; j += kWords)
+            _mm512_storeu_si512(output + j, _mm512_permutexvar_epi16(nibble_indices(codes + j / 2), words));
     }
 }
 
@@ -265,7 +256,8 @@ LOWBIT_INLINE void write_half(const uint8_t* codes, int64_t count, __m512i words
         _mm512_storeu_si512(output + i, look_up_pairs(broadcast_16(codes + i / 2), nibble_places(), half, words));
 }
 
-// int4 without zero points; kBlock inputs have a scale, or any multiple of 32 (0). Values are rounded for two blocks at once.
+// int4 without zero points; kBlock inputs, of which depth is a multiple, have a scale, or any multiple of 32 (0). Values are
+// rounded for two blocks at once.
 template <typename Scale, int64_t kBlock>
 LOWBIT_INLINE void decode_int4(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     const auto& job = *static_cast<const WeightJob*>(weight);
@@ -297,7 +289,7 @@ void decode_pairs(const void* weight, int64_t channel, int64_t first, int64_t co
         avx512::BlockScales scales;
         avx512::load_block_scales<Code>(job, channel, first, avx512::quotient_up(part, block), scales);
         if (block == 16) decode_half_blocks<Code>(codes, part, scales.scales, output);
-        else decode_nibbles<Code, 1>(codes, part, block, scales.scales, scales.zeros, output);
+        else decode_nibbles<Code>(codes, part, block, scales.scales, scales.zeros, output);
     }
 }
 
@@ -416,8 +408,9 @@ ChannelKernels byte_decoder(const WeightJob& job) {
 
 template <typename Scale>
 ChannelKernels int4_decoder(const WeightJob& job) {
-    if (job.block_columns == 64) return kKernelsOf<Each<decode_int4<Scale, 64>>>;
-    return job.block_columns == 128 ? kKernelsOf<Each<decode_int4<Scale, 128>>> : kKernelsOf<Each<decode_int4<Scale, 0>>>;
+    if (job.block_columns == 64 && job.depth % 64 == 0) return kKernelsOf<Each<decode_int4<Scale, 64>>>;
+    if (job.block_columns == 128 && job.depth % 128 == 0) return kKernelsOf<Each<decode_int4<Scale, 128>>>;
+    return kKernelsOf<Each<decode_int4<Scale, 0>>>;
 }
 
 // Of groups that split_activations takes; in kNibbleOrder.
