@@ -184,64 +184,71 @@ struct WeightQ45_K : LargeBlockWeight<Block> {
     }
 };
 
-// Q6_K, Q2_K and Q3_K have sixteen groups; their codes are less 32, 0 and 4, or a minimum.
-struct WeightQ6_K : LargeBlockWeight<avx512::BlockQ6_K> {
+// Q6_K, Q2_K and Q3_K, which have sixteen groups: `Weight` finds their scales and what is to be subtracted, and loads the codes
+// of a register.
+template <typename Weight, typename Block>
+struct SixteenGroups : LargeBlockWeight<Block> {
     static constexpr bool is_signed = false, is_joint = false;
     static constexpr int run = 64;
-    using LargeBlockWeight::LargeBlockWeight;
+    using LargeBlockWeight<Block>::LargeBlockWeight;
 
     LOWBIT_INLINE_LAMBDA inline UnitCodes load(int64_t i) {
-        const int half = begin_unit(i, [this]() LOWBIT_INLINE_LAMBDA {
-            avx512::scales_of_q6_k(block, scales);
-            _mm512_store_ps(minimums, _mm512_mul_ps(_mm512_load_ps(scales), _mm512_set1_ps(32.0f)));
-        });
+        auto& weight = static_cast<Weight&>(*this);
+        const int half = this->begin_unit(i, [&weight]() LOWBIT_INLINE_LAMBDA { weight.find_scales(); });
         UnitCodes unit;
-        split_nibbles(_mm512_loadu_si512(block + 64 * half), unit);
 #pragma GCC unroll 2
         for (int r = 0; r < 2; ++r) {
-            unit.codes[r] = add_bits(unit.codes[r], turn_both(block + 128 + 32 * half, 4 * r - 4, 4 * r - 2), 48);
-            spread(r, groups_from<4>(8 * half + 4 * r), unit);
+            unit.codes[r] = weight.load_register(half, r);
+            this->spread(r, groups_from<4>(8 * half + 4 * r), unit);
         }
         return unit;
     }
-};
 
-struct WeightQ2_K : LargeBlockWeight<avx512::BlockQ2_K> {
-    static constexpr bool is_signed = false, is_joint = false;
-    static constexpr int run = 64;
-    using LargeBlockWeight::LargeBlockWeight;
-
-    LOWBIT_INLINE_LAMBDA inline UnitCodes load(int64_t i) {
-        const int half = begin_unit(i, [this]() LOWBIT_INLINE_LAMBDA { avx512::scales_and_minimums_of_q2_k(block, scales, minimums); });
-        UnitCodes unit;
-#pragma GCC unroll 2
-        for (int r = 0; r < 2; ++r) {
-            unit.codes[r] = _mm512_and_si512(turn_both(block + 16 + 32 * half, 4 * r, 4 * r + 2), _mm512_set1_epi8(3));
-            spread(r, groups_from<4>(8 * half + 4 * r), unit);
-        }
-        return unit;
+    // For codes that are less `offset`.
+    LOWBIT_INLINE_LAMBDA inline void offset_codes(float offset) {
+        _mm512_store_ps(this->minimums, _mm512_mul_ps(_mm512_load_ps(this->scales), _mm512_set1_ps(offset)));
     }
 };
 
-struct WeightQ3_K : LargeBlockWeight<avx512::BlockQ3_K> {
-    static constexpr bool is_signed = false, is_joint = false;
-    static constexpr int run = 64;
-    using LargeBlockWeight::LargeBlockWeight;
+// Of 32 bytes two bits each: pairs 2 r and 2 r + 1.
+LOWBIT_INLINE __m512i two_bits(const uint8_t* from, int r) {
+    return _mm512_and_si512(turn_both(from, 4 * r, 4 * r + 2), _mm512_set1_epi8(3));
+}
 
-    LOWBIT_INLINE_LAMBDA inline UnitCodes load(int64_t i) {
-        const int half = begin_unit(i, [this]() LOWBIT_INLINE_LAMBDA {
-            avx512::scales_of_q3_k(block, scales);
-            _mm512_store_ps(minimums, _mm512_mul_ps(_mm512_load_ps(scales), _mm512_set1_ps(4.0f)));
-        });
-        UnitCodes unit;
-#pragma GCC unroll 2
-        for (int r = 0; r < 2; ++r) {
-            const int third = 4 * half + 2 * r;  // the bit of the first 32 inputs in each byte
-            const __m512i codes = _mm512_and_si512(turn_both(block + 32 + 32 * half, 4 * r, 4 * r + 2), _mm512_set1_epi8(3));
-            unit.codes[r] = add_bits(codes, turn_both(block, third - 2, third - 1), 4);
-            spread(r, groups_from<4>(8 * half + 4 * r), unit);
-        }
-        return unit;
+struct WeightQ6_K : SixteenGroups<WeightQ6_K, avx512::BlockQ6_K> {
+    using SixteenGroups::SixteenGroups;
+
+    LOWBIT_INLINE_LAMBDA inline void find_scales() {
+        avx512::scales_of_q6_k(block, scales);
+        offset_codes(32.0f);
+    }
+
+    LOWBIT_INLINE_LAMBDA inline __m512i load_register(int half, int r) const {
+        const __m512i low = _mm512_loadu_si512(block + 64 * half);
+        const __m512i codes = low_nibbles(r == 0 ? low : _mm512_srli_epi16(low, 4));
+        return add_bits(codes, turn_both(block + 128 + 32 * half, 4 * r - 4, 4 * r - 2), 48);
+    }
+};
+
+struct WeightQ2_K : SixteenGroups<WeightQ2_K, avx512::BlockQ2_K> {
+    using SixteenGroups::SixteenGroups;
+
+    LOWBIT_INLINE_LAMBDA inline void find_scales() { avx512::scales_and_minimums_of_q2_k(block, scales, minimums); }
+
+    LOWBIT_INLINE_LAMBDA inline __m512i load_register(int half, int r) const { return two_bits(block + 16 + 32 * half, r); }
+};
+
+struct WeightQ3_K : SixteenGroups<WeightQ3_K, avx512::BlockQ3_K> {
+    using SixteenGroups::SixteenGroups;
+
+    LOWBIT_INLINE_LAMBDA inline void find_scales() {
+        avx512::scales_of_q3_k(block, scales);
+        offset_codes(4.0f);
+    }
+
+    LOWBIT_INLINE_LAMBDA inline __m512i load_register(int half, int r) const {
+        const int third = 4 * half + 2 * r;  // the bit of the first 32 inputs in each byte
+        return add_bits(two_bits(block + 32 + 32 * half, r), turn_both(block, third - 2, third - 1), 4);
     }
 };
 
