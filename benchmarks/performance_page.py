@@ -34,8 +34,10 @@ def about(found: Mapping[str, Any]) -> str:
     machine = found["machine"]
     load = f", load {machine['load_average'][0]}" if machine["load_average"] else ""
     flags = ", ".join(machine["flags"])
+    held = ", ".join(f"{name}={value}" for name, value in machine.get("held_to", {}).items())
     return (
-        f"{machine['cpu']} ({flags}), {machine['threads']} threads{load}, commit {machine['commit']}, {found['date']}."
+        f"{machine['cpu']} ({flags}){' held to ' if held else ''}{held}, {machine['threads']} threads{load}, "
+        f"commit {machine['commit']}, {found['date']}."
     )
 
 

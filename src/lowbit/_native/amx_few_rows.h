@@ -1,44 +1,29 @@
-// Products of few rows of bfloat16 with weights that are decoded to it, whose time is that of decoding.
+// Products of few rows of bfloat16 with weights that are decoded to it, by AMX; their time is that of decoding.
 //
-// The roles of amx_product.h are exchanged: a tile's rows are channels, so that decoded inputs are used as they lie in the
-// weight, and the activations, of which there are few, are transposed. The sums are, too, and are written transposed back.
-// Of a group of channels kFewInputs inputs are decoded into the first-level cache while those before are multiplied.
-// Groups are as wide as the tiles allow: 16 channels with four times 16 rows, 32 with twice as many, so that activations,
-// which come from the second-level cache, are loaded less often.
-
-constexpr int64_t kWords = 32;  // bfloat16 in a register
-constexpr int64_t kFewInputs = 256;
-constexpr int64_t kStride = kFewInputs + kWords;  // of decoded channels: 512 bytes apart they would share few sets
-constexpr int64_t kMostFewRows = 64;
-constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileChannels = 16;
+// The roles of amx_product.h are exchanged: a tile's rows are channels. Of a group of channels kFewInputs inputs are decoded
+// into the first-level cache while those before are multiplied. Groups are as wide as the tiles allow: 16 channels with four
+// times 16 rows, 32 with twice as many, so that activations, which come from the second-level cache, are loaded less often.
 
 // Rows of a tile: 16, or as many as there are where those are fewer, so that they are found in the first-level cache.
-LOWBIT_INLINE int64_t rows_of_tile(const AmxJob& job) { return smaller(job.rows, kTileRows); }
+LOWBIT_INLINE int64_t rows_of_tile(const TileJob& job) { return smaller(job.rows, kTileRows); }
 
-LOWBIT_INLINE int64_t bytes_of_step(const AmxJob& job) { return blocks(job.rows, kTileRows) * rows_of_tile(job) * kStep; }
+LOWBIT_INLINE int64_t bytes_of_step(const TileJob& job) { return blocks(job.rows, kTileRows) * rows_of_tile(job) * kStep; }
 
 inline int64_t channels_of_group(int64_t rows) {
     return rows > kTileRows && rows <= 2 * kTileRows ? 2 * kTileChannels : kTileChannels;
 }
 
 // Steps [first, last) of 32 inputs -> tiles [steps][blocks of rows][16 pairs of inputs][rows of a tile][2].
-void transpose_rows(const AmxJob& job, int64_t first, int64_t last) {
+void transpose_rows(const TileJob& job, int64_t first, int64_t last) {
     const int64_t pair_bytes = rows_of_tile(job) * 4;
+    const __mmask16 columns = column_mask(rows_of_tile(job));
     uint8_t* to = job.tiles + first * bytes_of_step(job);
     for (int64_t step = first; step < last; ++step) {
-        const __mmask64 mask = present(step * kStep, job.depth);
-        const auto* from = static_cast<const int8_t*>(job.input) + step * kStep;
-        for (int64_t row = 0; row < job.rows; row += kTileRows, to += 16 * pair_bytes) {
-            alignas(64) int8_t rows[kTileRows * kStep] = {}, turned[kTileRows * kStep];
-            for (int64_t i = 0; i < smaller(kTileRows, job.rows - row); ++i) {
-                const __m512i inputs = _mm512_maskz_loadu_epi8(mask, from + (row + i) * job.stride);
-                _mm512_store_si512(rows + i * kStep, reorder(job.decoder, inputs));
-            }
-            pack_step(rows, kStep, ~__mmask64{0}, turned);
-            const __mmask16 columns = column_mask(rows_of_tile(job));
-            for (int64_t pair = 0; pair < 16; ++pair)
-                _mm512_mask_storeu_epi32(to + pair * pair_bytes, columns, _mm512_load_si512(turned + pair * kStep));
+        for (int64_t row = 0; row < job.rows; row += kTileRows) {
+            alignas(64) int8_t turned[kTileRows * kStep];
+            turn_step(job, step, row, turned);
+            for (int64_t pair = 0; pair < 16; ++pair, to += pair_bytes)
+                _mm512_mask_storeu_epi32(to, columns, _mm512_load_si512(turned + pair * kStep));
         }
     }
 }
@@ -69,12 +54,10 @@ struct Chunk {
     int64_t group, input;
 };
 
-LOWBIT_INLINE Chunk next_chunk(const AmxJob& job, const Chunk& chunk, int64_t last) {
+LOWBIT_INLINE Chunk next_chunk(const TileJob& job, const Chunk& chunk, int64_t last) {
     if (chunk.group < last && chunk.input + kFewInputs < job.depth / 2) return {chunk.group, chunk.input + kFewInputs};
     return {smaller(chunk.group + 1, last), 0};
 }
-
-constexpr int64_t kChannelBytes = kStride * sizeof(BFloat16);
 
 // Up to 16 rows: adds to tiles 0 and 1 in turn, which are of the same sums: an instruction would wait for the one before.
 LOWBIT_INLINE void multiply_narrow(const BFloat16* channels, const uint8_t* x, int64_t step, int64_t pair_bytes) {
@@ -126,20 +109,7 @@ LOWBIT_INLINE void store_sums(float (*sums)[kTileRows * kTileChannels]) {
     __asm__ volatile("" ::: "memory");
 }
 
-// Sums [16 channels][16 rows] -> output [rows][channels].
-LOWBIT_INLINE void write_transposed(const AmxJob& job, const float* sums, int64_t row, int64_t column) {
-    alignas(64) float turned[kTileRows * kTileChannels];
-    pack_step(reinterpret_cast<const int8_t*>(sums), kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(turned));
-    const __mmask16 mask = column_mask(job.columns - column);
-    const __m512 bias = job.weight.bias ? _mm512_maskz_loadu_ps(mask, job.weight.bias + column) : _mm512_setzero_ps();
-    auto* to = static_cast<BFloat16*>(job.output) + row * job.columns + column;
-    for (int64_t i = 0; i < smaller(kTileRows, job.rows - row); ++i, to += job.columns) {
-        const __m512 value = _mm512_load_ps(turned + i * kTileChannels);
-        store_narrow(to, mask, job.weight.bias ? _mm512_add_ps(value, bias) : value);
-    }
-}
-
-LOWBIT_INLINE void write_sums(const AmxJob& job, float (*sums)[kTileRows * kTileChannels], int64_t column) {
+LOWBIT_INLINE void write_sums(const TileJob& job, float (*sums)[kTileRows * kTileChannels], int64_t column) {
     const int64_t row_blocks = blocks(job.rows, kTileRows);
     for (int64_t i = 0; row_blocks == 1 && i < kTileRows * kTileChannels; i += 16)
         _mm512_store_ps(sums[0] + i, _mm512_add_ps(_mm512_load_ps(sums[0] + i), _mm512_load_ps(sums[1] + i)));
@@ -156,13 +126,13 @@ struct Part {
     bool is_whole(int64_t channels) const { return last - channel == channels && inputs == kFewInputs; }
 };
 
-LOWBIT_INLINE Part part_of(const AmxJob& job, const Chunk& chunk, int64_t last, int64_t channels) {
+LOWBIT_INLINE Part part_of(const TileJob& job, const Chunk& chunk, int64_t last, int64_t channels) {
     const int64_t channel = chunk.group * channels, end = chunk.group < last ? smaller(channel + channels, job.columns) : channel;
     return {channel, end, chunk.input, smaller(kFewInputs, job.depth / 2 - chunk.input)};
 }
 
 // At most `channels` of each.
-LOWBIT_NOINLINE void decode_part(const AmxJob& job, const Part& decoded, const Part& asked, int64_t channels, BFloat16* output) {
+LOWBIT_NOINLINE void decode_part(const TileJob& job, const Part& decoded, const Part& asked, int64_t channels, BFloat16* output) {
     for (int64_t channel = asked.channel; channel < smaller(asked.channel + channels, asked.last); ++channel)
         prefetch_lines(codes_at(*job.decoder, channel, asked.input), bytes_of(*job.decoder, asked.inputs));
     for (int64_t channel = decoded.channel; channel < smaller(decoded.channel + channels, decoded.last); ++channel) {
@@ -182,12 +152,9 @@ LOWBIT_INLINE void multiply_step(const BFloat16* channels, const uint8_t* x, int
 
 // Adds what the low-rank product adds to the channels from `channel` on; `copied` is for a part of them.
 template <int64_t kChannels>
-LOWBIT_NOINLINE void add_low_rank(const AmxJob& job, int64_t channel, DecodedChannels& copied) {
+LOWBIT_NOINLINE void add_low_rank(const TileJob& job, int64_t channel, DecodedChannels& copied) {
     for (int64_t step = 0; step * kWords < job.low_rank.rank; ++step) {
-        const __mmask64 mask = present(step * kStep, 2 * job.low_rank.rank);
-        const BFloat16* from = job.low_rank.up + channel * job.low_rank.rank + step * kWords;
-        for (int64_t i = 0; i < kChannels; ++i, from += job.low_rank.rank)
-            _mm512_storeu_si512(copied[i], channel + i < job.columns ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_setzero_si512());
+        for (int64_t i = 0; i < kChannels; ++i) _mm512_storeu_si512(copied[i], low_rank_inputs(job, channel + i, step));
         __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read it
         multiply_step<kChannels>(copied[0], job.low_rank.tiles + step * bytes_of_step(job), step, job.rows);
     }
@@ -195,7 +162,7 @@ LOWBIT_NOINLINE void add_low_rank(const AmxJob& job, int64_t channel, DecodedCha
 
 // Groups [first, last) of kChannels, with all rows. `Channel` decodes inputs of a channel.
 template <typename Channel, int64_t kChannels>
-void multiply_groups(const AmxJob& job, int64_t first, int64_t last) {
+void multiply_groups(const TileJob& job, int64_t first, int64_t last) {
     constexpr int64_t kSteps = kFewInputs / kWords, kChannelsOfStep = kChannels / kSteps;
     FewRowsMemory& memory = few_rows_memory();
     const Channel decode(job.weight.data);
@@ -239,7 +206,7 @@ void multiply_groups(const AmxJob& job, int64_t first, int64_t last) {
 
 // Groups [first, last) of channels_of_group(rows).
 template <typename Channel>
-void multiply_few_rows(const AmxJob& job, int64_t first, int64_t last) {
+void multiply_few_rows(const TileJob& job, int64_t first, int64_t last) {
     const bool is_square = channels_of_group(job.rows) > kTileChannels;
     is_square ? multiply_groups<Channel, 2 * kTileChannels>(job, first, last) : multiply_groups<Channel, kTileChannels>(job, first, last);
 }

@@ -7,7 +7,6 @@
 // is scaled and written between the instructions that sum the next, which leave the other units idle.
 
 constexpr int64_t kRowsTogether = 32;
-constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kGroupPanels = 12;
 constexpr int64_t kGroupColumns = kGroupPanels * kPanelChannels;
 constexpr int64_t kDepthSteps = 64;  // of 64 bytes each
@@ -22,13 +21,8 @@ const TileShape kWholeTiles;  // in memory: the intrinsic does not say how much 
 
 LOWBIT_INLINE void configure_tiles() { _tile_loadconfig(&kWholeTiles); }
 
-// Inputs in the order in which a decoder writes those of a weight.
-LOWBIT_INLINE __m512i reorder(const AmxDecoder* decoder, __m512i inputs) {
-    return decoder && decoder->order ? _mm512_permutexvar_epi16(_mm512_load_si512(decoder->order), inputs) : inputs;
-}
-
 // Rows of `bytes` bytes -> tiles [32 rows][64 bytes] one after the other, zero beyond the last row and byte.
-LOWBIT_INLINE void store_row(const uint8_t* row, int64_t bytes, uint8_t* tiles, const AmxDecoder* decoder = nullptr) {
+LOWBIT_INLINE void store_row(const uint8_t* row, int64_t bytes, uint8_t* tiles, const BFloat16Decoder* decoder = nullptr) {
     for (int64_t i = 0; i < bytes; i += kStep, tiles += 2 * kTileBytes)
         _mm512_store_si512(tiles, reorder(decoder, _mm512_maskz_loadu_epi8(present(i, bytes), row + i)));
 }
@@ -40,7 +34,7 @@ LOWBIT_INLINE void clear_rows(int64_t first, int64_t steps, uint8_t* tiles) {
 }
 
 // Blocks [first, last) of 32 rows.
-void arrange_rows(const AmxJob& job, int64_t first, int64_t last) {
+void arrange_rows(const TileJob& job, int64_t first, int64_t last) {
     const int64_t steps = blocks(job.depth, kStep);
     for (int64_t block = first; block < last; ++block) {
         const int64_t top = block * kRowsTogether, rows = smaller(kRowsTogether, job.rows - top);
@@ -54,7 +48,7 @@ void arrange_rows(const AmxJob& job, int64_t first, int64_t last) {
 
 // As above, of rows that are quantized on the way to uint8 (int8 + 128).
 template <typename Input>
-void quantize_and_arrange(const AmxJob& job, int64_t first, int64_t last) {
+void quantize_and_arrange(const TileJob& job, int64_t first, int64_t last) {
     const int64_t steps = blocks(job.depth, kStep);
     static thread_local std::vector<Uint8> codes;
     codes.resize(static_cast<size_t>(job.depth));
@@ -115,22 +109,9 @@ LOWBIT_INLINE void pack_panel(const int8_t* from, int64_t stride, int64_t channe
     }
 }
 
-// Ask memory for what is decoded soon: the hardware's own prefetching ends with a page.
-LOWBIT_INLINE void prefetch_lines(const char* from, int64_t bytes) {
-    const char* end = from + bytes;
-    for (from -= reinterpret_cast<uintptr_t>(from) % 64; from < end; from += 64)
-        __asm__ volatile("prefetcht0 %0" : : "m"(*from));  // the builtin is left out where nothing else is inlined with it
-}
-
-LOWBIT_INLINE int64_t bytes_of(const AmxDecoder& decoder, int64_t inputs) { return inputs * decoder.bytes_of_256 / 256; }
-
-LOWBIT_INLINE const char* codes_at(const AmxDecoder& decoder, int64_t channel, int64_t first) {
-    return static_cast<const char*>(decoder.codes) + channel * decoder.row_bytes + bytes_of(decoder, first);
-}
-
 // A panel of inputs from byte `first` on of the channels from `channel` on.
 template <typename Kind>
-LOWBIT_INLINE void pack_weight(const AmxJob& job, const AmxWeight& weight, int64_t channel, int64_t first, int64_t bytes,
+LOWBIT_INLINE void pack_weight(const TileJob& job, const TileWeight& weight, int64_t channel, int64_t first, int64_t bytes,
                                AmxPanels& packed, int64_t panel) {
     const int64_t channels = smaller(kPanelChannels, job.columns - channel), panel_bytes = blocks(bytes, kStep) * kTileBytes;
     uint8_t* to = packed.panels + panel * panel_bytes;
@@ -157,7 +138,7 @@ template <typename Kind>
 constexpr int64_t kColumnsOf = Kind::is_gated ? kGroupColumns / 2 : kGroupColumns;
 
 template <typename Kind>
-void pack_group(const AmxJob& job, int64_t column, int64_t first, AmxPanels& packed) {
+void pack_group(const TileJob& job, int64_t column, int64_t first, AmxPanels& packed) {
     const int64_t bytes = smaller(kDepthSteps * kStep, job.depth - first);
     const int64_t end = smaller(column + kColumnsOf<Kind>, job.columns);
     int64_t panel = 0;
@@ -165,10 +146,6 @@ void pack_group(const AmxJob& job, int64_t column, int64_t first, AmxPanels& pac
         pack_weight<Kind>(job, job.weight, channel, first, bytes, packed, panel++);
         if (Kind::is_gated) pack_weight<Kind>(job, job.gated, channel, first, bytes, packed, panel++);
     }
-}
-
-LOWBIT_INLINE __mmask16 column_mask(int64_t columns) {
-    return columns >= 16 ? 0xffff : static_cast<__mmask16>((1u << (columns < 0 ? 0 : columns)) - 1);
 }
 
 // 32 rows by 32 channels of sums, [2][2][16][16], that wait to be written.
@@ -180,17 +157,17 @@ struct Waiting {
     __mmask16 masks[2];
 
     Waiting() : rows(0) {}
-    Waiting(const AmxJob& job, const void* all, const int32_t* of_channels, int64_t top, int64_t count, int64_t first)
+    Waiting(const TileJob& job, const void* all, const int32_t* of_channels, int64_t top, int64_t count, int64_t first)
         : sums(static_cast<const typename Kind::Sum*>(all)), offsets(of_channels), row(top), rows(count), column(first),
           masks{column_mask(job.columns - first), column_mask(job.columns - first - kPanelChannels)} {}
 
-    void write_all(const AmxJob& job) {
+    void write_all(const TileJob& job) {
         for (int64_t i = 0; i < rows; ++i) write(job, i);
         rows = 0;
     }
 
     // Row i of the panel `side`.
-    LOWBIT_INLINE_LAMBDA inline __m512 result(const AmxJob& job, const AmxWeight& weight, int64_t i, int64_t side,
+    LOWBIT_INLINE_LAMBDA inline __m512 result(const TileJob& job, const TileWeight& weight, int64_t i, int64_t side,
                                               int64_t channel, __mmask16 mask) const {
         const typename Kind::Sum* from = sums + ((i / 16 * 2 + side) * 16 + i % 16) * 16;
         __m512 value;
@@ -205,7 +182,7 @@ struct Waiting {
         return weight.bias ? _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, weight.bias + channel)) : value;
     }
 
-    LOWBIT_INLINE_LAMBDA inline void write(const AmxJob& job, int64_t i) const {
+    LOWBIT_INLINE_LAMBDA inline void write(const TileJob& job, int64_t i) const {
         Output* to = static_cast<Output*>(job.output) + (row + i) * job.columns + column;
         if constexpr (Kind::is_gated) {
             const __m512 gate = result(job, job.weight, i, 0, column, masks[0]);
@@ -274,7 +251,7 @@ LOWBIT_INLINE void multiply_strip(const TileStrip& strip, Work work) {
 
 // Tasks [first, last): task t is block t % row_blocks of rows of the group t / row_blocks of 192 channels.
 template <typename Kind, typename Output>
-void multiply_tiles(const AmxJob& job, int64_t first, int64_t last) {
+void multiply_tiles(const TileJob& job, int64_t first, int64_t last) {
     static thread_local AmxPanels packed;
     static thread_local std::vector<char> memory;  // the sums of 32 rows; of all where not all the depth is packed at once
     const int64_t all_steps = blocks(job.depth, kStep);
@@ -326,9 +303,9 @@ void multiply_tiles(const AmxJob& job, int64_t first, int64_t last) {
     _tile_release();
 }
 
-constexpr AmxKernel quantizing_arrangements[3] = {quantize_and_arrange<float>, quantize_and_arrange<BFloat16>,
+constexpr TileKernel quantizing_arrangements[3] = {quantize_and_arrange<float>, quantize_and_arrange<BFloat16>,
                                                   quantize_and_arrange<Half>};
-constexpr AmxKernel int8_products[2][3] = {
+constexpr TileKernel int8_products[2][3] = {
     {multiply_tiles<AmxInt8, float>, multiply_tiles<AmxInt8, BFloat16>, multiply_tiles<AmxInt8, Half>},
     {multiply_tiles<AmxGatedInt8, float>, multiply_tiles<AmxGatedInt8, BFloat16>, multiply_tiles<AmxGatedInt8, Half>}};
-constexpr AmxKernel bfloat16_product = multiply_tiles<AmxBFloat16, BFloat16>;
+constexpr TileKernel bfloat16_product = multiply_tiles<AmxBFloat16, BFloat16>;

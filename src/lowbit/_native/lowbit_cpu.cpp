@@ -34,10 +34,14 @@
 #include <sys/mman.h>
 #endif
 
-// Linux gives a process the registers of AMX at its request.
-#if defined(LOWBIT_X86) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define LOWBIT_AMX 1
+#if defined(LOWBIT_X86) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#define LOWBIT_BFLOAT16 1
 #include <cpuid.h>
+#endif
+
+// Linux gives a process the registers of AMX at its request.
+#if defined(LOWBIT_BFLOAT16) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define LOWBIT_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -131,19 +135,19 @@ struct ProductJob {
     int64_t call;  // a number of its own
 };
 
-struct AmxWeight {
+struct TileWeight {
     const void* data;                  // [columns, depth]; or what `decode` takes
     const float *column_scale, *bias;  // [columns]; bias may be null
 };
 
-struct AmxJob;
-using AmxKernel = void (*)(const AmxJob&, int64_t, int64_t);
+struct TileJob;
+using TileKernel = void (*)(const TileJob&, int64_t, int64_t);
 
 // How a weight is brought to bfloat16.
-struct AmxDecoder {
+struct BFloat16Decoder {
     // Writes inputs [first, first + count) of a channel; first is a multiple of 256, count at most 2048.
     void (*decode)(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output);
-    AmxKernel multiply_few_rows;  // the same within a product
+    TileKernel multiply_few_rows;  // the same within a product
     const uint16_t* order;  // input order[i] of each 32 is written as the i-th, or null: as they lie
     const void* codes;
     int64_t row_bytes, bytes_of_256;  // of a channel, and of 256 inputs of one
@@ -157,25 +161,26 @@ struct LowRank {
     int64_t rank;      // 0: there is none
     float* partial;    // see amx_low_rank.h
     BFloat16* hidden;  // x times down
-    uint8_t* tiles;    // the same as AmxJob's tiles
+    uint8_t* tiles;    // the same as TileJob's tiles
 };
 
-struct AmxJob {
+struct TileJob {
     const void* input;  // [rows, depth]
     int64_t rows, depth, stride;  // depth in bytes of what is multiplied; rows are `stride` apart, in bytes or, where they
                                   // are quantized first, in elements
     float* row_scale;    // [rows], of int8; null where it is found by quantizing
     uint8_t* tiles;      // what is multiplied, as the instruction reads it: whole tiles of 32 rows and 64 bytes
-    AmxWeight weight, gated;  // the second null, or multiplied with silu of the first one's result
+    TileWeight weight, gated;  // the second null, or multiplied with silu of the first one's result
     int64_t columns;
     void* output;  // [rows, columns]
     int64_t row_block, row_blocks;
-    const AmxDecoder* decoder;  // null for weights that are multiplied as they are
+    const BFloat16Decoder* decoder;  // null for weights that are multiplied as they are
     int64_t call;  // a number of its own
     LowRank low_rank = {};
 };
 
 constexpr int64_t kMostRows = 64;
+constexpr int64_t kMostVectorRows = 256;  // of bfloat16 without AMX, for each 64 of which the weight is decoded
 
 struct WeightJob {
     const float* x;  // [rows, depth], rows x_stride apart and filled with zeros up to a multiple of 32
@@ -250,6 +255,16 @@ struct GgufRows {
     const GgufKernels* kernels;
     const uint8_t* input;
     int64_t row_bytes;
+};
+
+// Of bfloat16 times weights decoded to it.
+struct BFloat16Kernels {
+    BFloat16Decoder (*weight_decoders[4])(const WeightJob&);  // int8, e4m3, int4, e2m1
+    BFloat16Decoder (*gguf_decoder)(const GgufRows&);
+    TileKernel transpose_rows;                // of few rows
+    int64_t (*channels_of_group)(int64_t rows);  // that multiply_few_rows counts in
+    TileKernel project_rows;
+    void (*add_pieces)(const TileJob&, int64_t pieces);
 };
 
 // Indices: element type (float32, bfloat16, float16), code type (int8, uint8, e4m3; decoding int8, e4m3).
@@ -383,6 +398,36 @@ constexpr AttentionKernels attentions[kAttentionKinds] = {
 #else
 #pragma GCC pop_options
 #endif
+#ifdef LOWBIT_BFLOAT16
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512bf16,prefer-vector-width=512")
+#endif
+namespace avx512_bf16 {
+using avx512_vnni::kStep;
+using avx512_vnni::pack_step;
+using avx512_vnni::present;
+using avx512::store_narrow;
+using avx512::widen;
+#include "bfloat16_rows.h"
+#include "bfloat16_few_rows.h"
+#include "bfloat16_low_rank.h"
+#include "bfloat16_decode.h"
+#define LOWBIT_AVX512 1
+#include "gguf_blocks.h"
+#undef LOWBIT_AVX512
+#include "bfloat16_gguf.h"
+#include "bfloat16_kernels.h"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
 #ifdef LOWBIT_AMX
 #if defined(__clang__)
 #pragma clang attribute push( \
@@ -407,14 +452,18 @@ using avx512_vnni::kRowsAhead;
 using avx512_vnni::poison_of;
 using avx512_vnni::prefetch_row;
 using avx512_vnni::Queries;
+#define LOWBIT_TILES 1
+#include "bfloat16_rows.h"
 #include "amx_product.h"
 #include "amx_few_rows.h"
-#include "amx_low_rank.h"
-#include "amx_decode.h"
+#include "bfloat16_low_rank.h"
+#include "bfloat16_decode.h"
 #define LOWBIT_AVX512 1
 #include "gguf_blocks.h"
 #undef LOWBIT_AVX512
-#include "amx_gguf.h"
+#include "bfloat16_gguf.h"
+#include "bfloat16_kernels.h"
+#undef LOWBIT_TILES
 #include "attention_amx.h"
 }
 #if defined(__clang__)
@@ -425,17 +474,26 @@ using avx512_vnni::Queries;
 #endif
 #endif
 
-enum Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };  // AMX: besides AVX-512 with VNNI
+enum Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512BFloat16 = 3, kAmx = 4 };  // the last two have VNNI, and AMX all
+
+#ifdef LOWBIT_BFLOAT16
+// Whether the CPU has all that the namespace avx512_bf16 is compiled for, beyond AVX-512.
+bool has_vector_bfloat16() {
+    unsigned a, b, c, d;
+    constexpr unsigned kVectorBFloat16 = 1u << 5;
+    if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi")) return false;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kVectorBFloat16);
+}
+#else
+bool has_vector_bfloat16() { return false; }
+#endif
 
 #ifdef LOWBIT_AMX
 // Whether the CPU has AMX for both types, and what goes with it, and the system lets this process use it.
 bool has_amx() {
     unsigned a, b, c, d;
     constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBFloat16 | kTile | kInt8;
-    constexpr unsigned kVectorBFloat16 = 1u << 5;
-    if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi")) return false;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kVectorBFloat16)) return false;
+    if (!has_vector_bfloat16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -448,7 +506,7 @@ int best_isa() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-        return has_amx() ? kAmx : kAvx512;
+        return has_amx() ? kAmx : has_vector_bfloat16() ? kAvx512BFloat16 : kAvx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;  // and F16C, older than both
 #endif
     return kGeneric;
@@ -563,11 +621,9 @@ bool run_integers(const avx512_vnni::IntegerKernels* kernels, avx512_vnni::Integ
 }
 #endif
 
-constexpr int64_t kIntegerRowsBesideAmx = 2;  // of more the tiles make better use
-
 #ifdef LOWBIT_AMX
 // Bring a job's input to tiles, for all products with it.
-void arrange_amx(AmxKernel arrange, AmxJob& job, int threads) {
+void arrange_amx(TileKernel arrange, TileJob& job, int threads) {
     const int64_t row_groups = blocks(job.rows, amx::kRowsTogether), depth = blocks(job.depth, 64) * 64;
     const int64_t scale_bytes = row_groups * amx::kRowsTogether * static_cast<int64_t>(sizeof(float));
     static thread_local std::vector<char> memory;  // kept, as in lowbit_int8_linears
@@ -577,7 +633,7 @@ void arrange_amx(AmxKernel arrange, AmxJob& job, int threads) {
     run(arrange, job, row_groups, job.rows * job.depth, threads);
 }
 
-void multiply_amx(AmxKernel multiply, AmxJob job, int threads) {
+void multiply_amx(TileKernel multiply, TileJob job, int threads) {
     const int64_t group_columns = job.gated.data ? amx::kGroupColumns / 2 : amx::kGroupColumns;
     const int64_t row_groups = blocks(job.rows, amx::kRowsTogether), groups = blocks(job.columns, group_columns);
     job.row_block = blocks(row_groups, blocks(4 * threads, groups)) * amx::kRowsTogether;
@@ -588,53 +644,76 @@ void multiply_amx(AmxKernel multiply, AmxJob job, int threads) {
     run(multiply, job, groups * job.row_blocks, work, threads, groups < 4 * threads ? 1 : job.row_blocks);
 }
 
+void multiply_rows(TileJob job, int threads) {
+    arrange_amx(amx::arrange_rows, job, threads);
+    multiply_amx(amx::bfloat16_product, job, threads);
+}
+#endif
+
+#ifdef LOWBIT_BFLOAT16
+// What multiplies bfloat16 with the selected instruction set, or null.
+const BFloat16Kernels* bfloat16_kernels() {
+#ifdef LOWBIT_AMX
+    if (selected_isa == kAmx) return &amx::bfloat16_kernels;
+#endif
+    return selected_isa == kAvx512BFloat16 ? &avx512_bf16::bfloat16_kernels : nullptr;
+}
+
+// Of more rows decoding takes less time than multiplying integers, of which tiles make less.
+int64_t most_integer_rows() { return selected_isa == kAmx ? 2 : kFewRows; }
+
 // Finds the hidden rows of job.low_rank; of `job` only the rows and the depth are used besides.
-void project_low_rank(AmxJob& job, int threads) {
+void project_low_rank(const BFloat16Kernels& kernels, TileJob& job, int threads) {
+    using avx512_bf16::kPieceInputs;
     LowRank& low_rank = job.low_rank;
-    const int64_t pieces = blocks(job.depth / 2, amx::kPieceInputs), width = blocks(low_rank.rank, amx::kRankTile) * amx::kRankTile;
+    const int64_t pieces = blocks(job.depth / 2, kPieceInputs), width = avx512_bf16::padded_rank(low_rank);
     static thread_local std::vector<float> partial;
     static thread_local std::vector<BFloat16> hidden;
     partial.resize(static_cast<size_t>(pieces * job.rows * width));
     hidden.resize(static_cast<size_t>(job.rows * low_rank.rank));
     low_rank.partial = partial.data(), low_rank.hidden = hidden.data();
-    run(amx::project_rows, job, pieces, job.depth * low_rank.rank, threads);
-    amx::add_pieces(job, pieces);
+    run(kernels.project_rows, job, pieces, job.depth * low_rank.rank, threads);
+    kernels.add_pieces(job, pieces);
 }
 
 // Fills the tiles of job.low_rank.
-void arrange_low_rank(const AmxJob& job) {
+void arrange_low_rank(const BFloat16Kernels& kernels, const TileJob& job) {
     const LowRank& low_rank = job.low_rank;
-    AmxJob projected = job;
+    TileJob projected = job;
     projected.input = low_rank.hidden, projected.depth = projected.stride = 2 * low_rank.rank;
     projected.tiles = low_rank.tiles, projected.decoder = nullptr;
-    amx::transpose_rows(projected, 0, blocks(projected.depth, 64));
+    kernels.transpose_rows(projected, 0, blocks(projected.depth, 64));
 }
 
-// low_rank: only of as few rows as amx_few_rows.h takes.
-void run_bfloat16(const void* x, int64_t rows, int64_t depth, int64_t stride, const void* weight, const AmxDecoder& decoder,
-                  int64_t columns, const float* bias, void* output, int threads, const LowRank& low_rank = {}) {
+void multiply_few_rows(const BFloat16Kernels& kernels, TileJob job, int threads) {
+    using namespace avx512_bf16;
+    static thread_local std::vector<char> memory;
+    const int64_t row_blocks = blocks(job.rows, kTileRows), steps = blocks(job.depth, 64);
+    const int64_t low_rank_steps = blocks(2 * job.low_rank.rank, 64);
+    memory.resize(static_cast<size_t>(row_blocks * (steps + low_rank_steps) * kTileBytes + 64));
+    job.tiles = reinterpret_cast<uint8_t*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64);
+    run(kernels.transpose_rows, job, steps, job.rows * job.depth, threads);
+    job.low_rank.tiles = job.tiles + row_blocks * steps * kTileBytes;
+    if (job.low_rank.rank) project_low_rank(kernels, job, threads), arrange_low_rank(kernels, job);
+    const int64_t groups = blocks(job.columns, kernels.channels_of_group(job.rows));
+    run(job.decoder->multiply_few_rows, job, groups, job.columns * job.depth / 8, threads);
+}
+
+// low_rank: only of few rows.
+void run_bfloat16(const BFloat16Kernels& kernels, const void* x, int64_t rows, int64_t depth, int64_t stride, const void* weight,
+                  const BFloat16Decoder& decoder, int64_t columns, const float* bias, void* output, int threads,
+                  const LowRank& low_rank = {}) {
     constexpr int64_t kRowsAtOnce = 4096;  // whose tiles are held; each piece reads the whole weight
-    for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+    const int64_t rows_at_once = selected_isa == kAmx ? kRowsAtOnce : kMostRows;
+    for (int64_t first = 0; first < rows && columns > 0; first += rows_at_once) {
         const auto* part = static_cast<const BFloat16*>(x) + first * stride;
         auto* to = static_cast<BFloat16*>(output) + first * columns;
-        AmxJob job{part, smaller(kRowsAtOnce, rows - first), 2 * depth, 2 * stride, nullptr, nullptr,
-                   {weight, nullptr, bias}, {nullptr, nullptr, nullptr}, columns, to, 0, 0, &decoder, 0, low_rank};
-        if (job.rows <= 0 || columns <= 0) return;
-        if (job.rows <= amx::kMostFewRows) {
-            static thread_local std::vector<char> memory;
-            const int64_t row_blocks = blocks(job.rows, amx::kTileRows), steps = blocks(job.depth, 64);
-            const int64_t low_rank_steps = blocks(2 * low_rank.rank, 64);
-            memory.resize(static_cast<size_t>(row_blocks * (steps + low_rank_steps) * amx::kTileBytes + 64));
-            job.tiles = reinterpret_cast<uint8_t*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64);
-            run(amx::transpose_rows, job, steps, job.rows * job.depth, threads);
-            job.low_rank.tiles = job.tiles + row_blocks * steps * amx::kTileBytes;
-            if (low_rank.rank) project_low_rank(job, threads), arrange_low_rank(job);
-            const int64_t groups = blocks(columns, amx::channels_of_group(job.rows));
-            run(decoder.multiply_few_rows, job, groups, columns * depth / 4, threads);
-            return;
-        }
-        arrange_amx(amx::arrange_rows, job, threads);
-        multiply_amx(amx::bfloat16_product, job, threads);
+        const TileJob job{part, smaller(rows_at_once, rows - first), 2 * depth, 2 * stride, nullptr, nullptr,
+                          {weight, nullptr, bias}, {nullptr, nullptr, nullptr}, columns, to, 0, 0, &decoder, 0, low_rank};
+        if (job.rows <= avx512_bf16::kMostFewRows) multiply_few_rows(kernels, job, threads);
+#ifdef LOWBIT_AMX
+        else multiply_rows(job, threads);
+#endif
     }
 }
 #endif
@@ -644,7 +723,7 @@ void run_bfloat16(const void* x, int64_t rows, int64_t depth, int64_t stride, co
 // Set the function that runs work in parallel (GOMP_parallel), or null for none.
 LOWBIT_EXPORT void lowbit_set_parallel(void* function) { parallel = reinterpret_cast<Parallel>(function); }
 
-// Select an instruction set (0 generic, 1 AVX2, 2 AVX-512, 3 AMX; negative: the best) and return the one in use.
+// Select an instruction set (0 generic, 1 AVX2, 2 AVX-512, 3 AVX512-BF16, 4 AMX; negative: the best) and return the one in use.
 LOWBIT_EXPORT int lowbit_select_isa(int isa) {
     const int best = best_isa();
     selected_isa = isa < 0 || isa > best ? best : isa;
@@ -653,6 +732,8 @@ LOWBIT_EXPORT int lowbit_select_isa(int isa) {
     selected_elementwise = elementwise_kernels_of(selected_isa);
     return selected_isa;
 }
+
+LOWBIT_EXPORT int lowbit_selected_isa() { return selected_isa; }
 
 // input [positions, heads, width], or several of those -> output likewise: each width divided by the root of its mean square
 // plus epsilon, if is_normalized; times weight [width] where there is one; its pairs, as complex numbers, times frequencies
@@ -726,7 +807,7 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
     if (rows <= 0 || columns <= 0) return;
 #ifdef LOWBIT_AMX
     if (selected_isa == kAmx && rows > kFewRows) {
-        AmxJob job{x, rows, depth, depth, const_cast<float*>(x_scale), nullptr, {weight, weight_scale, bias},
+        TileJob job{x, rows, depth, depth, const_cast<float*>(x_scale), nullptr, {weight, weight_scale, bias},
                    {nullptr, nullptr, nullptr}, columns, output, 0, 0, nullptr, 0};
         arrange_amx(amx::arrange_rows, job, threads);
         multiply_amx(amx::int8_products[0][element_type], job, threads);
@@ -764,7 +845,7 @@ LOWBIT_EXPORT void lowbit_int8_linears(const void* x, int element_type, int64_t 
         const auto output = [&](int64_t i) { return static_cast<char*>(outputs[i]) + first * columns[i] * element_bytes; };
 #ifdef LOWBIT_AMX
         if (selected_isa == kAmx && (part_rows > kFewRows || are_gated)) {
-            AmxJob job{part, part_rows, depth, stride, nullptr, nullptr, {}, {}, 0, nullptr, 0, 0, nullptr, 0};
+            TileJob job{part, part_rows, depth, stride, nullptr, nullptr, {}, {}, 0, nullptr, 0, 0, nullptr, 0};
             arrange_amx(amx::quantizing_arrangements[element_type], job, threads);
             for (int64_t i = 0; i < (are_gated ? 1 : count); ++i) {
                 job.weight = {weights[i], weight_scales[i], biases[i]};
@@ -788,12 +869,17 @@ LOWBIT_EXPORT void lowbit_int8_linears(const void* x, int element_type, int64_t 
 #endif
 }
 
-// Whether what multiplies bfloat16 runs with the selected instruction set.
-LOWBIT_EXPORT int lowbit_has_bfloat16_products() { return selected_isa == kAmx; }
+// Whether what multiplies bfloat16 by AMX runs with the selected instruction set.
+LOWBIT_EXPORT int lowbit_has_amx_products() { return selected_isa == kAmx; }
+
+// Rows of bfloat16 that products with decoded weights take at most with the selected instruction set.
+LOWBIT_EXPORT int64_t lowbit_bfloat16_rows() {
+    return selected_isa == kAmx ? std::numeric_limits<int64_t>::max() : selected_isa == kAvx512BFloat16 ? kMostVectorRows : 0;
+}
 
 // Attention: see AttentionJob. sizes: batch, queries, keys, heads, key_heads, width (at most 256); strides: three each of
 // query, key and value; kind: 0 float32, 1 int8, 2 e4m3, 3 int16, 4 bfloat16. The last
-// needs lowbit_has_bfloat16_products, the others what lowbit_int8_product needs.
+// needs lowbit_has_amx_products, the others what lowbit_int8_product needs.
 LOWBIT_EXPORT void lowbit_attention(const void* query, const void* key, const void* value, const uint8_t* keep,
                                     void* output, int element_type, const int64_t* sizes, const int64_t* strides,
                                     float scale, int causal, int kind, int threads) {
@@ -850,28 +936,30 @@ LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_st
     run(selected_weight->multiply[code_type], job, tasks, columns * depth / 4 * (4 + rows) / 4, threads);
 }
 
-// As above, of any number of rows x [rows, depth] bfloat16, x_stride apart, in their own order; weights are rounded to
-// bfloat16, the output is bfloat16. int8 has zero points, too, if depth and block_columns are multiples of 32. Of up to 64 rows and an even depth low_x [rows, depth], low_x_stride apart, times down
-// [depth, rank], rounded, times the transpose of up [columns, rank], all bfloat16, is added to what is rounded, if rank is
-// not 0. Needs lowbit_has_bfloat16_products.
+// As above, of up to lowbit_bfloat16_rows() rows x [rows, depth] bfloat16, x_stride apart, in their own order; weights are
+// rounded to bfloat16, the output is bfloat16. int8 has zero points, too, if depth and block_columns are multiples of 32. Of
+// up to 64 rows and an even depth low_x [rows, depth], low_x_stride apart, times down [depth, rank], rounded, times the
+// transpose of up [columns, rank], all bfloat16, is added to what is rounded, if rank is not 0.
 LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int64_t x_stride, int64_t depth, const void* weight,
                                                int code_type, int64_t columns, const void* scale, int scale_type,
                                                const void* zero_point, int64_t block_rows, int64_t block_columns,
                                                const float* outer_scale, int64_t outer_columns, const float* bias,
                                                void* output, const void* low_x, int64_t low_x_stride, const void* down,
                                                const void* up, int64_t rank, int threads) {
-#ifdef LOWBIT_AMX
+#ifdef LOWBIT_BFLOAT16
+    const BFloat16Kernels& products = *bfloat16_kernels();
     const WeightJob job{nullptr,    0,          0,             depth,       weight,        columns, scale,   scale_type,
                         zero_point, block_rows, block_columns, outer_scale, outer_columns, nullptr, nullptr, 1, false};
     const LowRank low_rank{static_cast<const BFloat16*>(low_x), low_x_stride, static_cast<const BFloat16*>(down),
                            static_cast<const BFloat16*>(up), rank, nullptr, nullptr, nullptr};
     const auto* kernels = avx512_vnni::kernels_for(job, code_type);
-    AmxJob projected{};
+    TileJob projected{};
     projected.rows = rows, projected.depth = 2 * depth, projected.low_rank = low_rank;
-    if (kernels && rank && rows <= kIntegerRowsBesideAmx) project_low_rank(projected, threads);
+    if (kernels && rank && rows <= most_integer_rows()) project_low_rank(products, projected, threads);
     const avx512_vnni::IntegerJob few{&job, x, rows, x_stride, depth, columns, nullptr, nullptr, bias, output, 1, projected.low_rank};
-    if (run_integers(kernels, few, 2, kIntegerRowsBesideAmx, threads)) return;
-    run_bfloat16(x, rows, depth, x_stride, &job, amx::weight_decoders[code_type](job), columns, bias, output, threads, low_rank);
+    if (run_integers(kernels, few, 2, most_integer_rows(), threads)) return;
+    run_bfloat16(products, x, rows, depth, x_stride, &job, products.weight_decoders[code_type](job), columns, bias, output, threads,
+                 low_rank);
 #endif
 }
 
@@ -916,17 +1004,18 @@ LOWBIT_EXPORT int lowbit_gguf_product(const float* x, int64_t rows, int64_t colu
     return 0;
 }
 
-// As above, of x bfloat16; weights are rounded to bfloat16, the output is bfloat16. Needs lowbit_has_bfloat16_products.
+// As above, of up to lowbit_bfloat16_rows() rows x bfloat16; weights are rounded to bfloat16, the output is bfloat16.
 LOWBIT_EXPORT int lowbit_gguf_product_bfloat16(const void* x, int64_t rows, int64_t columns, const uint8_t* input, int type,
                                                int64_t features, int64_t row_bytes, const float* bias, void* output,
                                                int threads) {
     const GgufKernels* kernels = gguf_kernels_of(selected_isa, type);
     if (kernels == nullptr || !is_row(*kernels, columns, row_bytes)) return 1;
-#ifdef LOWBIT_AMX
+#ifdef LOWBIT_BFLOAT16
+    const BFloat16Kernels& products = *bfloat16_kernels();
     const GgufRows weight{kernels, input, row_bytes};
     const avx512_vnni::IntegerJob few{&weight, x, rows, columns, columns, features, nullptr, nullptr, bias, output, 1};
-    if (run_integers(avx512_vnni::kernels_for(weight, columns), few, 2, kIntegerRowsBesideAmx, threads)) return 0;
-    run_bfloat16(x, rows, columns, columns, &weight, amx::gguf_decoder(weight), features, bias, output, threads);
+    if (run_integers(avx512_vnni::kernels_for(weight, columns), few, 2, most_integer_rows(), threads)) return 0;
+    run_bfloat16(products, x, rows, columns, columns, &weight, products.gguf_decoder(weight), features, bias, output, threads);
 #endif
     return 0;
 }

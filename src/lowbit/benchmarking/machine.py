@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lowbit.ops.cpu.features import processor_facts, processor_name
 FLAGS_OF_INTEREST = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 PACKAGES = ("torch", "triton", "diffusers", "torchao", "optimum-quanto", "sdnq", "openvino", "gguf")
 ALLOCATOR_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
+INSTRUCTION_VARIABLES = ("ONEDNN_MAX_CPU_ISA", native.MAX_ISA_VARIABLE)
 
 
 def machine() -> dict[str, Any]:
@@ -35,11 +37,16 @@ def machine() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES if version(name)},
         "commit": _commit(),
         "native": native.description(),
-        "allocator": {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ},
+        "allocator": _environment(ALLOCATOR_VARIABLES),
+        "held_to": _environment(INSTRUCTION_VARIABLES),
     }
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
     return found
+
+
+def _environment(names: Iterable[str]) -> dict[str, str]:
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def version(package: str) -> str | None:

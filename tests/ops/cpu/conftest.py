@@ -43,17 +43,28 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     native.reload()
 
 
+def selected_isa(name: str) -> Iterator[str]:
+    """Select an instruction set for a test. With less than AVX-512 one for "AVX-512" runs by what there is."""
+    isa = native.ISA_NAMES.index(name)
+    chosen = isa if native.refusal() is not None else native.select_isa(isa)
+    if chosen != isa and name != "AVX-512":
+        native.select_isa(native.BEST_ISA)
+        pytest.skip(f"the CPU has no {name}")
+    yield name
+    if native.refusal() is None:
+        native.select_isa(native.BEST_ISA)
+
+
 @pytest.fixture(params=["AVX-512", "AMX"])
 def vectors_or_tiles(request: pytest.FixtureRequest) -> Iterator[str]:
     """The instruction set of what runs by either."""
-    isa = native.ISA_NAMES.index(request.param)
-    chosen = isa if native.refusal() is not None else native.select_isa(isa)
-    if chosen != isa and request.param == "AMX":  # with less than AVX-512 a test runs once, or is skipped for that
-        native.select_isa(native.BEST_ISA)
-        pytest.skip("the CPU has no AMX")
-    yield request.param
-    if native.refusal() is None:
-        native.select_isa(native.BEST_ISA)
+    yield from selected_isa(request.param)
+
+
+@pytest.fixture(params=["AVX-512", "AVX512-BF16", "AMX"])
+def wide_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The instruction set of what differs with each that has registers of 512 bits."""
+    yield from selected_isa(request.param)
 
 
 def awkward(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

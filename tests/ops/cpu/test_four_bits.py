@@ -182,9 +182,9 @@ def test_other_dtypes_are_refused(module: object) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [640, 1056])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_nothing_is_read_beyond_a_weight(kind: str, columns: int, dtype: torch.dtype, vectors_or_tiles: str) -> None:
+def test_nothing_is_read_beyond_a_weight(kind: str, columns: int, dtype: torch.dtype, wide_isa: str) -> None:
     layer = Layer(kind, 7, columns)
-    inputs = [torch.randn(rows, columns).to(dtype) for rows in (1, 3, 9, 70)]
+    inputs = [torch.randn(rows, columns).to(dtype) for rows in (1, 3, 7, 9, 70)]
     expected = [layer.linear(x) for x in inputs]
     layer.tensors = tuple(at_the_end_of_memory(tensor) for tensor in layer.tensors)
     for x, result in zip(inputs, expected, strict=True):

@@ -190,6 +190,35 @@ def test_can_be_turned_off(path: str) -> None:
         assert native.refusal() == "turned off by LOWBIT_NATIVE=0"
 
 
+@pytest.fixture
+def reloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Let a test change the environment that the helper is loaded in."""
+    yield monkeypatch
+    monkeypatch.undo()
+    native.reload()
+    native.refusal()
+
+
+def test_can_be_held_to_an_instruction_set(reloaded: pytest.MonkeyPatch) -> None:
+    if native.refusal() is not None:
+        pytest.skip(f"native helper {native.refusal()}")
+    before = native.select_isa(native.BEST_ISA)
+    for index, name in enumerate(native.ISA_NAMES):
+        reloaded.setenv(native.MAX_ISA_VARIABLE, name.lower())
+        native.reload()
+        assert f"({native.ISA_NAMES[min(index, before)]}, " in native.description()
+        assert native.has_amx() == (name == "AMX" == native.ISA_NAMES[before])
+
+
+def test_an_unknown_instruction_set_is_an_error(reloaded: pytest.MonkeyPatch) -> None:
+    if native.refusal() is not None:
+        pytest.skip(f"native helper {native.refusal()}")
+    reloaded.setenv(native.MAX_ISA_VARIABLE, "SSE")
+    native.reload()
+    with pytest.raises(ValueError, match="LOWBIT_MAX_ISA=SSE names no instruction set; there are generic, AVX2"):
+        native.available()
+
+
 def test_freed_memory_can_be_kept_and_given_back() -> None:
     with memory.freed_memory_kept() as kept:
         assert torch.zeros(1 << 20).sum() == 0

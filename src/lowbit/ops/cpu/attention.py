@@ -38,7 +38,7 @@ def _unquantized_kind(dtype: torch.dtype) -> str:
     """Return the kind of ``native.attention`` that computes unquantized attention in ``dtype``."""
     if dtype != torch.bfloat16:
         return "float32"
-    return "bfloat16" if native.multiplies_bfloat16() else "int16"
+    return "bfloat16" if native.has_amx() else "int16"
 
 
 @torch.no_grad()

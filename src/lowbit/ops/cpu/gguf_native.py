@@ -2,8 +2,8 @@
 
 With AVX-512, weights are decoded to float32 and multiplied in one pass: of up to four rows in registers, of up to 64 in
 the cache, four output channels at a time; with AVX512-VNNI codes are multiplied with up to four rows of 16 bits as they
-are; with AMX they are decoded to bfloat16 for any number of rows. With more rows elsewhere, blocks of output channels
-are decoded and handed to torch's product.
+are; for bfloat16 they are decoded to it, with AVX512-BF16 for up to 256 rows, with AMX for any number. With more rows
+elsewhere, blocks of output channels are decoded and handed to torch's product.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.gguf import _fake_mm, multiply_blocked, pack_weight, unpack_weight
 from lowbit.ops.cpu.gguf import supports as supported_by_torch
-from lowbit.ops.cpu.weight_only import is_for_amx
+from lowbit.ops.cpu.weight_only import takes_bfloat16
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.gguf_types import block_type
 from lowbit.ops.library import define_operator
@@ -37,7 +37,7 @@ def multiply_native(
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K]."""
     output = torch.empty((x.shape[0], packed.shape[0]), dtype=x.dtype)
     number = block_type(weight_type).number
-    if is_for_amx(x, "gguf"):
+    if takes_bfloat16(x, "gguf"):
         native.gguf_product(x.contiguous(), packed, number, None if bias is None else bias.float(), output)
         return output
     if x.shape[0] > FUSED_ROWS or x.shape[1] % 32 or not native.multiplies_gguf():

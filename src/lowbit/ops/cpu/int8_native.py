@@ -91,7 +91,7 @@ def _multiply(
     bias: Sequence[torch.Tensor | None],
     are_gated: bool,
 ) -> list[torch.Tensor]:
-    if are_gated and not native.multiplies_bfloat16():
+    if are_gated and not native.has_amx():
         return [gate(*_multiply(x, packed, weight_scale, bias, False))]
     x = x if x.stride(1) == 1 else x.contiguous()
     outputs = _fake_multiply(x, packed, weight_scale, bias, are_gated)

@@ -1,8 +1,9 @@
 """The optional native helper: quantizing, dequantizing and scaling rows in one pass, int8 and weight-only products.
 
 Built by ``setup.py`` where there is a C++ compiler (``python setup.py build_ext --inplace`` in a source tree) and
-called through ctypes, so it depends on no version of torch. It works on torch's own OpenMP threads. ``LOWBIT_NATIVE=0``
-in the environment turns it off. Results are those of the plain-torch references, bit for bit.
+called through ctypes, so it depends on no version of torch. It works on torch's own OpenMP threads. Results are those
+of the plain-torch references, bit for bit. In the environment ``LOWBIT_NATIVE=0`` turns it off, ``LOWBIT_MAX_ISA=AVX2``
+(a name of ``ISA_NAMES``) keeps it from using more than that.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pathlib import Path
 import torch
 
 DIRECTORY = Path(__file__).parents[2] / "_native"
-ISA_NAMES = ("generic", "AVX2", "AVX-512", "AMX")
+ISA_NAMES = ("generic", "AVX2", "AVX-512", "AVX512-BF16", "AMX")
 BEST_ISA = -1
+MAX_ISA_VARIABLE = "LOWBIT_MAX_ISA"
 
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODE_TYPES = {torch.int8: 0, torch.uint8: 1, torch.float8_e4m3fn: 2}
@@ -77,10 +79,20 @@ _SIGNATURES = {
         *(_pointer, _int, _size, _size, _int, ctypes.c_float, _pointer, _pointer, _size, _size, _pointer, _int),
     ),
     "lowbit_gate": (_pointer, _pointer, _int, _size, _pointer, _int),
+    "lowbit_bfloat16_rows": (),
+    "lowbit_select_isa": (_int,),
+    "lowbit_selected_isa": (),
     "lowbit_set_parallel": (_pointer,),
 }
 
-_RESULTS = {"lowbit_gguf_decode": _int, "lowbit_gguf_product": _int, "lowbit_gguf_product_bfloat16": _int}
+_RESULTS = {
+    "lowbit_gguf_decode": _int,
+    "lowbit_gguf_product": _int,
+    "lowbit_gguf_product_bfloat16": _int,
+    "lowbit_bfloat16_rows": _size,
+    "lowbit_select_isa": _int,
+    "lowbit_selected_isa": _int,
+}
 
 
 def dtype_refusal(dtype: torch.dtype) -> str | None:
@@ -104,7 +116,21 @@ def _load() -> ctypes.CDLL | str:
     except (OSError, AttributeError) as error:
         return f"can't be loaded ({error})"
     library.lowbit_set_parallel(_openmp_entry())
+    library.lowbit_select_isa(_most_isa())
     return library
+
+
+def _most_isa() -> int:
+    """Return the index in ``ISA_NAMES`` that the environment limits to, or ``BEST_ISA``.
+
+    Raises:
+        ValueError: It names no instruction set.
+    """
+    limit = os.environ.get(MAX_ISA_VARIABLE, "")
+    names = [name.lower() for name in ISA_NAMES]
+    if limit and limit.lower() not in names:
+        raise ValueError(f"{MAX_ISA_VARIABLE}={limit} names no instruction set; there are {', '.join(ISA_NAMES)}")
+    return names.index(limit.lower()) if limit else BEST_ISA
 
 
 def _openmp_entry() -> int | None:
@@ -129,7 +155,8 @@ def available() -> bool:
 def reload() -> None:
     """Look for the helper again at the next use, for instance after a change of ``LOWBIT_NATIVE``."""
     _load.cache_clear()
-    multiplies_bfloat16.cache_clear()
+    has_amx.cache_clear()
+    bfloat16_rows.cache_clear()
 
 
 def description() -> str:
@@ -138,12 +165,13 @@ def description() -> str:
     if reason is not None:
         return f"plain torch; native helper {reason}"
     threads = "torch's threads" if _openmp_entry() is not None else "one thread: no OpenMP of GNU's kind is loaded"
-    return f"native helper ({ISA_NAMES[select_isa(BEST_ISA)]}, {threads})"
+    return f"native helper ({ISA_NAMES[_library().lowbit_selected_isa()]}, {threads})"
 
 
 def select_isa(isa: int) -> int:
     """Use the instruction set ``isa`` (index in ``ISA_NAMES``), or the best there is; return the one in use."""
-    multiplies_bfloat16.cache_clear()
+    has_amx.cache_clear()
+    bfloat16_rows.cache_clear()
     return int(_library().lowbit_select_isa(isa))
 
 
@@ -316,7 +344,7 @@ def int8_linears(
         weights: with K inputs each.
         outputs: written: dense [M, N] for each weight, of the dtype of ``x``.
         are_gated: there are two weights with equal N and one output, silu of the first result times the second, rounded
-            once; needs ``multiplies_bfloat16``.
+            once; needs ``has_amx``.
     """
     rows, depth = x.shape
     assert x.stride(1) == 1 or depth <= 1
@@ -341,9 +369,18 @@ def int8_linears(
 
 
 @cache
-def multiplies_bfloat16() -> bool:
-    """Whether products and attention of bfloat16 run on this CPU: they need AMX, for int8 too, and Linux."""
-    return available() and bool(_library().lowbit_has_bfloat16_products())
+def has_amx() -> bool:
+    """Whether attention of bfloat16 and gated products of int8 run on this CPU: they need AMX for both, and Linux."""
+    return available() and bool(_library().lowbit_has_amx_products())
+
+
+@cache
+def bfloat16_rows() -> int:
+    """Return how many rows of bfloat16 the products with weights take as they are.
+
+    With AMX any number, with AVX512-BF16 256, else none.
+    """
+    return int(_library().lowbit_bfloat16_rows()) if available() else 0
 
 
 LARGEST_HEAD_DIM = 256
@@ -425,14 +462,14 @@ def weight_only_product(
 ) -> None:
     """Write ``x @ ((weight - zero_point) * scale).T + bias`` to ``output``, summed in float32 and rounded once.
 
-    With AVX512-VNNI and an output of 16 bits, up to four rows of float32 or two of bfloat16 are rounded to integers of
+    With AVX512-VNNI and an output of 16 bits, up to four rows, of bfloat16 with AMX two, are rounded to integers of
     16 bits with a power of two as scale for each 128, and no weight is rounded. For this K is a multiple of 128 and a
     block all of a row or 16, 32, 64 or 128 columns; of int8 128. e4m3 is never multiplied so.
 
     Args:
         x: [M, K] float32, M at most ``MOST_ROWS``; each row followed by zeros up to a multiple of ``ROW_PADDING``. For
-            int4 in the order of ``w4a16.split_pairs``. Or, where ``multiplies_bfloat16``, bfloat16 of any M in its own
-            order: then the weight's values are rounded to bfloat16 and the output is bfloat16.
+            int4 in the order of ``w4a16.split_pairs``. Or bfloat16, M at most ``bfloat16_rows``, in its own order: then
+            the weight's values are rounded to bfloat16 and the output is bfloat16.
         weight: dense int8 or e4m3 [N, K]; int4 or e2m1 as uint8 [N, K / 2]: two in a byte, the even input in the lower
             half.
         weight_type: a key of ``WEIGHT_TYPES``.
@@ -544,7 +581,7 @@ def gguf_product(
     Few rows are rounded as ``weight_only_product`` does, if K is a multiple of 128.
 
     Args:
-        x: dense float32 [M, K], K a multiple of 32. Or, where ``multiplies_bfloat16``, bfloat16 of any K that the type
+        x: dense float32 [M, K], K a multiple of 32. Or bfloat16, M at most ``bfloat16_rows``, of any K that the type
             allows: then the weight's values are rounded to bfloat16 and the output is bfloat16.
         raw: dense uint8 [N, bytes per row].
         number: of the type, see ``lowbit.ops.gguf_types``.

@@ -1,4 +1,4 @@
-"""SVDQuant on CPUs: with AMX the low-rank product is added within the 4-bit one."""
+"""SVDQuant on CPUs: with AMX or AVX512-BF16 the low-rank product is added within the 4-bit one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from lowbit.ops import nvfp4, svdquant
 from lowbit.ops.cpu import native
-from lowbit.ops.cpu.weight_only import is_for_amx, multiply_fused
+from lowbit.ops.cpu.weight_only import multiply_fused, takes_bfloat16
 
 
 def svdquant_weight_only_mm(
@@ -21,7 +21,7 @@ def svdquant_weight_only_mm(
 ) -> torch.Tensor:
     """Multiply as ``lowbit.ops.svdquant.svdquant_weight_only_mm`` does; of few rows the result is rounded once."""
     weight_type = "int4" if global_scale is None else "e2m1"
-    if not (0 < x.shape[0] <= native.MOST_ROWS and x.shape[1] and is_for_amx(x, weight_type)):
+    if not (0 < x.shape[0] <= native.MOST_ROWS and x.shape[1] and takes_bfloat16(x, weight_type)):
         return svdquant.svdquant_weight_only_mm(
             x, packed, weight_scale, global_scale, unsmoothed, proj_down, proj_up, bias
         )

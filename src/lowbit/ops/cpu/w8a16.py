@@ -8,7 +8,7 @@ from lowbit.ops import w8a16
 from lowbit.ops.canonical import pack_weight, unpack_weight
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.int8_weight_only import int8_weight_only_mm
-from lowbit.ops.cpu.weight_only import is_for_amx, is_fused, multiply_decoded, multiply_fused, supports
+from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports, takes_bfloat16
 from lowbit.ops.w8a16 import operator_linear as linear
 
 __all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w8a16_mm"]
@@ -28,7 +28,7 @@ def w8a16_mm(
     group_size = x.shape[1] // weight_scale.shape[1]
     if zero_point is None and is_fused(x, "int8"):
         return multiply_fused(x, packed, "int8", weight_scale, bias, (1, group_size))
-    if zero_point is not None and _are_native(zero_point, group_size) and is_for_amx(x, "int8"):
+    if zero_point is not None and _are_native(zero_point, group_size) and takes_bfloat16(x, "int8"):
         return multiply_fused(x, packed, "int8", weight_scale, bias, (1, group_size), zero_point.contiguous())
     if zero_point is not None and native.available() and x.shape[0] <= native.MOST_ROWS:
         return _few_rows(x, packed, weight_scale, bias, zero_point)

@@ -1,10 +1,10 @@
 """What the products of activations and 8- or 4-bit weights have in common on CPUs.
 
 Up to four rows of 16-bit activations the native helper multiplies with codes that are integers as such, at the speed at
-which memory gives them. Up to ``native.MOST_ROWS`` rows it decodes codes and multiplies in float32. On CPUs with AMX it
-decodes to bfloat16 instead, in the cache, and multiplies any number of rows of that type. More rows elsewhere, and no
-helper: blocks of output channels are decoded into the cache and multiplied by torch in the precision that this CPU is
-fastest in.
+which memory gives them. Up to ``native.MOST_ROWS`` rows it decodes codes and multiplies in float32. Rows of bfloat16 on
+CPUs with AVX512-BF16, and any number of them with AMX, it multiplies with codes decoded to bfloat16, in the cache. More
+rows elsewhere, and no helper: blocks of output channels are decoded into the cache and multiplied by torch in the
+precision that this CPU is fastest in.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lowbit.ops.dispatch import Problem
 from lowbit.ops.w4a16 import split_pairs
 
 # From which on bfloat16 is handed to the helper as it is. Of e4m3, whose codes are no integers, fewer rows are better
-# multiplied in single precision than by AMX, whose instruction takes 16.
-LEAST_ROWS_FOR_AMX = {"int4": 1, "e2m1": 1, "int8": 1, "e4m3": 3, "gguf": 1}
+# multiplied in single precision than as eight or 16.
+LEAST_BFLOAT16_ROWS = {"int4": 1, "e2m1": 1, "int8": 1, "e4m3": 3, "gguf": 1}
 
 
 def supports(problem: Problem) -> str | None:
@@ -30,17 +30,17 @@ def supports(problem: Problem) -> str | None:
 
 def has_few_rows(x: torch.Tensor, weight_type: str) -> bool:
     """Tell whether ``multiply_fused`` takes x [M, K] in float32."""
-    return native.available() and x.shape[0] <= native.MOST_ROWS and not is_for_amx(x, weight_type)
+    return native.available() and x.shape[0] <= native.MOST_ROWS and not takes_bfloat16(x, weight_type)
 
 
-def is_for_amx(x: torch.Tensor, weight_type: str) -> bool:
-    """Tell whether the native helper, with AMX, takes x [M, K] as it is for a weight of ``LEAST_ROWS_FOR_AMX``."""
-    return x.dtype == torch.bfloat16 and x.shape[0] >= LEAST_ROWS_FOR_AMX[weight_type] and native.multiplies_bfloat16()
+def takes_bfloat16(x: torch.Tensor, weight_type: str) -> bool:
+    """Tell whether the native helper takes x [M, K] as it is for a weight of a type of ``LEAST_BFLOAT16_ROWS``."""
+    return x.dtype == torch.bfloat16 and LEAST_BFLOAT16_ROWS[weight_type] <= x.shape[0] <= native.bfloat16_rows()
 
 
 def is_fused(x: torch.Tensor, weight_type: str) -> bool:
     """Tell whether ``multiply_fused`` is there and the best for x [M, K]."""
-    return is_for_amx(x, weight_type) or has_few_rows(x, weight_type)
+    return takes_bfloat16(x, weight_type) or has_few_rows(x, weight_type)
 
 
 def multiply_fused(
@@ -55,10 +55,10 @@ def multiply_fused(
     outer_columns: int = 0,
     low_rank: native.LowRank | None = None,
 ) -> torch.Tensor:
-    """Return ``native.weight_only_product`` [M, N] in the dtype of ``x`` [M, K]; ``low_rank`` only for AMX."""
+    """Return ``native.weight_only_product`` [M, N] in the dtype of ``x`` [M, K]; ``low_rank`` only of bfloat16."""
     output = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     bias = None if bias is None else bias.float().contiguous()
-    if is_for_amx(x, weight_type):
+    if takes_bfloat16(x, weight_type):
         values = x if x.stride(1) == 1 else x.contiguous()
     else:
         values = _padded(split_pairs(x) if weight_type == "int4" else x)

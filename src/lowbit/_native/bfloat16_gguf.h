@@ -1,4 +1,4 @@
-// Blocks of GGUF files decoded to bfloat16 for amx_product.h; the values are those of gguf_blocks.h, rounded once more.
+// Blocks of GGUF files decoded to bfloat16 for products of rows of that type; the values are those of gguf_blocks.h, rounded once more.
 //
 // Codes of four and five bits are looked up in a register of 32 words, and written in the order in which shifts find them.
 
@@ -149,7 +149,7 @@ LOWBIT_INLINE void decode_blocks(const void* weight, int64_t row, int64_t first,
 // Through float32.
 void decode_plain(const void* weight, int64_t row, int64_t first, int64_t count, BFloat16* output) {
     const auto& rows = *static_cast<const GgufRows*>(weight);
-    alignas(64) float values[kDepthSteps * kWords];
+    alignas(64) float values[kMostDecoded];
     const uint8_t* from = rows.input + row * rows.row_bytes + first / rows.kernels->elements * rows.kernels->bytes;
     rows.kernels->decode[0]({from, count, values}, 0, 1);
     for (int64_t i = 0; i < count; i += kWords)
@@ -177,7 +177,7 @@ constexpr GgufDecoder kGgufDecoders[] = {
     {23, kKernelsOf<Each<decode_blocks<BlockIQ4_XS>>>, kEvenFirst},
 };
 
-AmxDecoder gguf_decoder(const GgufRows& rows) {
+BFloat16Decoder gguf_decoder(const GgufRows& rows) {
     GgufDecoder decoder{0, kKernelsOf<Each<decode_plain>>, nullptr};
     for (const GgufDecoder& known : kGgufDecoders)
         if (known.number == rows.kernels->number) decoder = known;

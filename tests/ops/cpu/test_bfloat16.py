@@ -1,4 +1,4 @@
-"""Products in bfloat16 by AMX, and weights decoded for them, against the references and float64."""
+"""Products in bfloat16 by AVX512-BF16 and AMX, and weights decoded for them, against the references and float64."""
 
 from __future__ import annotations
 
@@ -14,15 +14,32 @@ from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.cpu import w8a16 as cpu_w8a16
 from lowbit.ops.gguf import gguf_dequantize
 from lowbit.ops.gguf_types import BLOCK_TYPES, block_type
+from tests.ops.cpu.conftest import selected_isa
 from tests.ops.cpu.test_four_bits import FORMATS, Layer
 from tests.ops.cpu.test_gguf import random_weight
-from tests.ops.cpu.test_integer_rows import MOST_ROWS_WITH_AMX, UNIT
+from tests.ops.cpu.test_integer_rows import MOST_INTEGER_ROWS, UNIT
 
-pytestmark = pytest.mark.skipif(not native.multiplies_bfloat16(), reason="the CPU has no AMX")
-
-# With one, two or three tiles of rows, or with all rows' panels: see amx_few_rows.h and amx_product.h.
-ROWS = pytest.mark.parametrize("rows", [9, 20, 40, 70])
+# See bfloat16_few_rows.h for what differs by rows; and amx_few_rows.h and amx_product.h.
+ROWS_OF = {"AVX512-BF16": (8, 16, 20, 40, 116), "AMX": (9, 20, 40, 70)}
+ROWS = pytest.mark.parametrize(
+    ("isa", "rows"), [(isa, rows) for isa, counts in ROWS_OF.items() for rows in counts], indirect=["isa"]
+)
+EACH_ISA = pytest.mark.parametrize("isa", ROWS_OF, indirect=True)
 BF16 = block_type("BF16").number  # weights as they are
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if native.refusal() is not None:
+        pytest.skip(f"native helper {native.refusal()}")
+    yield from selected_isa(request.param)
+
+
+def skip_too_many(rows: int) -> None:
+    if rows > native.bfloat16_rows():
+        pytest.skip("so many rows are multiplied by AMX alone")
 
 
 def one_input_a_row(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +48,7 @@ def one_input_a_row(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor
     inputs[0] = columns - 1
     x = torch.zeros(rows, columns, dtype=torch.bfloat16)
     x[torch.arange(rows), inputs] = 1.0
-    assert all(weight_only.is_for_amx(x, weight_type) for weight_type in weight_only.LEAST_ROWS_FOR_AMX)
+    assert all(weight_only.takes_bfloat16(x, weight_type) for weight_type in weight_only.LEAST_BFLOAT16_ROWS)
     return x, inputs
 
 
@@ -143,6 +160,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
         (1, 1, 1),
         (3, 40, 544),
         (5, 33, 64),
+        (8, 35, 330),
         (15, 17, 96),
         (16, 33, 4100),
         (33, 208, 260),
@@ -152,7 +170,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
         (4130, 16, 32),
     ],
 )
+@EACH_ISA
 def test_products_agree_with_float64(rows: int, features: int, columns: int, threads: int) -> None:
+    skip_too_many(rows)
     x = torch.randn(rows, columns).bfloat16()
     weight, bias = torch.randn(features, columns).bfloat16(), torch.randn(features)
     for given in (None, bias):
@@ -163,6 +183,7 @@ def test_products_agree_with_float64(rows: int, features: int, columns: int, thr
         assert ((output.double() - exact).abs() <= 2.0**-8 * exact.abs() + 2e-6 * size).all()
 
 
+@EACH_ISA
 def test_rows_that_are_apart() -> None:
     x = torch.randn(40, 200).bfloat16()[:, :96]
     codes, scale = int8.quantize_int8_per_token(torch.randn(50, 96))
@@ -170,6 +191,7 @@ def test_rows_that_are_apart() -> None:
     assert torch.equal(int8_weight_only.int8_weight_only_mm(x, codes, scale, None), expected)
 
 
+@EACH_ISA
 def test_what_is_not_finite_stays_in_its_row_and_channel() -> None:
     x, weight = torch.randn(40, 96).bfloat16(), torch.randn(50, 96).bfloat16()
     x[3, 5], weight[7, 90] = float("nan"), float("inf")
@@ -198,7 +220,11 @@ def test_what_is_not_finite_stays_in_its_row_and_channel() -> None:
         (70, 40, 192),
     ],
 )
-def test_a_low_rank_product_is_added(rows: int, features: int, columns: int, rank: int, precision: str) -> None:
+@EACH_ISA
+def test_a_low_rank_product_is_added(
+    rows: int, features: int, columns: int, rank: int, precision: str, isa: str
+) -> None:
+    skip_too_many(rows)
     weight, bias = torch.randn(features, columns) * columns**-0.5, torch.randn(features)
     x, unsmoothed = torch.randn(rows, columns).bfloat16(), torch.randn(rows, columns + 8).bfloat16()[:, :columns]
     down, up = (torch.randn(size, rank).mul_(size**-0.5).bfloat16() for size in (columns, features))
@@ -211,7 +237,7 @@ def test_a_low_rank_product_is_added(rows: int, features: int, columns: int, ran
         codes, scale = w4a4.quantize_weight(weight)
         decoded = w4a4.dequantize_w4(codes, scale)
         result = svdquant.product_operator(x, w4a4.pack_weight(codes), scale, None, unsmoothed, down, up, bias)
-    is_rounded = rows > MOST_ROWS_WITH_AMX or columns % UNIT > 0
+    is_rounded = rows > MOST_INTEGER_ROWS[isa] or columns % UNIT > 0
     decoded = decoded.bfloat16().double() if is_rounded else decoded.double()
     hidden = unsmoothed.double() @ down.double()
     product, added = x.double() @ decoded.t() + bias.double(), hidden @ up.double().t()
@@ -220,6 +246,7 @@ def test_a_low_rank_product_is_added(rows: int, features: int, columns: int, ran
     assert ((result.double() - product - added).abs() <= error + 1e-5).all()
 
 
+@EACH_ISA
 def test_a_low_rank_product_is_the_same_with_any_threads() -> None:
     x, weight = torch.randn(20, 2048).bfloat16(), torch.randn(64, 2048)
     down, up = torch.randn(2048, 32).bfloat16(), torch.randn(64, 32).bfloat16()

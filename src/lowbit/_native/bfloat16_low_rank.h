@@ -1,5 +1,5 @@
 // The first half of a low-rank product of few rows: x [rows, depth] times down [depth, rank], rounded to bfloat16. Its second
-// half is added within a product of amx_few_rows.h.
+// half is added within a product of few rows.
 //
 // Pieces of inputs are multiplied one by one and their sums added in their order, whatever thread had which.
 
@@ -7,7 +7,7 @@ constexpr int64_t kPieceInputs = 512;
 constexpr int64_t kRankTile = 16;
 constexpr int64_t kRowsOfPass = 4;
 
-LOWBIT_INLINE int64_t padded_rank(const LowRank& low_rank) { return blocks(low_rank.rank, kRankTile) * kRankTile; }
+inline int64_t padded_rank(const LowRank& low_rank) { return blocks(low_rank.rank, kRankTile) * kRankTile; }
 
 // 16 columns from `column` on of inputs [first, last) of down -> [pairs of inputs][16 columns][2].
 LOWBIT_INLINE void pair_inputs(const LowRank& low_rank, int64_t column, int64_t first, int64_t last, BFloat16 (*pairs)[32]) {
@@ -41,6 +41,7 @@ LOWBIT_INLINE void multiply_pairs(const BFloat16* x, int64_t stride, const BFloa
     for (int row = 0; row < kRows; ++row) _mm512_storeu_ps(sums + row * width, _mm512_add_ps(even[row], odd[row]));
 }
 
+#ifdef LOWBIT_TILES
 // Likewise kTileRows rows and whole steps of 32 inputs, in tiles.
 LOWBIT_INLINE void multiply_pairs_in_tiles(const BFloat16* x, int64_t stride, const BFloat16 (*pairs)[32], int64_t count, float* sums,
                                            int64_t width) {
@@ -53,13 +54,16 @@ LOWBIT_INLINE void multiply_pairs_in_tiles(const BFloat16* x, int64_t stride, co
     }
     _tile_stored(0, sums, width * sizeof(float));
 }
+#endif
 
 // Pieces [first, last) of the inputs -> partial sums [pieces][rows][padded rank].
-void project_rows(const AmxJob& job, int64_t first, int64_t last) {
+void project_rows(const TileJob& job, int64_t first, int64_t last) {
     const LowRank& low_rank = job.low_rank;
     const int64_t width = padded_rank(low_rank);
     alignas(64) BFloat16 pairs[kPieceInputs / 2][32];
+#ifdef LOWBIT_TILES
     configure_tiles();
+#endif
     for (int64_t piece = first; piece < last; ++piece) {
         const int64_t begin = piece * kPieceInputs, end = smaller(begin + kPieceInputs, job.depth / 2), count = (end - begin) / 2;
         for (int64_t column = 0; column < low_rank.rank; column += kRankTile) {
@@ -67,19 +71,23 @@ void project_rows(const AmxJob& job, int64_t first, int64_t last) {
             const BFloat16* x = low_rank.x + begin;
             float* sums = low_rank.partial + piece * job.rows * width + column;
             int64_t row = 0;
+#ifdef LOWBIT_TILES
             for (; count % kTileRows == 0 && row + kTileRows <= job.rows; row += kTileRows)
                 multiply_pairs_in_tiles(x + row * low_rank.x_stride, low_rank.x_stride, pairs, count, sums + row * width, width);
+#endif
             for (; row + kRowsOfPass <= job.rows; row += kRowsOfPass)
                 multiply_pairs<kRowsOfPass>(x + row * low_rank.x_stride, low_rank.x_stride, pairs, count, sums + row * width, width);
             for (; row < job.rows; ++row)
                 multiply_pairs<1>(x + row * low_rank.x_stride, low_rank.x_stride, pairs, count, sums + row * width, width);
         }
     }
+#ifdef LOWBIT_TILES
     _tile_release();
+#endif
 }
 
 // Partial sums -> hidden [rows, rank].
-void add_pieces(const AmxJob& job, int64_t pieces) {
+void add_pieces(const TileJob& job, int64_t pieces) {
     const LowRank& low_rank = job.low_rank;
     const int64_t width = padded_rank(low_rank);
     for (int64_t row = 0; row < job.rows; ++row) {

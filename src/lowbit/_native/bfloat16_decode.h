@@ -1,4 +1,4 @@
-// Weights of 8 and 4 bits decoded to bfloat16 for amx_product.h, a channel's inputs at a time.
+// Weights of 8 and 4 bits decoded to bfloat16 for products of rows of that type, a channel's inputs at a time.
 //
 // A value is what weight_only.h's is, rounded once more. Codes of 4 bits are looked up in a register that holds 32 words:
 // one block's 16 values twice, or those of two blocks of 16 inputs. They are written in the order in which shifts find
@@ -65,8 +65,8 @@ void decode_channel(const void* weight, int64_t channel, int64_t first, int64_t 
 }
 
 struct ChannelKernels {
-    decltype(AmxDecoder::decode) decode;
-    decltype(AmxDecoder::multiply_few_rows) multiply_few_rows;
+    decltype(BFloat16Decoder::decode) decode;
+    decltype(BFloat16Decoder::multiply_few_rows) multiply_few_rows;
 };
 
 template <typename Channel>
@@ -426,7 +426,7 @@ ChannelKernels group_decoder(E2M1, const WeightJob& job) {
 }
 
 template <typename Code>
-AmxDecoder weight_decoder(const WeightJob& job) {
+BFloat16Decoder weight_decoder(const WeightJob& job) {
     constexpr int64_t kBits = avx512::kBits<Code>;
     const uint16_t* order = nullptr;
     ChannelKernels kernels;
@@ -435,6 +435,3 @@ AmxDecoder weight_decoder(const WeightJob& job) {
     else kernels = std::is_same<Code, Int4>::value ? kKernelsOf<Each<decode_split>> : kKernelsOf<Each<decode_any<Code>>>;
     return {kernels.decode, kernels.multiply_few_rows, order, job.weight, job.depth * kBits / 8, 32 * kBits};
 }
-
-constexpr AmxDecoder (*weight_decoders[4])(const WeightJob&) = {weight_decoder<Int8>, weight_decoder<E4M3>, weight_decoder<Int4>,
-                                                                weight_decoder<E2M1>};

@@ -1,0 +1,141 @@
+// Products of few rows of bfloat16 with weights that are decoded to it, by AVX512-BF16, whose instruction multiplies pairs of
+// inputs and adds them to 16 sums.
+//
+// The sums of a register are those of one channel with 16 rows; a decoded pair is spread over them as it is loaded. Of up to
+// eight rows two pairs are multiplied at once, with two sums for each row. Of 16 channels kFewInputs inputs are decoded into
+// the first-level cache and multiplied, then the next.
+
+struct FewRowsMemory {
+    alignas(64) BFloat16 decoded[kTileChannels][kStride];
+    alignas(64) float sums[kMostFewRows / kTileRows][kTileRows * kTileChannels];
+};
+
+// Not inlined: compilers look up the thread's own again for each use.
+LOWBIT_NOINLINE FewRowsMemory& few_rows_memory() {
+    static thread_local FewRowsMemory memory;
+    return memory;
+}
+
+LOWBIT_INLINE bool are_halves(const TileJob& job) { return job.rows <= kTileRows / 2; }
+
+LOWBIT_INLINE int64_t bytes_of_step(const TileJob& job) {
+    return are_halves(job) ? kTileBytes / 2 : blocks(job.rows, kTileRows) * kTileBytes;
+}
+
+// Steps [first, last) of 32 inputs -> [steps][blocks of 16 rows][16 pairs of inputs][16 rows][2], or of halves
+// [steps][8 times two pairs][8 rows][2 pairs][2].
+void transpose_rows(const TileJob& job, int64_t first, int64_t last) {
+    const __m512i both = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    uint8_t* to = job.tiles + first * bytes_of_step(job);
+    for (int64_t step = first; step < last; ++step) {
+        for (int64_t row = 0; row < job.rows; row += kTileRows) {
+            alignas(64) int8_t turned[kTileRows * kStep];
+            turn_step(job, step, row, turned);
+            const int64_t pairs = are_halves(job) ? 2 : 1;
+            for (const int8_t* from = turned; from < turned + sizeof turned; from += pairs * kStep, to += kStep) {
+                __m512i inputs = _mm512_load_si512(from);
+                if (pairs == 2) inputs = _mm512_permutex2var_epi32(inputs, both, _mm512_load_si512(from + kStep));
+                _mm512_store_si512(to, inputs);
+            }
+        }
+    }
+}
+
+// Adjacent inputs of a channel, in all lanes or, of halves, two pairs in turn.
+template <bool kAreHalves>
+LOWBIT_INLINE __m512bh spread(const BFloat16* inputs) {
+    typename std::conditional<kAreHalves, int64_t, int32_t>::type bits;
+    std::memcpy(&bits, inputs, sizeof bits);
+    const __m512i all = kAreHalves ? _mm512_set1_epi64(bits) : _mm512_set1_epi32(static_cast<int32_t>(bits));
+    return reinterpret_cast<const __m512bh&>(all);
+}
+
+// Adds the products of `steps` steps of 16 decoded channels and all rows to the sums, or to zero.
+using StepsKernel = void (*)(const BFloat16* channels, const uint8_t* x, int64_t steps, bool accumulate, FewRowsMemory& memory);
+
+template <int kBlocks, bool kAreHalves>
+LOWBIT_NOINLINE void multiply_steps(const BFloat16* channels, const uint8_t* x, int64_t steps, bool accumulate, FewRowsMemory& memory) {
+    constexpr int kTogether = kBlocks == 1 ? 16 : kBlocks == 4 ? 4 : 8;  // as many channels as there are registers for
+    constexpr int kRegisters = kAreHalves ? 8 : 16, kPairs = kAreHalves ? 2 : 1;
+    for (int64_t channel = 0; channel < kTileChannels; channel += kTogether) {
+        __m512 sums[kTogether][kBlocks];
+#pragma GCC unroll 16
+        for (int c = 0; c < kTogether; ++c)
+#pragma GCC unroll 4
+            for (int b = 0; b < kBlocks; ++b)
+                sums[c][b] = accumulate ? _mm512_load_ps(memory.sums[b] + (channel + c) * 16) : _mm512_setzero_ps();
+        const BFloat16* weight = channels + channel * kStride;
+        const uint8_t* from = x;
+        for (int64_t step = 0; step < steps; ++step, from += kBlocks * kRegisters * kStep) {
+            for (int r = 0; r < kRegisters; ++r, weight += 2 * kPairs) {
+                __m512bh inputs[kBlocks];
+#pragma GCC unroll 4
+                for (int b = 0; b < kBlocks; ++b) {
+                    const __m512i bits = _mm512_load_si512(from + (b * kRegisters + r) * kStep);
+                    inputs[b] = reinterpret_cast<const __m512bh&>(bits);
+                }
+#pragma GCC unroll 16
+                for (int c = 0; c < kTogether; ++c) {
+                    const __m512bh pairs = spread<kAreHalves>(weight + c * kStride);
+#pragma GCC unroll 4
+                    for (int b = 0; b < kBlocks; ++b) sums[c][b] = _mm512_dpbf16_ps(sums[c][b], inputs[b], pairs);
+                }
+            }
+        }
+#pragma GCC unroll 16
+        for (int c = 0; c < kTogether; ++c)
+#pragma GCC unroll 4
+            for (int b = 0; b < kBlocks; ++b) _mm512_store_ps(memory.sums[b] + (channel + c) * 16, sums[c][b]);
+    }
+}
+
+// By blocks of 16 rows, from 0 for halves.
+constexpr StepsKernel kStepsKernels[] = {multiply_steps<1, true>, multiply_steps<1, false>, multiply_steps<2, false>,
+                                         multiply_steps<3, false>, multiply_steps<4, false>};
+
+// Adds what the low-rank product adds to the channels from `channel` on.
+LOWBIT_NOINLINE void add_low_rank(const TileJob& job, StepsKernel multiply, int64_t channel, FewRowsMemory& memory) {
+    for (int64_t step = 0; step * kWords < job.low_rank.rank; ++step) {
+        for (int64_t i = 0; i < kTileChannels; ++i) _mm512_store_si512(memory.decoded[i], low_rank_inputs(job, channel + i, step));
+        multiply(memory.decoded[0], job.low_rank.tiles + step * bytes_of_step(job), 1, true, memory);
+    }
+}
+
+LOWBIT_INLINE void write_sums(const TileJob& job, FewRowsMemory& memory, int64_t column) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+    for (int64_t channel = 0; are_halves(job) && channel < kTileChannels; ++channel) {
+        float* sums = memory.sums[0] + channel * 16;
+        const __m512 apart = _mm512_load_ps(sums), both = _mm512_add_ps(apart, _mm512_permute_ps(apart, 0xb1));
+        _mm512_store_ps(sums, _mm512_permutexvar_ps(even, both));
+    }
+    for (int64_t row = 0; row < job.rows; row += kTileRows) write_transposed(job, memory.sums[row / kTileRows], row, column);
+}
+
+// Groups [first, last) of 16 channels, with all rows. `Channel` decodes inputs of a channel.
+template <typename Channel>
+void multiply_few_rows(const TileJob& job, int64_t first, int64_t last) {
+    FewRowsMemory& memory = few_rows_memory();
+    const StepsKernel multiply = kStepsKernels[are_halves(job) ? 0 : blocks(job.rows, kTileRows)];
+    const Channel decode(job.weight.data);
+    const int64_t step_bytes = bytes_of_step(job), depth = job.depth / 2;
+    for (int64_t column = first * kTileChannels; column < smaller(last * kTileChannels, job.columns); column += kTileChannels) {
+        const int64_t channels = smaller(kTileChannels, job.columns - column);
+        for (int64_t input = 0; input < depth; input += kFewInputs) {
+            const int64_t inputs = smaller(kFewInputs, depth - input);
+            const bool is_last = input + kFewInputs >= depth;
+            const int64_t next = is_last ? 0 : input + kFewInputs, next_bytes = bytes_of(*job.decoder, smaller(kFewInputs, depth - next));
+            const char* codes = codes_at(*job.decoder, is_last ? column + kTileChannels : column, next);
+            for (int64_t i = 0; i < channels; ++i, codes += job.decoder->row_bytes) {
+                prefetch_lines(codes, next_bytes);
+                if (inputs == kFewInputs) decode(column + i, input, kFewInputs, memory.decoded[i]);
+                else job.decoder->decode(job.weight.data, column + i, input, inputs, memory.decoded[i]);
+                for (int64_t rest = inputs; rest % kWords; ++rest) memory.decoded[i][rest].bits = 0;
+            }
+            multiply(memory.decoded[0], job.tiles + input / kWords * step_bytes, blocks(inputs, kWords), input != 0, memory);
+        }
+        add_low_rank(job, multiply, column, memory);
+        write_sums(job, memory, column);
+    }
+}
+
+constexpr int64_t channels_of_group(int64_t) { return kTileChannels; }

@@ -1,0 +1,67 @@
+// What products of few rows of bfloat16 with weights that are decoded to it have in common, by AMX (amx_few_rows.h) and by
+// AVX512-BF16 (bfloat16_few_rows.h).
+//
+// Decoded inputs are used as they lie in the weight, and the activations, of which there are few, are transposed, in pairs of
+// inputs. The sums are transposed, too, and are written transposed back.
+
+constexpr int64_t kWords = 32;  // bfloat16 in a register
+constexpr int64_t kMostDecoded = 2048;
+constexpr int64_t kFewInputs = 256;
+constexpr int64_t kStride = kFewInputs + kWords;  // of decoded channels: 512 bytes apart they would share few sets
+constexpr int64_t kChannelBytes = kStride * sizeof(BFloat16);
+constexpr int64_t kMostFewRows = 64;
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileChannels = 16;
+constexpr int64_t kTileBytes = 1024;
+
+LOWBIT_INLINE __mmask16 column_mask(int64_t columns) {
+    return columns >= 16 ? 0xffff : static_cast<__mmask16>((1u << (columns < 0 ? 0 : columns)) - 1);
+}
+
+// Inputs in the order in which a decoder writes those of a weight.
+LOWBIT_INLINE __m512i reorder(const BFloat16Decoder* decoder, __m512i inputs) {
+    return decoder && decoder->order ? _mm512_permutexvar_epi16(_mm512_load_si512(decoder->order), inputs) : inputs;
+}
+
+// Ask memory for what is decoded soon: the hardware's own prefetching ends with a page.
+LOWBIT_INLINE void prefetch_lines(const char* from, int64_t bytes) {
+    const char* end = from + bytes;
+    for (from -= reinterpret_cast<uintptr_t>(from) % 64; from < end; from += 64)
+        __asm__ volatile("prefetcht0 %0" : : "m"(*from));  // the builtin is left out where nothing else is inlined with it
+}
+
+LOWBIT_INLINE int64_t bytes_of(const BFloat16Decoder& decoder, int64_t inputs) { return inputs * decoder.bytes_of_256 / 256; }
+
+LOWBIT_INLINE const char* codes_at(const BFloat16Decoder& decoder, int64_t channel, int64_t first) {
+    return static_cast<const char*>(decoder.codes) + channel * decoder.row_bytes + bytes_of(decoder, first);
+}
+
+// A step of 32 inputs of up to 16 rows from `row` on -> [16 pairs of inputs][16 rows][2], zero beyond the last row and input.
+LOWBIT_INLINE void turn_step(const TileJob& job, int64_t step, int64_t row, int8_t* turned) {
+    const __mmask64 mask = present(step * kStep, job.depth);
+    const auto* from = static_cast<const int8_t*>(job.input) + row * job.stride + step * kStep;
+    alignas(64) int8_t rows[kTileRows * kStep] = {};
+    for (int64_t i = 0; i < smaller(kTileRows, job.rows - row); ++i, from += job.stride)
+        _mm512_store_si512(rows + i * kStep, reorder(job.decoder, _mm512_maskz_loadu_epi8(mask, from)));
+    pack_step(rows, kStep, ~__mmask64{0}, turned);
+}
+
+// Sums [16 channels][16 rows] -> output [rows][channels].
+LOWBIT_INLINE void write_transposed(const TileJob& job, const float* sums, int64_t row, int64_t column) {
+    alignas(64) float turned[kTileRows * kTileChannels];
+    pack_step(reinterpret_cast<const int8_t*>(sums), kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(turned));
+    const __mmask16 mask = column_mask(job.columns - column);
+    const __m512 bias = job.weight.bias ? _mm512_maskz_loadu_ps(mask, job.weight.bias + column) : _mm512_setzero_ps();
+    auto* to = static_cast<BFloat16*>(job.output) + row * job.columns + column;
+    for (int64_t i = 0; i < smaller(kTileRows, job.rows - row); ++i, to += job.columns) {
+        const __m512 value = _mm512_load_ps(turned + i * kTileChannels);
+        store_narrow(to, mask, job.weight.bias ? _mm512_add_ps(value, bias) : value);
+    }
+}
+
+// Inputs of the channel of the low-rank product's second half that begin with a step, zero beyond the last.
+LOWBIT_INLINE __m512i low_rank_inputs(const TileJob& job, int64_t channel, int64_t step) {
+    const __mmask64 mask = present(step * kStep, 2 * job.low_rank.rank);
+    const BFloat16* from = job.low_rank.up + channel * job.low_rank.rank + step * kWords;
+    return channel < job.columns ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_setzero_si512();
+}
