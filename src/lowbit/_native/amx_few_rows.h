@@ -59,39 +59,53 @@ LOWBIT_INLINE Chunk next_chunk(const TileJob& job, const Chunk& chunk, int64_t l
     return {smaller(chunk.group + 1, last), 0};
 }
 
+// A step of decoded channels times x is added in phases, so that others of decoding come between: instructions that load tiles
+// hold up what follows at once. Phases are 0 ... the number of channels that are decoded within a step.
+
 // Up to 16 rows: adds to tiles 0 and 1 in turn, which are of the same sums: an instruction would wait for the one before.
-LOWBIT_INLINE void multiply_narrow(const BFloat16* channels, const uint8_t* x, int64_t step, int64_t pair_bytes) {
-    _tile_loadd(4, channels, kChannelBytes);
-    _tile_loadd(5, x, pair_bytes);
+LOWBIT_INLINE void multiply_narrow(int phase, const BFloat16* channels, const uint8_t* x, int64_t step, int64_t pair_bytes) {
+    if (phase == 0) _tile_loadd(4, channels, kChannelBytes);
+    if (phase == 1) _tile_loadd(5, x, pair_bytes);
+    if (phase != 2) return;
     if (step % 2) _tile_dpbf16ps(1, 4, 5);
     else _tile_dpbf16ps(0, 4, 5);
 }
 
 // Up to 32 rows and 32 channels: adds to tiles 0 ... 3, of the first 16 rows, of the others, of the next 16 channels likewise.
 // More activations than fit into the first-level cache are loaded past it.
-LOWBIT_INLINE void multiply_square(const BFloat16* channels, const uint8_t* x) {
-    _tile_loadd(4, channels, kChannelBytes);
-    _tile_stream_loadd(6, x, kStep);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_stream_loadd(7, x + kTileBytes, kStep);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, channels + kTileChannels * kStride, kChannelBytes);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+LOWBIT_INLINE void multiply_square(int phase, const BFloat16* channels, const uint8_t* x) {
+    if (phase == 0) {
+        _tile_loadd(4, channels, kChannelBytes);
+        _tile_stream_loadd(6, x, kStep);
+    } else if (phase == 1) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_stream_loadd(7, x + kTileBytes, kStep);
+    } else if (phase == 2) {
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, channels + kTileChannels * kStride, kChannelBytes);
+    } else if (phase == 3) {
+        _tile_dpbf16ps(2, 5, 6);
+    } else {
+        _tile_dpbf16ps(3, 5, 7);
+    }
 }
 
 // More rows: adds to a tile for each 16.
-LOWBIT_INLINE void multiply_high(const BFloat16* channels, const uint8_t* x, bool are_four) {
-    _tile_loadd(4, channels, kChannelBytes);
-    _tile_stream_loadd(5, x, kStep);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_stream_loadd(6, x + kTileBytes, kStep);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_stream_loadd(7, x + 2 * kTileBytes, kStep);
-    _tile_dpbf16ps(2, 4, 7);
-    if (!are_four) return;
-    _tile_stream_loadd(5, x + 3 * kTileBytes, kStep);
-    _tile_dpbf16ps(3, 4, 5);
+LOWBIT_INLINE void multiply_high(int phase, const BFloat16* channels, const uint8_t* x, bool are_four) {
+    if (phase == 0) {
+        _tile_loadd(4, channels, kChannelBytes);
+        _tile_stream_loadd(5, x, kStep);
+    } else if (phase == 1) {
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_stream_loadd(6, x + kTileBytes, kStep);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_stream_loadd(7, x + 2 * kTileBytes, kStep);
+    } else {
+        _tile_dpbf16ps(2, 4, 7);
+        if (!are_four) return;
+        _tile_stream_loadd(5, x + 3 * kTileBytes, kStep);
+        _tile_dpbf16ps(3, 4, 5);
+    }
 }
 
 LOWBIT_INLINE void zero_sums() {
@@ -142,12 +156,22 @@ LOWBIT_NOINLINE void decode_part(const TileJob& job, const Part& decoded, const 
     }
 }
 
-// Adds a step of decoded channels times x.
+constexpr int64_t kSteps = kFewInputs / kWords;
+
+template <int64_t kChannels>
+constexpr int64_t kChannelsOfStep = kChannels / kSteps;  // are decoded
+
+template <int64_t kChannels>
+LOWBIT_INLINE void multiply_phase(int phase, const BFloat16* channels, const uint8_t* x, int64_t step, int64_t rows) {
+    if (kChannels > kTileChannels) multiply_square(phase, channels, x);
+    else if (rows <= kTileRows) multiply_narrow(phase, channels, x, step, 4 * rows);
+    else multiply_high(phase, channels, x, rows > 3 * kTileRows);
+}
+
 template <int64_t kChannels>
 LOWBIT_INLINE void multiply_step(const BFloat16* channels, const uint8_t* x, int64_t step, int64_t rows) {
-    if (kChannels > kTileChannels) multiply_square(channels, x);
-    else if (rows <= kTileRows) multiply_narrow(channels, x, step, 4 * rows);
-    else multiply_high(channels, x, rows > 3 * kTileRows);
+#pragma GCC unroll 5
+    for (int phase = 0; phase <= kChannelsOfStep<kChannels>; ++phase) multiply_phase<kChannels>(phase, channels, x, step, rows);
 }
 
 // Adds what the low-rank product adds to the channels from `channel` on; `copied` is for a part of them.
@@ -163,7 +187,7 @@ LOWBIT_NOINLINE void add_low_rank(const TileJob& job, int64_t channel, DecodedCh
 // Groups [first, last) of kChannels, with all rows. `Channel` decodes inputs of a channel.
 template <typename Channel, int64_t kChannels>
 void multiply_groups(const TileJob& job, int64_t first, int64_t last) {
-    constexpr int64_t kSteps = kFewInputs / kWords, kChannelsOfStep = kChannels / kSteps;
+    constexpr int kDecoded = kChannelsOfStep<kChannels>;
     FewRowsMemory& memory = few_rows_memory();
     const Channel decode(job.weight.data);
     const int64_t step_bytes = bytes_of_step(job), row_bytes = job.decoder->row_bytes;
@@ -182,17 +206,20 @@ void multiply_groups(const TileJob& job, int64_t first, int64_t last) {
         if (chunk.input == 0) zero_sums();
         __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read it
         for (int64_t step = 0; step < kSteps; ++step, from += kWords, x += step_bytes) {
-            if (step < steps) multiply_step<kChannels>(from, x, step, job.rows);
-            if (is_whole) {
+            if (is_whole && step < steps) {
 #pragma GCC unroll 4
-                for (int64_t i = 0; i < kChannelsOfStep; ++i, codes += row_bytes) prefetch_lines(codes, chunk_bytes);
-#pragma GCC unroll 4
-                for (int64_t i = 0; i < kChannelsOfStep; ++i) decode(decoded.channel + i, decoded.input, kFewInputs, to + i * kStride);
+                for (int i = 0; i < kDecoded; ++i, codes += row_bytes) {
+                    multiply_phase<kChannels>(i, from, x, step, job.rows);
+                    prefetch_lines(codes, chunk_bytes);
+                    decode(decoded.channel + i, decoded.input, kFewInputs, to + i * kStride);
+                }
+                multiply_phase<kChannels>(kDecoded, from, x, step, job.rows);
             } else {
-                decode_part(job, decoded, asked, kChannelsOfStep, to);
+                if (step < steps) multiply_step<kChannels>(from, x, step, job.rows);
+                decode_part(job, decoded, asked, kDecoded, to);
             }
-            decoded.channel += kChannelsOfStep, asked.channel += kChannelsOfStep;
-            to += kChannelsOfStep * kStride;
+            decoded.channel += kDecoded, asked.channel += kDecoded;
+            to += kDecoded * kStride;
         }
         if (chunk.group < last && next.input == 0) {
             add_low_rank<kChannels>(job, chunk.group * kChannels, memory.decoded[turn]);
