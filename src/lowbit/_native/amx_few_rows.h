@@ -1,8 +1,8 @@
 // Products of few rows of bfloat16 with weights that are decoded to it, by AMX; their time is that of decoding.
 //
 // The roles of amx_product.h are exchanged: a tile's rows are channels. Of a group of channels kFewInputs inputs are decoded
-// into the first-level cache while those before are multiplied. Groups are as wide as the tiles allow: 16 channels with four
-// times 16 rows, 32 with twice as many, so that activations, which come from the second-level cache, are loaded less often.
+// into the first-level cache while those before are multiplied. Groups are as wide as the tiles allow: 32 channels with up to
+// 32 rows, 16 with up to 64, so that activations, which come from the second-level cache, are loaded less often.
 
 // Rows of a tile: 16, or as many as there are where those are fewer, so that they are found in the first-level cache.
 LOWBIT_INLINE int64_t rows_of_tile(const TileJob& job) { return smaller(job.rows, kTileRows); }
@@ -10,7 +10,7 @@ LOWBIT_INLINE int64_t rows_of_tile(const TileJob& job) { return smaller(job.rows
 LOWBIT_INLINE int64_t bytes_of_step(const TileJob& job) { return blocks(job.rows, kTileRows) * rows_of_tile(job) * kStep; }
 
 inline int64_t channels_of_group(int64_t rows) {
-    return rows > kTileRows && rows <= 2 * kTileRows ? 2 * kTileChannels : kTileChannels;
+    return rows <= 2 * kTileRows ? 2 * kTileChannels : kTileChannels;
 }
 
 // Steps [first, last) of 32 inputs -> tiles [steps][blocks of rows][16 pairs of inputs][rows of a tile][2].
@@ -41,10 +41,10 @@ LOWBIT_NOINLINE FewRowsMemory& few_rows_memory() {
     return memory;
 }
 
-// Sums and activations have a column for each row.
+// Sums and activations have a column for each row; fewer than 16 are multiplied by multiply_low alone.
 LOWBIT_INLINE void configure_tiles(int64_t rows) {
     TileShape shape;
-    for (int tile : {0, 1, 2, 3, 5, 6, 7}) shape.row_bytes[tile] = static_cast<uint16_t>(4 * rows);
+    for (int tile : {0, 2, 6}) shape.row_bytes[tile] = static_cast<uint16_t>(4 * rows);
     __asm__ volatile("" : : "r"(&shape) : "memory");  // the intrinsic does not say how much of it is read
     _tile_loadconfig(&shape);
 }
@@ -62,17 +62,23 @@ LOWBIT_INLINE Chunk next_chunk(const TileJob& job, const Chunk& chunk, int64_t l
 // A step of decoded channels times x is added in phases, so that others of decoding come between: instructions that load tiles
 // hold up what follows at once. Phases are 0 ... the number of channels that are decoded within a step.
 
-// Up to 16 rows: adds to tiles 0 and 1 in turn, which are of the same sums: an instruction would wait for the one before.
-LOWBIT_INLINE void multiply_narrow(int phase, const BFloat16* channels, const uint8_t* x, int64_t step, int64_t pair_bytes) {
-    if (phase == 0) _tile_loadd(4, channels, kChannelBytes);
-    if (phase == 1) _tile_loadd(5, x, pair_bytes);
-    if (phase != 2) return;
-    if (step % 2) _tile_dpbf16ps(1, 4, 5);
-    else _tile_dpbf16ps(0, 4, 5);
+// Up to 16 rows and 32 channels: adds to tiles 0 and 2, of the first and the next 16 channels. Of more than eight rows there are
+// more activations than fit into the first-level cache; they are loaded past it.
+LOWBIT_INLINE void multiply_low(int phase, const BFloat16* channels, const uint8_t* x, int64_t rows) {
+    if (phase == 0) {
+        _tile_loadd(4, channels, kChannelBytes);
+    } else if (phase == 1) {
+        if (rows > kTileRows / 2) _tile_stream_loadd(6, x, 4 * rows);
+        else _tile_loadd(6, x, 4 * rows);
+    } else if (phase == 2) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, channels + kTileChannels * kStride, kChannelBytes);
+    } else if (phase == 4) {
+        _tile_dpbf16ps(2, 5, 6);
+    }
 }
 
 // Up to 32 rows and 32 channels: adds to tiles 0 ... 3, of the first 16 rows, of the others, of the next 16 channels likewise.
-// More activations than fit into the first-level cache are loaded past it.
 LOWBIT_INLINE void multiply_square(int phase, const BFloat16* channels, const uint8_t* x) {
     if (phase == 0) {
         _tile_loadd(4, channels, kChannelBytes);
@@ -90,7 +96,7 @@ LOWBIT_INLINE void multiply_square(int phase, const BFloat16* channels, const ui
     }
 }
 
-// More rows: adds to a tile for each 16.
+// Up to 64 rows and 16 channels: adds to a tile for each 16 rows.
 LOWBIT_INLINE void multiply_high(int phase, const BFloat16* channels, const uint8_t* x, bool are_four) {
     if (phase == 0) {
         _tile_loadd(4, channels, kChannelBytes);
@@ -123,14 +129,13 @@ LOWBIT_INLINE void store_sums(float (*sums)[kTileRows * kTileChannels]) {
     __asm__ volatile("" ::: "memory");
 }
 
+template <int64_t kChannels>
 LOWBIT_INLINE void write_sums(const TileJob& job, float (*sums)[kTileRows * kTileChannels], int64_t column) {
-    const int64_t row_blocks = blocks(job.rows, kTileRows);
-    for (int64_t i = 0; row_blocks == 1 && i < kTileRows * kTileChannels; i += 16)
-        _mm512_store_ps(sums[0] + i, _mm512_add_ps(_mm512_load_ps(sums[0] + i), _mm512_load_ps(sums[1] + i)));
-    for (int64_t block = 0; block < row_blocks; ++block) write_transposed(job, sums[block], block * kTileRows, column);
-    if (row_blocks != 2 || column + kTileChannels >= job.columns) return;
-    for (int64_t block = 0; block < 2; ++block)
-        write_transposed(job, sums[2 + block], block * kTileRows, column + kTileChannels);
+    for (int64_t row = 0, block = 0; row < job.rows; row += kTileRows, ++block) {
+        write_transposed(job, sums[block], row, column);
+        if (kChannels > kTileChannels && column + kTileChannels < job.columns)
+            write_transposed(job, sums[2 + block], row, column + kTileChannels);
+    }
 }
 
 // Some channels of a chunk: what is decoded, or asked of memory, between two steps.
@@ -162,16 +167,16 @@ template <int64_t kChannels>
 constexpr int64_t kChannelsOfStep = kChannels / kSteps;  // are decoded
 
 template <int64_t kChannels>
-LOWBIT_INLINE void multiply_phase(int phase, const BFloat16* channels, const uint8_t* x, int64_t step, int64_t rows) {
-    if (kChannels > kTileChannels) multiply_square(phase, channels, x);
-    else if (rows <= kTileRows) multiply_narrow(phase, channels, x, step, 4 * rows);
-    else multiply_high(phase, channels, x, rows > 3 * kTileRows);
+LOWBIT_INLINE void multiply_phase(int phase, const BFloat16* channels, const uint8_t* x, int64_t rows) {
+    if (kChannels == kTileChannels) multiply_high(phase, channels, x, rows > 3 * kTileRows);
+    else if (rows <= kTileRows) multiply_low(phase, channels, x, rows);
+    else multiply_square(phase, channels, x);
 }
 
 template <int64_t kChannels>
-LOWBIT_INLINE void multiply_step(const BFloat16* channels, const uint8_t* x, int64_t step, int64_t rows) {
+LOWBIT_INLINE void multiply_step(const BFloat16* channels, const uint8_t* x, int64_t rows) {
 #pragma GCC unroll 5
-    for (int phase = 0; phase <= kChannelsOfStep<kChannels>; ++phase) multiply_phase<kChannels>(phase, channels, x, step, rows);
+    for (int phase = 0; phase <= kChannelsOfStep<kChannels>; ++phase) multiply_phase<kChannels>(phase, channels, x, rows);
 }
 
 // Adds what the low-rank product adds to the channels from `channel` on; `copied` is for a part of them.
@@ -180,7 +185,7 @@ LOWBIT_NOINLINE void add_low_rank(const TileJob& job, int64_t channel, DecodedCh
     for (int64_t step = 0; step * kWords < job.low_rank.rank; ++step) {
         for (int64_t i = 0; i < kChannels; ++i) _mm512_storeu_si512(copied[i], low_rank_inputs(job, channel + i, step));
         __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read it
-        multiply_step<kChannels>(copied[0], job.low_rank.tiles + step * bytes_of_step(job), step, job.rows);
+        multiply_step<kChannels>(copied[0], job.low_rank.tiles + step * bytes_of_step(job), job.rows);
     }
 }
 
@@ -209,13 +214,13 @@ void multiply_groups(const TileJob& job, int64_t first, int64_t last) {
             if (is_whole && step < steps) {
 #pragma GCC unroll 4
                 for (int i = 0; i < kDecoded; ++i, codes += row_bytes) {
-                    multiply_phase<kChannels>(i, from, x, step, job.rows);
+                    multiply_phase<kChannels>(i, from, x, job.rows);
                     prefetch_lines(codes, chunk_bytes);
                     decode(decoded.channel + i, decoded.input, kFewInputs, to + i * kStride);
                 }
-                multiply_phase<kChannels>(kDecoded, from, x, step, job.rows);
+                multiply_phase<kChannels>(kDecoded, from, x, job.rows);
             } else {
-                if (step < steps) multiply_step<kChannels>(from, x, step, job.rows);
+                if (step < steps) multiply_step<kChannels>(from, x, job.rows);
                 decode_part(job, decoded, asked, kDecoded, to);
             }
             decoded.channel += kDecoded, asked.channel += kDecoded;
@@ -224,7 +229,7 @@ void multiply_groups(const TileJob& job, int64_t first, int64_t last) {
         if (chunk.group < last && next.input == 0) {
             add_low_rank<kChannels>(job, chunk.group * kChannels, memory.decoded[turn]);
             store_sums(memory.sums);
-            write_sums(job, memory.sums, chunk.group * kChannels);
+            write_sums<kChannels>(job, memory.sums, chunk.group * kChannels);
         }
         chunk = next, next = after;
     }
@@ -234,6 +239,6 @@ void multiply_groups(const TileJob& job, int64_t first, int64_t last) {
 // Groups [first, last) of channels_of_group(rows).
 template <typename Channel>
 void multiply_few_rows(const TileJob& job, int64_t first, int64_t last) {
-    const bool is_square = channels_of_group(job.rows) > kTileChannels;
-    is_square ? multiply_groups<Channel, 2 * kTileChannels>(job, first, last) : multiply_groups<Channel, kTileChannels>(job, first, last);
+    const bool is_wide = channels_of_group(job.rows) > kTileChannels;
+    is_wide ? multiply_groups<Channel, 2 * kTileChannels>(job, first, last) : multiply_groups<Channel, kTileChannels>(job, first, last);
 }
