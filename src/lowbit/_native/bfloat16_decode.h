@@ -366,6 +366,17 @@ LOWBIT_INLINE void decode_mxfp8(const void* weight, int64_t channel, int64_t fir
     }
 }
 
+template <typename Code>
+LOWBIT_INLINE __m512i join(Code, __m512 low, __m512 high) { return round_pair(low, high); }
+
+// decode_chunk gives of each 32 inputs of int4 the even ones first.
+LOWBIT_INLINE __m512i join(Int4, __m512 even, __m512 odd) {
+    const __m512i words = round_pair(even, odd);
+    const __m512i wide_even = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words));
+    const __m512i wide_odd = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1));
+    return _mm512_or_si512(wide_even, _mm512_slli_epi32(wide_odd, 16));
+}
+
 // Through float32, for what the others are not made for.
 template <typename Code>
 void decode_any(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
@@ -375,24 +386,7 @@ void decode_any(const void* weight, int64_t channel, int64_t first, int64_t coun
         const int64_t part = smaller(avx512::kChunk, count - done);
         avx512::decode_chunk(job, channel, first + done, part, values, Code{});
         for (int64_t i = 0; i < part; i += kWords)
-            _mm512_storeu_si512(output + done + i, round_pair(_mm512_load_ps(values + i), _mm512_load_ps(values + i + 16)));
-    }
-}
-
-// int4 in groups that a chunk is not a multiple of; decode_chunk gives of each 32 inputs the even ones first.
-void decode_split(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
-    const auto& job = *static_cast<const WeightJob*>(weight);
-    alignas(64) float values[avx512::kChunk];
-    for (int64_t done = 0; done < count; done += avx512::kChunk) {
-        const int64_t part = smaller(avx512::kChunk, count - done);
-        avx512::decode_chunk(job, channel, first + done, part, values, Int4{});
-        for (int64_t i = 0; i < part; i += kWords) {
-            const __m512i even = round_pair(_mm512_load_ps(values + i), _mm512_setzero_ps());
-            const __m512i odd = round_pair(_mm512_load_ps(values + i + 16), _mm512_setzero_ps());
-            const __m512i wide_even = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(even));
-            const __m512i wide_odd = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(odd));
-            _mm512_storeu_si512(output + done + i, _mm512_or_si512(wide_even, _mm512_slli_epi32(wide_odd, 16)));
-        }
+            _mm512_storeu_si512(output + done + i, join(Code{}, _mm512_load_ps(values + i), _mm512_load_ps(values + i + 16)));
     }
 }
 
@@ -432,6 +426,6 @@ BFloat16Decoder weight_decoder(const WeightJob& job) {
     ChannelKernels kernels;
     if constexpr (kBits == 8) kernels = byte_decoder<Code>(job);
     else if (avx512::has_whole_groups<Code>(job)) kernels = group_decoder(Code{}, job), order = kNibbleOrder;
-    else kernels = std::is_same<Code, Int4>::value ? kKernelsOf<Each<decode_split>> : kKernelsOf<Each<decode_any<Code>>>;
+    else kernels = kKernelsOf<Each<decode_any<Code>>>;
     return {kernels.decode, kernels.multiply_few_rows, order, job.weight, job.depth * kBits / 8, 32 * kBits};
 }

@@ -1,4 +1,5 @@
-// Blocks of GGUF files decoded to bfloat16 for products of rows of that type; the values are those of gguf_blocks.h, rounded once more.
+// Blocks of GGUF files decoded to bfloat16 for products of rows of that type; the values are those of gguf_blocks.h, rounded
+// once more.
 //
 // Codes of four and five bits are looked up in a register of 32 words, and written in the order in which shifts find them.
 

@@ -261,7 +261,7 @@ struct GgufRows {
 struct BFloat16Kernels {
     BFloat16Decoder (*weight_decoders[4])(const WeightJob&);  // int8, e4m3, int4, e2m1
     BFloat16Decoder (*gguf_decoder)(const GgufRows&);
-    TileKernel transpose_rows;                // of few rows
+    TileKernel transpose_rows;                   // of few rows
     int64_t (*channels_of_group)(int64_t rows);  // that multiply_few_rows counts in
     TileKernel project_rows;
     void (*add_pieces)(const TileJob&, int64_t pieces);
@@ -414,12 +414,6 @@ using avx512::store_narrow;
 using avx512::widen;
 #include "bfloat16_rows.h"
 #include "bfloat16_few_rows.h"
-#include "bfloat16_low_rank.h"
-#include "bfloat16_decode.h"
-#define LOWBIT_AVX512 1
-#include "gguf_blocks.h"
-#undef LOWBIT_AVX512
-#include "bfloat16_gguf.h"
 #include "bfloat16_kernels.h"
 }
 #if defined(__clang__)
@@ -456,12 +450,6 @@ using avx512_vnni::Queries;
 #include "bfloat16_rows.h"
 #include "amx_product.h"
 #include "amx_few_rows.h"
-#include "bfloat16_low_rank.h"
-#include "bfloat16_decode.h"
-#define LOWBIT_AVX512 1
-#include "gguf_blocks.h"
-#undef LOWBIT_AVX512
-#include "bfloat16_gguf.h"
 #include "bfloat16_kernels.h"
 #undef LOWBIT_TILES
 #include "attention_amx.h"
@@ -474,7 +462,7 @@ using avx512_vnni::Queries;
 #endif
 #endif
 
-enum Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512BFloat16 = 3, kAmx = 4 };  // the last two have VNNI, and AMX all
+enum Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512BFloat16 = 3, kAmx = 4 };  // each has what those before it have
 
 #ifdef LOWBIT_BFLOAT16
 // Whether the CPU has all that the namespace avx512_bf16 is compiled for, beyond AVX-512.
