@@ -5,9 +5,9 @@
     python -m benchmarks.linear_methods --methods int8 fp8 --shapes 3840x10240 10240x3840 --rows 1 1088
 
 Shapes are in_features x out_features. All in one process, in alternation; x is bfloat16, float32 for ``fp32``. A ratio
-above 1 means that the quantized layer is faster. ``whole`` decodes the weight as the method's reference does
-and multiplies in that type. As in a model, layers are called one after another, each with a weight of its own; times
-are those of one.
+above 1 means that the quantized layer is faster. ``whole`` decodes the weight as the method's reference does and
+multiplies in that type; it takes so much longer that it is timed apart, less often. As in a model, layers are called
+one after another, each with a weight of its own; times are those of one.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ LAYERS = 8
 
 ROWS = (1, 8, 64, 256, 1088)
 QUICK_METHODS, QUICK_ROWS = ("int8", "fp8", "gguf Q4_K"), (1, 64, 1088)
+SLOW_REPETITIONS = 3
+"""Of decoding the whole weight, which takes up to a hundred times as long as the layer and varies little."""
+
 DISTINCT_ROWS = 256
 """Of the weight; they are repeated, to save the time of quantizing."""
 
@@ -104,7 +107,9 @@ def measure(
     weights = [distinct.repeat(features // DISTINCT_ROWS, 1) for _ in layers]
     each = [cases(layer, weight, x) for layer, weight in zip(layers, weights, strict=True)]
     together = {way: partial(call_all, [ways[way] for ways in each]) for way in each[0]}
-    seconds = alternate(together, repetitions=repetitions, warmup=1, budget=budget)
+    whole = {way: together.pop(way) for way in list(together) if way.startswith("whole")}
+    seconds = alternate(together, repetitions=repetitions, warmup=2, budget=budget)
+    seconds |= alternate(whole, repetitions=SLOW_REPETITIONS, warmup=0, budget=budget)
     times = {way: summary([value / LAYERS for value in values]) for way, values in seconds.items()}
     layer = layers[0]
     ours = times["quantized"]["median_ms"]
@@ -127,8 +132,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=None, help="default: all")
     parser.add_argument("--rows", nargs="+", type=int, default=None, help=f"default: {ROWS}")
     parser.add_argument("--shapes", nargs="+", default=["3840x3840"], help="in_features x out_features")
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds per comparison (default 2)")
+    parser.add_argument("--repetitions", type=int, default=31)
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds per comparison (default 4)")
     parser.add_argument("--quick", action="store_true", help=f"methods {QUICK_METHODS}, rows {QUICK_ROWS}")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
