@@ -123,7 +123,7 @@ struct ElementwiseKernels {  // by element type
 constexpr int64_t kPanelChannels = 16;
 constexpr int64_t kLargestRowBlock = 251;  // with the row of ones in whole tiles; the sums take 63 KiB of stack
 
-constexpr int64_t kFewRows = 4;  // are multiplied along the inputs; of more, packing costs less than it saves
+constexpr int64_t kFewRows = 4;  // are multiplied along the inputs by vectors; of more, packing costs less than it saves
 
 struct ProductJob {
     const uint8_t* x;      // [rows, depth], int8 + 128
@@ -450,6 +450,7 @@ using avx512_vnni::Queries;
 #include "bfloat16_rows.h"
 #include "amx_product.h"
 #include "amx_few_rows.h"
+#include "amx_int8_few_rows.h"
 #include "bfloat16_kernels.h"
 #undef LOWBIT_TILES
 #include "attention_amx.h"
@@ -632,6 +633,24 @@ void multiply_amx(TileKernel multiply, TileJob job, int threads) {
     run(multiply, job, groups * job.row_blocks, work, threads, groups < 4 * threads ? 1 : job.row_blocks);
 }
 
+// Rows of int8 that are few enough not to rearrange the weights for.
+bool are_few_int8(int64_t rows, bool are_gated) { return rows <= (are_gated ? 2 : 4) * amx::kTileRows; }
+
+// Bring few rows of int8 to tiles, for all products with them.
+void arrange_few_int8(TileJob& job, int threads) {
+    static thread_local std::vector<char> memory;
+    const int64_t steps = blocks(job.depth, 64);
+    memory.resize(static_cast<size_t>(steps * blocks(job.rows, amx::kTileRows) * amx::kTileBytes + 64));
+    job.tiles = reinterpret_cast<uint8_t*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64);
+    run(amx::transpose_rows, job, steps, job.rows * job.depth, threads);
+}
+
+void multiply_few_int8(const TileJob& job, int element_type, int threads) {
+    const bool is_gated = job.gated.data, is_wide = job.rows <= 2 * amx::kTileRows && !is_gated;
+    const int64_t groups = blocks(job.columns, (is_wide ? 2 : 1) * amx::kTileChannels);
+    run(amx::few_int8_products[is_gated][element_type], job, groups, job.columns * job.depth / 8, threads);
+}
+
 void multiply_rows(TileJob job, int threads) {
     arrange_amx(amx::arrange_rows, job, threads);
     multiply_amx(amx::bfloat16_product, job, threads);
@@ -794,9 +813,18 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
 #ifdef LOWBIT_X86
     if (rows <= 0 || columns <= 0) return;
 #ifdef LOWBIT_AMX
-    if (selected_isa == kAmx && rows > kFewRows) {
+    if (selected_isa == kAmx) {
         TileJob job{x, rows, depth, depth, const_cast<float*>(x_scale), nullptr, {weight, weight_scale, bias},
                    {nullptr, nullptr, nullptr}, columns, output, 0, 0, nullptr, 0};
+        if (are_few_int8(rows, false)) {
+            static thread_local std::vector<uint8_t> codes;
+            codes.assign(x, x + rows * depth);
+            for (uint8_t& code : codes) code ^= 128;
+            job.input = codes.data();
+            arrange_few_int8(job, threads);
+            multiply_few_int8(job, element_type, threads);
+            return;
+        }
         arrange_amx(amx::arrange_rows, job, threads);
         multiply_amx(amx::int8_products[0][element_type], job, threads);
         return;
@@ -820,7 +848,7 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
 
 // x [rows, depth], rows `stride` elements apart, quantized as lowbit_quantize does with a scale a row, and multiplied as by
 // lowbit_int8_product with `count` weights -> their outputs [rows, columns], of the type of x. Of two weights that are_gated,
-// which need lowbit_has_bfloat16_products, one output: silu of the first result times the second, rounded once.
+// which need lowbit_has_amx_products, one output: silu of the first result times the second, rounded once.
 LOWBIT_EXPORT void lowbit_int8_linears(const void* x, int element_type, int64_t rows, int64_t depth, int64_t stride, int64_t count,
                                        const int8_t* const* weights, const int64_t* columns, const float* const* weight_scales,
                                        const float* const* biases, void* const* outputs, int are_gated, int threads) {
@@ -831,25 +859,37 @@ LOWBIT_EXPORT void lowbit_int8_linears(const void* x, int element_type, int64_t 
         const int64_t part_rows = smaller(kRowsAtOnce, rows - first);
         const void* part = static_cast<const char*>(x) + first * stride * element_bytes;
         const auto output = [&](int64_t i) { return static_cast<char*>(outputs[i]) + first * columns[i] * element_bytes; };
+        static thread_local std::vector<uint8_t> codes;  // kept: fresh pages take as long as filling them
+        static thread_local std::vector<float> scale;
+        const auto quantize = [&](int code_type) {
+            codes.resize(static_cast<size_t>(part_rows * depth));
+            scale.resize(static_cast<size_t>(part_rows));
+            const QuantizeJob job{part, part_rows, depth, stride, 1, depth, codes.data(), scale.data(), false};
+            run(selected->quantize[element_type][code_type], job, part_rows, part_rows * depth, threads);
+        };
 #ifdef LOWBIT_AMX
-        if (selected_isa == kAmx && (part_rows > kFewRows || are_gated)) {
+        if (selected_isa == kAmx) {
+            const bool are_few = are_few_int8(part_rows, are_gated);
             TileJob job{part, part_rows, depth, stride, nullptr, nullptr, {}, {}, 0, nullptr, 0, 0, nullptr, 0};
-            arrange_amx(amx::quantizing_arrangements[element_type], job, threads);
+            if (are_few) {
+                quantize(0);
+                job.input = codes.data(), job.stride = depth, job.row_scale = scale.data();
+                arrange_few_int8(job, threads);
+            } else {
+                arrange_amx(amx::quantizing_arrangements[element_type], job, threads);
+            }
             for (int64_t i = 0; i < (are_gated ? 1 : count); ++i) {
                 job.weight = {weights[i], weight_scales[i], biases[i]};
                 if (are_gated) job.gated = {weights[1], weight_scales[1], biases[1]};
                 job.columns = columns[i], job.output = output(i);
-                if (job.columns > 0) multiply_amx(amx::int8_products[are_gated][element_type], job, threads);
+                if (job.columns <= 0) continue;
+                if (are_few) multiply_few_int8(job, element_type, threads);
+                else multiply_amx(amx::int8_products[are_gated][element_type], job, threads);
             }
             continue;
         }
 #endif
-        static thread_local std::vector<uint8_t> codes;  // kept: fresh pages take as long as filling them
-        static thread_local std::vector<float> scale;
-        codes.resize(static_cast<size_t>(part_rows * depth));
-        scale.resize(static_cast<size_t>(part_rows));
-        const QuantizeJob job{part, part_rows, depth, stride, 1, depth, codes.data(), scale.data(), false};
-        run(selected->quantize[element_type][1], job, part_rows, part_rows * depth, threads);
+        quantize(1);
         for (int64_t i = 0; i < count; ++i)
             lowbit_int8_product(codes.data(), part_rows, depth, scale.data(), weights[i], columns[i], weight_scales[i], biases[i],
                                 output(i), element_type, threads);

@@ -8,7 +8,7 @@ import torch
 from lowbit.ops import int8
 from lowbit.ops.cpu import int8_native, native
 from lowbit.ops.dispatch import Problem
-from tests.ops.cpu.conftest import awkward, same
+from tests.ops.cpu.conftest import at_the_end_of_memory, awkward, same
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,19 +39,29 @@ def test_equals_the_reference_with_any_rest_of_rows_and_panels(
     weight, scale = quantized_layer(features, 100)
     packed = int8_native.pack_weight(weight)
     bias = torch.randn(features).to(dtype) if has_bias else None
-    for rows in (1, 2, 3, 4, 5, 6, 7, 23, 300):
+    for rows in (1, 2, 3, 4, 5, 6, 7, 16, 17, 23, 32, 33, 48, 49, 64, 65, 300):
         x = awkward(rows, 100, dtype)
         assert same(int8_native.linear(x, packed, scale, bias), int8.linear(x, weight, scale, bias))
 
 
 @NEEDS_KERNEL
-@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("rows", [1, 3, 9, 40])
 @pytest.mark.parametrize("columns", [4, 60, 64, 4096, 4100, 9000])
 def test_equals_the_reference_at_any_depth(columns: int, rows: int) -> None:
     weight, scale = quantized_layer(80, columns)
     x = awkward(rows, columns, torch.bfloat16)
     result = int8_native.linear(x, int8_native.pack_weight(weight), scale, None)
     assert same(result, int8.linear(x, weight, scale, None))
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("rows", [1, 8, 20, 40, 100])
+@pytest.mark.parametrize("columns", [60, 128, 324])
+def test_reads_nothing_beyond_a_weight(columns: int, rows: int) -> None:
+    weight, scale = quantized_layer(48, columns)
+    x = torch.randn(rows, columns).bfloat16()
+    last = at_the_end_of_memory(weight), at_the_end_of_memory(scale)
+    assert same(int8_native.linear(x, *last, None), int8.linear(x, weight, scale, None))
 
 
 @NEEDS_KERNEL
@@ -137,7 +147,10 @@ def test_several_layers_of_one_input_are_what_each_is(rows: int, dtype: torch.dt
 
 @NEEDS_KERNEL
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "columns", "features"), [(1, 64, 16), (3, 100, 48), (70, 4100, 208), (1200, 100, 96)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "features"),
+    [(1, 64, 16), (3, 100, 48), (8, 4100, 208), (16, 256, 32), (33, 4100, 208), (70, 4100, 208), (1200, 100, 96)],
+)
 def test_gated_layers_against_float64(rows: int, columns: int, features: int, dtype: torch.dtype) -> None:
     layers = [quantized_layer(features, columns) for _ in range(2)]
     weights, scales = [weight for weight, _ in layers], [scale for _, scale in layers]
