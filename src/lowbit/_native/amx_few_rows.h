@@ -33,6 +33,7 @@ using DecodedChannels = BFloat16[2 * kTileChannels][kStride];
 struct FewRowsMemory {
     alignas(64) DecodedChannels decoded[2];
     alignas(64) float sums[4][kTileRows * kTileChannels];
+    alignas(64) float scaled[4][kTileRows * kTileChannels];
 };
 
 // Not inlined: compilers look up the thread's own again for each use.
@@ -129,6 +130,17 @@ LOWBIT_INLINE void store_sums(float (*sums)[kTileRows * kTileChannels]) {
     __asm__ volatile("" ::: "memory");
 }
 
+// Adds what was summed, times its scale, to what was before, or to zero; the sums begin anew.
+LOWBIT_INLINE void add_scaled(FewRowsMemory& memory, float scale, bool accumulate) {
+    store_sums(memory.sums);
+    zero_sums();
+    float *from = memory.sums[0], *to = memory.scaled[0];
+    for (int64_t i = 0; i < 4 * kTileRows * kTileChannels; i += 16) {
+        const __m512 before = accumulate ? _mm512_load_ps(to + i) : _mm512_setzero_ps();
+        _mm512_store_ps(to + i, _mm512_fmadd_ps(_mm512_load_ps(from + i), _mm512_set1_ps(scale), before));
+    }
+}
+
 template <int64_t kChannels>
 LOWBIT_INLINE void write_sums(const TileJob& job, float (*sums)[kTileRows * kTileChannels], int64_t column) {
     for (int64_t row = 0, block = 0; row < job.rows; row += kTileRows, ++block) {
@@ -151,11 +163,12 @@ LOWBIT_INLINE Part part_of(const TileJob& job, const Chunk& chunk, int64_t last,
 }
 
 // At most `channels` of each.
+template <typename Channel>
 LOWBIT_NOINLINE void decode_part(const TileJob& job, const Part& decoded, const Part& asked, int64_t channels, BFloat16* output) {
     for (int64_t channel = asked.channel; channel < smaller(asked.channel + channels, asked.last); ++channel)
         prefetch_lines(codes_at(*job.decoder, channel, asked.input), bytes_of(*job.decoder, asked.inputs));
     for (int64_t channel = decoded.channel; channel < smaller(decoded.channel + channels, decoded.last); ++channel) {
-        job.decoder->decode(job.weight.data, channel, decoded.input, decoded.inputs, output);
+        decode_channel<Channel>(job.weight.data, channel, decoded.input, decoded.inputs, output);
         for (int64_t rest = decoded.inputs; rest % kWords; ++rest) output[rest].bits = 0;
         output += kStride;
     }
@@ -221,15 +234,22 @@ void multiply_groups(const TileJob& job, int64_t first, int64_t last) {
                 multiply_phase<kChannels>(kDecoded, from, x, job.rows);
             } else {
                 if (step < steps) multiply_step<kChannels>(from, x, job.rows);
-                decode_part(job, decoded, asked, kDecoded, to);
+                decode_part<Channel>(job, decoded, asked, kDecoded, to);
             }
             decoded.channel += kDecoded, asked.channel += kDecoded;
             to += kDecoded * kStride;
+            if constexpr (Channel::kScaledInputs > 0) {
+                constexpr int64_t kScaledSteps = Channel::kScaledInputs / kWords;
+                if (step < steps && ((step + 1) % kScaledSteps == 0 || step + 1 == steps)) {
+                    const int64_t input = chunk.input + step * kWords;
+                    add_scaled(memory, decode.scale(chunk.group * kChannels, input), input >= Channel::kScaledInputs);
+                }
+            }
         }
         if (chunk.group < last && next.input == 0) {
             add_low_rank<kChannels>(job, chunk.group * kChannels, memory.decoded[turn]);
-            store_sums(memory.sums);
-            write_sums<kChannels>(job, memory.sums, chunk.group * kChannels);
+            if (Channel::kScaledInputs == 0) store_sums(memory.sums);
+            write_sums<kChannels>(job, Channel::kScaledInputs ? memory.scaled : memory.sums, chunk.group * kChannels);
         }
         chunk = next, next = after;
     }

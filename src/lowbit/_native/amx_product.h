@@ -178,6 +178,7 @@ struct Waiting {
             value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, weight.column_scale + channel));
         } else {
             value = _mm512_load_ps(from);
+            if (weight.column_scale) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, weight.column_scale + channel));
         }
         return weight.bias ? _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, weight.bias + channel)) : value;
     }

@@ -52,17 +52,13 @@ LOWBIT_INLINE bool are_numbers(E4M3, __m512i largest, float largest_scale) {
 // A function that decodes inputs of a channel as what multiply_few_rows takes.
 template <void (*Decode)(const void*, int64_t, int64_t, int64_t, BFloat16*)>
 struct Each {
+    static constexpr int64_t kScaledInputs = 0;
     const void* weight;
     explicit Each(const void* all) : weight(all) {}
     void operator()(int64_t channel, int64_t first, int64_t count, BFloat16* output) const {
         Decode(weight, channel, first, count, output);
     }
 };
-
-template <typename Channel>
-void decode_channel(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
-    Channel{weight}(channel, first, count, output);
-}
 
 struct ChannelKernels {
     decltype(BFloat16Decoder::decode) decode;
@@ -223,6 +219,7 @@ LOWBIT_INLINE void for_registers(int64_t count, Each each) {
 // E2M1 with scales of a byte and one outer scale, in blocks of 16 or 32 inputs.
 template <int64_t Block>
 struct LookedUp {
+    static constexpr int64_t kScaledInputs = 0;
     const WeightJob& job;
     const BFloat16 (*values)[16];
 
@@ -338,31 +335,100 @@ LOWBIT_INLINE void decode_mxfp4(const void* weight, int64_t channel, int64_t fir
     }
 }
 
-// E4M3 in blocks of 32 inputs with scales of E8M0. Those numbers of e4m3 that are normal become bfloat16 by other exponents;
-// those below, which are eight, are looked up.
-LOWBIT_INLINE void decode_mxfp8(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
-    constexpr __mmask32 kNotZero = 0xfffffffe;
+// Both bytes of the bfloat16 that a code of E4M3 is. A normal number's upper byte follows from the code's upper four bits, its
+// lower byte is the lower four; the eight numbers below and NaN are looked up by the lower six bits.
+struct E4M3Tables {
+    alignas(64) uint8_t upper[64] = {}, special_upper[64] = {}, special_lower[64] = {};
+    constexpr E4M3Tables() {
+        constexpr uint16_t kSubnormal[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};  // / 512
+        for (int i = 0; i < 64; ++i) upper[i] = static_cast<uint8_t>((i & 8 ? 0x80 : 0) | ((i & 7) + 60));
+        for (int i = 0; i < 8; ++i)
+            special_upper[i] = static_cast<uint8_t>(kSubnormal[i] >> 8), special_lower[i] = static_cast<uint8_t>(kSubnormal[i]);
+        special_upper[63] = 0x7f, special_lower[63] = 0xc0;
+    }
+};
+constexpr E4M3Tables kE4M3;
+
+// 64 codes -> bfloat16, and which of them, in another order, were looked up.
+LOWBIT_INLINE __mmask64 widen_e4m3(__m512i codes, __m512i (&words)[2]) {
+    codes = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), codes);  // so that pairs of bytes are in order
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    __m512i lower = _mm512_and_si512(_mm512_slli_epi16(codes, 4), _mm512_set1_epi8(static_cast<char>(0xf0)));
+    __m512i upper = _mm512_permutexvar_epi8(_mm512_srli_epi16(codes, 4), _mm512_load_si512(kE4M3.upper));
+    const __m512i above = _mm512_sub_epi8(_mm512_andnot_si512(sign, codes), _mm512_set1_epi8(8));  // the smallest normal one
+    const __mmask64 special = _mm512_cmpge_epu8_mask(above, _mm512_set1_epi8(0x7f - 8));
+    if (special) {
+        lower = _mm512_mask_permutexvar_epi8(lower, special, codes, _mm512_load_si512(kE4M3.special_lower));
+        upper = _mm512_mask_permutexvar_epi8(upper, special, codes, _mm512_load_si512(kE4M3.special_upper));
+        upper = _mm512_or_si512(upper, _mm512_and_si512(codes, sign));
+    }
+    words[0] = _mm512_unpacklo_epi8(lower, upper), words[1] = _mm512_unpackhi_epi8(lower, upper);
+    return special;
+}
+
+// Calls `each` with the index of every 64 of `count` inputs and the mask of those that are there: all, or 32.
+template <typename Each>
+LOWBIT_INLINE void for_pairs_of_registers(int64_t count, Each each) {
+    int64_t i = 0;
+    for (; i + 2 * kWords <= count; i += 2 * kWords) each(i, ~__mmask64{0});
+    if (i < count) each(i, __mmask64{0xffffffff});
+}
+
+// E4M3 as it is, for scales of whole channels: the sums are multiplied with them.
+LOWBIT_INLINE void decode_e4m3(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     const auto& job = *static_cast<const WeightJob*>(weight);
-    alignas(64) static constexpr uint16_t kSubnormal[32] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};  // / 512
-    const __m512i subnormal = _mm512_load_si512(kSubnormal), magnitude = _mm512_set1_epi16(0x7f << 4);
-    const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000)), exponent = _mm512_set1_epi16(0x78);
+    const auto* codes = static_cast<const uint8_t*>(job.weight) + channel * job.depth + first;
+    for_pairs_of_registers(count, [=](int64_t i, __mmask64 mask) LOWBIT_INLINE_LAMBDA {
+        __m512i words[2];
+        widen_e4m3(_mm512_maskz_loadu_epi8(mask, codes + i), words);
+        _mm512_storeu_si512(output + i, words[0]);
+        if (mask >> kWords) _mm512_storeu_si512(output + i + kWords, words[1]);
+    });
+}
+
+// E4M3 as it is, for scales of blocks of 128 by 128, which sums of 128 inputs are multiplied with.
+struct BlockE4M3 {
+    static constexpr int64_t kScaledInputs = 128;
+    const WeightJob& job;
+    int64_t per_row;
+
+    explicit BlockE4M3(const void* weight)
+        : job(*static_cast<const WeightJob*>(weight)), per_row(blocks(job.depth, kScaledInputs)) {}
+
+    void operator()(int64_t channel, int64_t first, int64_t count, BFloat16* output) const {
+        decode_e4m3(&job, channel, first, count, output);
+    }
+
+    float scale(int64_t channel, int64_t input) const {
+        return static_cast<const float*>(job.scale)[channel / kScaledInputs * per_row + input / kScaledInputs];
+    }
+};
+
+// Words times a power of two, in their exponents; of words that might be none zero stays zero.
+LOWBIT_INLINE __m512i times_power(__m512i words, __m512i power, bool may_be_zero) {
+    if (!may_be_zero) return _mm512_add_epi16(words, power);
+    return _mm512_mask_add_epi16(words, _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x7fff)), words, power);
+}
+
+// E4M3 in blocks of 32 inputs with scales of E8M0.
+LOWBIT_INLINE void decode_mxfp8(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+    const auto& job = *static_cast<const WeightJob*>(weight);
     for (int64_t done = 0; done < count; done += avx512::kChunk) {
         const int64_t part = smaller(avx512::kChunk, count - done), at = channel * job.depth + first + done;
         const auto* scales = static_cast<const uint8_t*>(job.scale) + at / kWords;
         const auto* codes = static_cast<const uint8_t*>(job.weight) + at;
-        __m512i largest = _mm512_setzero_si512();
-        for (int64_t j = 0; j < part; j += kWords) {
-            const __m512i power = power_of(scales[j / kWords]);
-            const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j)));
-            const __m512i shifted = _mm512_slli_epi16(wide, 4), bits = _mm512_and_si512(shifted, magnitude);
-            largest = _mm512_max_epu16(largest, bits);
-            __m512i value = _mm512_add_epi16(bits, _mm512_add_epi16(power, _mm512_set1_epi16(120 << 7)));
-            const __m512i small = _mm512_mask_add_epi16(subnormal, kNotZero, subnormal, power);
-            value = _mm512_mask_permutexvar_epi16(value, _mm512_testn_epi16_mask(wide, exponent), wide, small);
-            _mm512_storeu_si512(output + done + j, _mm512_ternarylogic_epi32(value, shifted, sign, 0xf8));  // value | (shifted & sign)
-        }
-        if (!are_near(scales, part / kWords) || _mm512_cmpeq_epi16_mask(largest, magnitude))  // a NaN
-            decode_slowly<E4M3>(job, channel, first + done, part, output + done);
+        BFloat16* to = output + done;
+        bool has_nan = false;
+        for_pairs_of_registers(part, [&](int64_t i, __mmask64 mask) LOWBIT_INLINE_LAMBDA {
+            const __m512i bytes = _mm512_maskz_loadu_epi8(mask, codes + i);
+            __m512i words[2];
+            const bool is_special = widen_e4m3(bytes, words);
+            if (is_special) has_nan |= _mm512_cmpeq_epi8_mask(_mm512_and_si512(bytes, _mm512_set1_epi8(0x7f)), _mm512_set1_epi8(0x7f)) != 0;
+            _mm512_storeu_si512(to + i, times_power(words[0], power_of(scales[i / kWords]), is_special));
+            if (mask >> kWords)
+                _mm512_storeu_si512(to + i + kWords, times_power(words[1], power_of(scales[i / kWords + 1]), is_special));
+        });
+        if (!are_near(scales, part / kWords) || has_nan) decode_slowly<E4M3>(job, channel, first + done, part, to);
     }
 }
 
@@ -390,6 +456,20 @@ void decode_any(const void* weight, int64_t channel, int64_t first, int64_t coun
     }
 }
 
+// Whether a weight's scales are of whole channels, so that its decoder may leave them to the sums.
+LOWBIT_INLINE bool has_channel_scales(const WeightJob& job) {
+    return job.scale_type == 0 && job.block_columns >= job.depth && !job.outer_scale;
+}
+
+// The scales of channels, for as long as the calling thread does not ask again.
+LOWBIT_NOINLINE const float* channel_scales(const WeightJob& job) {
+    static thread_local std::vector<float> scales;
+    scales.resize(static_cast<size_t>(job.columns));
+    for (int64_t channel = 0; channel < job.columns; ++channel)
+        scales[static_cast<size_t>(channel)] = static_cast<const float*>(job.scale)[channel / job.block_rows];
+    return scales.data();
+}
+
 template <typename Code>
 ChannelKernels byte_decoder(const WeightJob& job) {
     const bool is_whole = job.depth % kWords == 0 && (job.block_columns % kWords == 0 || job.block_columns >= job.depth);
@@ -397,7 +477,14 @@ ChannelKernels byte_decoder(const WeightJob& job) {
     if (!avx512::has_even_blocks(job)) return kKernelsOf<Each<decode_any<Code>>>;
     if (!is_whole) return kKernelsOf<Each<decode_even<Code>>>;
     if (job.zero_point) return kKernelsOf<Each<decode_bytes<Code, true>>>;
-    return std::is_same<Code, E4M3>::value && is_mx ? kKernelsOf<Each<decode_mxfp8>> : kKernelsOf<Each<decode_bytes<Code, false>>>;
+    if (std::is_same<Code, E4M3>::value && is_mx) return kKernelsOf<Each<decode_mxfp8>>;
+    if (std::is_same<Code, E4M3>::value && has_channel_scales(job)) return kKernelsOf<Each<decode_e4m3>>;
+#ifdef LOWBIT_TILES
+    constexpr int64_t kBlock = BlockE4M3::kScaledInputs;
+    const bool are_blocks = job.scale_type == 0 && job.block_columns == kBlock && job.block_rows == kBlock && !job.outer_scale;
+    if (std::is_same<Code, E4M3>::value && are_blocks) return {kKernelsOf<Each<decode_bytes<Code, false>>>.decode, multiply_few_rows<BlockE4M3>};
+#endif
+    return kKernelsOf<Each<decode_bytes<Code, false>>>;
 }
 
 template <typename Scale>
@@ -427,5 +514,7 @@ BFloat16Decoder weight_decoder(const WeightJob& job) {
     if constexpr (kBits == 8) kernels = byte_decoder<Code>(job);
     else if (avx512::has_whole_groups<Code>(job)) kernels = group_decoder(Code{}, job), order = kNibbleOrder;
     else kernels = kKernelsOf<Each<decode_any<Code>>>;
-    return {kernels.decode, kernels.multiply_few_rows, order, job.weight, job.depth * kBits / 8, 32 * kBits};
+    const bool leaves_scales = kernels.decode == kKernelsOf<Each<decode_e4m3>>.decode;
+    return {kernels.decode, kernels.multiply_few_rows, order, job.weight, job.depth * kBits / 8, 32 * kBits,
+            leaves_scales ? channel_scales(job) : nullptr};
 }

@@ -183,5 +183,5 @@ BFloat16Decoder gguf_decoder(const GgufRows& rows) {
     for (const GgufDecoder& known : kGgufDecoders)
         if (known.number == rows.kernels->number) decoder = known;
     const int64_t bytes_of_256 = 256 / rows.kernels->elements * rows.kernels->bytes;
-    return {decoder.kernels.decode, decoder.kernels.multiply_few_rows, decoder.order, rows.input, rows.row_bytes, bytes_of_256};
+    return {decoder.kernels.decode, decoder.kernels.multiply_few_rows, decoder.order, rows.input, rows.row_bytes, bytes_of_256, nullptr};
 }

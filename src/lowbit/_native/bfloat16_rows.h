@@ -51,10 +51,11 @@ LOWBIT_INLINE void write_transposed(const TileJob& job, const float* sums, int64
     alignas(64) float turned[kTileRows * kTileChannels];
     pack_step(reinterpret_cast<const int8_t*>(sums), kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(turned));
     const __mmask16 mask = column_mask(job.columns - column);
+    const __m512 scale = job.weight.column_scale ? _mm512_maskz_loadu_ps(mask, job.weight.column_scale + column) : _mm512_set1_ps(1.0f);
     const __m512 bias = job.weight.bias ? _mm512_maskz_loadu_ps(mask, job.weight.bias + column) : _mm512_setzero_ps();
     auto* to = static_cast<BFloat16*>(job.output) + row * job.columns + column;
     for (int64_t i = 0; i < smaller(kTileRows, job.rows - row); ++i, to += job.columns) {
-        const __m512 value = _mm512_load_ps(turned + i * kTileChannels);
+        const __m512 value = _mm512_mul_ps(_mm512_load_ps(turned + i * kTileChannels), scale);
         store_narrow(to, mask, job.weight.bias ? _mm512_add_ps(value, bias) : value);
     }
 }
@@ -64,4 +65,10 @@ LOWBIT_INLINE __m512i low_rank_inputs(const TileJob& job, int64_t channel, int64
     const __mmask64 mask = present(step * kStep, 2 * job.low_rank.rank);
     const BFloat16* from = job.low_rank.up + channel * job.low_rank.rank + step * kWords;
     return channel < job.columns ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_setzero_si512();
+}
+
+// What writes inputs of one channel.
+template <typename Channel>
+void decode_channel(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+    Channel{weight}(channel, first, count, output);
 }

@@ -137,7 +137,7 @@ struct ProductJob {
 
 struct TileWeight {
     const void* data;                  // [columns, depth]; or what `decode` takes
-    const float *column_scale, *bias;  // [columns]; bias may be null
+    const float *column_scale, *bias;  // [columns]; either may be null, the scale of int8 is there
 };
 
 struct TileJob;
@@ -151,6 +151,7 @@ struct BFloat16Decoder {
     const uint16_t* order;  // input order[i] of each 32 is written as the i-th, or null: as they lie
     const void* codes;
     int64_t row_bytes, bytes_of_256;  // of a channel, and of 256 inputs of one
+    const float* channel_scale;       // [channels], which the sums are to be multiplied with; or null
 };
 
 // x [rows, depth] times down [depth, rank] times the transpose of up [columns, rank], added to a product of few rows.
@@ -716,7 +717,7 @@ void run_bfloat16(const BFloat16Kernels& kernels, const void* x, int64_t rows, i
         const auto* part = static_cast<const BFloat16*>(x) + first * stride;
         auto* to = static_cast<BFloat16*>(output) + first * columns;
         const TileJob job{part, smaller(rows_at_once, rows - first), 2 * depth, 2 * stride, nullptr, nullptr,
-                          {weight, nullptr, bias}, {nullptr, nullptr, nullptr}, columns, to, 0, 0, &decoder, 0, low_rank};
+                          {weight, decoder.channel_scale, bias}, {nullptr, nullptr, nullptr}, columns, to, 0, 0, &decoder, 0, low_rank};
         if (job.rows <= avx512_bf16::kMostFewRows) multiply_few_rows(kernels, job, threads);
 #ifdef LOWBIT_AMX
         else multiply_rows(job, threads);

@@ -107,6 +107,22 @@ def test_eight_bits_with_zero_points(group_size: int, rows: int) -> None:
 
 
 @ROWS
+def test_every_code_of_e4m3_in_blocks(rows: int) -> None:
+    columns = 1200  # not whole blocks
+    codes = torch.arange(256, dtype=torch.uint8).repeat(columns * 144 // 256).view(144, columns)
+    codes = torch.where(codes % 128 == 127, 8, codes)
+    scale = torch.tensor([1.0, 0.3, 2e-20]).repeat(2, 4)[:, :10].contiguous()
+    x, inputs = one_input_a_row(rows, columns)
+    expected = fp8.dequantize_fp8(codes.view(torch.float8_e4m3fn), scale, (128, 128)).bfloat16()[:, inputs].t()
+    codes[5, 1199] = 127
+    values = codes.view(torch.float8_e4m3fn)
+    result = cpu_fp8.fp8_weight_only_mm(x, values, scale, None, (128, 128))
+    assert result[:, 5].isnan().all()
+    others = torch.arange(144) != 5
+    assert torch.equal(result[:, others], expected[:, others])
+
+
+@ROWS
 def test_every_code_of_e4m3_under_any_scale(rows: int) -> None:
     every = torch.arange(256, dtype=torch.uint8).repeat(5, 4)
     every[1:4] = torch.where(every[1:4] % 128 == 127, 8, every[1:4])  # channels without a NaN, too

@@ -18,8 +18,8 @@ from lowbit.ops.cpu.features import fast_matmul_dtype
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.w4a16 import split_pairs
 
-# From which on bfloat16 is handed to the helper as it is. Of e4m3, whose codes are no integers, fewer rows are better
-# multiplied in single precision than as eight or 16.
+# From which on bfloat16 is handed to the helper as it is where there is no AMX, which takes any number. Of e4m3, whose codes
+# are no integers, fewer rows are better multiplied in single precision than as eight.
 LEAST_BFLOAT16_ROWS = {"int4": 1, "e2m1": 1, "int8": 1, "e4m3": 3, "gguf": 1}
 
 
@@ -35,7 +35,8 @@ def has_few_rows(x: torch.Tensor, weight_type: str) -> bool:
 
 def takes_bfloat16(x: torch.Tensor, weight_type: str) -> bool:
     """Tell whether the native helper takes x [M, K] as it is for a weight of a type of ``LEAST_BFLOAT16_ROWS``."""
-    return x.dtype == torch.bfloat16 and LEAST_BFLOAT16_ROWS[weight_type] <= x.shape[0] <= native.bfloat16_rows()
+    least = 1 if native.has_amx() else LEAST_BFLOAT16_ROWS[weight_type]
+    return x.dtype == torch.bfloat16 and least <= x.shape[0] <= native.bfloat16_rows()
 
 
 def is_fused(x: torch.Tensor, weight_type: str) -> bool:
