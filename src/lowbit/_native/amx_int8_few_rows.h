@@ -4,13 +4,23 @@
 // activations, of which there are few, are transposed; so are the sums. Two tiles of channels are multiplied at once with up
 // to 32 rows, one with up to 64, so that activations, which come from the second-level cache, are loaded less often.
 
+// Activations of bfloat16 become three rows each, of the bytes of integers of 22 bits and a power of two: what is lost is below
+// 2**-22 of the largest of a row.
+
 struct FewInt8 {
-    static constexpr bool is_gated = false;
+    static constexpr bool is_gated = false, is_split = false;
 };
 
 struct FewGatedInt8 {  // the two tiles of channels are one of each weight
-    static constexpr bool is_gated = true;
+    static constexpr bool is_gated = true, is_split = false;
 };
+
+struct FewSplitInt8 {  // the rows are those of the first bytes, of the second, of the third
+    static constexpr bool is_gated = false, is_split = true;
+};
+
+constexpr int64_t kBytesOfASplit = 3;
+constexpr int kSplitBits = 21;  // of the first power of two in a row
 
 constexpr int64_t kChunkSteps = 4;  // whose weights are asked of memory together
 
@@ -109,6 +119,52 @@ LOWBIT_INLINE void write_few(const TileJob& job, const int32_t* sums, const int3
     }
 }
 
+// Sums [16 channels][16 rows] of each block of rows -> output [rows][channels].
+template <typename Output>
+LOWBIT_INLINE void write_split(const TileJob& job, const int32_t (*sums)[kTileRows * kTileChannels], int64_t channel) {
+    alignas(64) int32_t turned[4 * kTileRows * kTileChannels];
+    for (int64_t block = 0; block * kTileRows < job.rows; ++block)
+        pack_step(reinterpret_cast<const int8_t*>(sums[block]), kStep, ~__mmask64{0},
+                  reinterpret_cast<int8_t*>(turned + block * kTileRows * kTileChannels));
+    const int64_t rows = job.rows / kBytesOfASplit;
+    const auto part = [&](int64_t i, int64_t row) LOWBIT_INLINE_LAMBDA {
+        return _mm512_cvtepi32_ps(_mm512_load_si512(turned + (i * rows + row) * kTileChannels));
+    };
+    const __m512 byte = _mm512_set1_ps(256.0f), scale = _mm512_loadu_ps(job.weight.column_scale + channel);
+    const __m512 bias = job.weight.bias ? _mm512_loadu_ps(job.weight.bias + channel) : _mm512_setzero_ps();
+    auto* to = static_cast<Output*>(job.output) + channel;
+    for (int64_t row = 0; row < rows; ++row, to += job.columns) {
+        const __m512 sum = _mm512_fmadd_ps(_mm512_fmadd_ps(part(0, row), byte, part(1, row)), byte, part(2, row));
+        const __m512 value = _mm512_mul_ps(_mm512_mul_ps(sum, scale), _mm512_set1_ps(job.row_scale[row]));
+        store_narrow(to, 0xffff, job.weight.bias ? _mm512_add_ps(value, bias) : value);
+    }
+}
+
+// Rows [first, last) of x -> three rows each of `codes`, and their scales; NaN of rows that are not finite.
+void split_rows(const SplitJob& job, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        const BFloat16* x = job.x + row * job.stride;
+        const uint32_t largest = avx512::largest(x, job.depth, 0);
+        const bool is_finite = largest < 0x7f80u;
+        int exponent = static_cast<int>(largest >> 7) - kSplitBits;
+        exponent = exponent < 1 ? 1 : exponent;  // of rows so small what is below the smallest normal number is lost
+        job.row_scale[row] = is_finite ? as_float(static_cast<uint32_t>(exponent) << 23) : std::numeric_limits<float>::quiet_NaN();
+        const __m512 inverse = _mm512_set1_ps(is_finite ? as_float(static_cast<uint32_t>(254 - exponent) << 23) : 0.0f);
+        int8_t* to[kBytesOfASplit];
+        for (int64_t i = 0; i < kBytesOfASplit; ++i) to[i] = job.codes + (i * job.rows + row) * job.depth;
+        for (int64_t i = 0; i < job.depth; i += 16) {
+            const __mmask16 mask = column_mask(job.depth - i);
+            const __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x + i));
+            __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)), inverse));
+            if (!is_finite) value = _mm512_setzero_si512();
+            for (int64_t j = kBytesOfASplit - 1; j >= 0; --j) {
+                _mm512_mask_cvtepi32_storeu_epi8(to[j] + i, mask, value);
+                value = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
+            }
+        }
+    }
+}
+
 // Groups [first, last) of channels_of_few, with all rows.
 template <typename Kind, typename Output>
 void multiply_few_int8(const TileJob& job, int64_t first, int64_t last) {
@@ -145,9 +201,14 @@ void multiply_few_int8(const TileJob& job, int64_t first, int64_t last) {
         _tile_stored(2, memory.sums[2], 64);
         _tile_stored(3, memory.sums[3], 64);
         __asm__ volatile("" ::: "memory");
-        for (int64_t row = 0, block = 0; row < job.rows; row += kTileRows, ++block) {
+        const bool are_both = are_two && tiles[1].channel != tiles[0].channel;
+        if constexpr (Kind::is_split) {
+            write_split<Output>(job, memory.sums, tiles[0].channel);
+            if (are_both) write_split<Output>(job, memory.sums + 2, tiles[1].channel);
+        }
+        for (int64_t row = 0, block = 0; row < job.rows && !Kind::is_split; row += kTileRows, ++block) {
             write_few<Kind, Output>(job, memory.sums[block], memory.sums[2 + block % 2], row, tiles[0].channel);
-            if (!Kind::is_gated && are_two && tiles[1].channel != tiles[0].channel)
+            if (!Kind::is_gated && are_both)
                 write_few<Kind, Output>(job, memory.sums[2 + block], nullptr, row, tiles[1].channel);
         }
         tiles[0] = next[0], tiles[1] = next[1];
@@ -158,3 +219,4 @@ void multiply_few_int8(const TileJob& job, int64_t first, int64_t last) {
 constexpr TileKernel few_int8_products[2][3] = {
     {multiply_few_int8<FewInt8, float>, multiply_few_int8<FewInt8, BFloat16>, multiply_few_int8<FewInt8, Half>},
     {multiply_few_int8<FewGatedInt8, float>, multiply_few_int8<FewGatedInt8, BFloat16>, multiply_few_int8<FewGatedInt8, Half>}};
+constexpr TileKernel few_split_product = multiply_few_int8<FewSplitInt8, BFloat16>;

@@ -456,20 +456,6 @@ void decode_any(const void* weight, int64_t channel, int64_t first, int64_t coun
     }
 }
 
-// Whether a weight's scales are of whole channels, so that its decoder may leave them to the sums.
-LOWBIT_INLINE bool has_channel_scales(const WeightJob& job) {
-    return job.scale_type == 0 && job.block_columns >= job.depth && !job.outer_scale;
-}
-
-// The scales of channels, for as long as the calling thread does not ask again.
-LOWBIT_NOINLINE const float* channel_scales(const WeightJob& job) {
-    static thread_local std::vector<float> scales;
-    scales.resize(static_cast<size_t>(job.columns));
-    for (int64_t channel = 0; channel < job.columns; ++channel)
-        scales[static_cast<size_t>(channel)] = static_cast<const float*>(job.scale)[channel / job.block_rows];
-    return scales.data();
-}
-
 template <typename Code>
 ChannelKernels byte_decoder(const WeightJob& job) {
     const bool is_whole = job.depth % kWords == 0 && (job.block_columns % kWords == 0 || job.block_columns >= job.depth);

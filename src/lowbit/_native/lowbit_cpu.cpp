@@ -123,6 +123,7 @@ struct ElementwiseKernels {  // by element type
 constexpr int64_t kPanelChannels = 16;
 constexpr int64_t kLargestRowBlock = 251;  // with the row of ones in whole tiles; the sums take 63 KiB of stack
 
+constexpr int64_t kMostExactInputs = int64_t{1} << 17;  // of which no sum of products of int8 leaves int32
 constexpr int64_t kFewRows = 4;  // are multiplied along the inputs by vectors; of more, packing costs less than it saves
 
 struct ProductJob {
@@ -178,6 +179,13 @@ struct TileJob {
     const BFloat16Decoder* decoder;  // null for weights that are multiplied as they are
     int64_t call;  // a number of its own
     LowRank low_rank = {};
+};
+
+struct SplitJob {
+    const BFloat16* x;  // [rows, depth], rows `stride` apart
+    int64_t rows, depth, stride;
+    int8_t* codes;     // [3][rows, depth]
+    float* row_scale;  // [rows]
 };
 
 constexpr int64_t kMostRows = 64;
@@ -290,6 +298,20 @@ LOWBIT_INLINE uint32_t as_bits(float value) {
 
 LOWBIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 LOWBIT_INLINE int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Whether a weight's scales are of whole channels, so that its decoder may leave them to the sums.
+bool has_channel_scales(const WeightJob& job) {
+    return job.scale_type == 0 && job.block_columns >= job.depth && !job.outer_scale;
+}
+
+// The scales of channels, for as long as the calling thread does not ask again.
+const float* channel_scales(const WeightJob& job) {
+    static thread_local std::vector<float> scales;
+    scales.resize(static_cast<size_t>(job.columns));
+    for (int64_t channel = 0; channel < job.columns; ++channel)
+        scales[static_cast<size_t>(channel)] = static_cast<const float*>(job.scale)[channel / job.block_rows];
+    return scales.data();
+}
 
 #ifdef LOWBIT_X86
 // Loads spread an element over a register at no cost. Compilers that know where it comes from permute registers instead, in
@@ -652,6 +674,26 @@ void multiply_few_int8(const TileJob& job, int element_type, int threads) {
     run(amx::few_int8_products[is_gated][element_type], job, groups, job.columns * job.depth / 8, threads);
 }
 
+// Few rows of bfloat16 with weights of int8 that have a scale for each channel. Returns whether it was done.
+bool multiply_few_split(const WeightJob& weight, const void* x, int64_t rows, int64_t stride, const float* bias, void* output,
+                        int threads) {
+    const bool has_scales = !weight.zero_point && has_channel_scales(weight) && weight.columns % amx::kTileChannels == 0;
+    const int64_t split_rows = amx::kBytesOfASplit * rows;
+    if (selected_isa != kAmx || !has_scales || !are_few_int8(split_rows, false) || weight.depth > kMostExactInputs) return false;
+    static thread_local std::vector<int8_t> codes;
+    static thread_local std::vector<float> scale;
+    codes.resize(static_cast<size_t>(split_rows * weight.depth));
+    scale.resize(static_cast<size_t>(rows));
+    run(amx::split_rows, SplitJob{static_cast<const BFloat16*>(x), rows, weight.depth, stride, codes.data(), scale.data()}, rows,
+        rows * weight.depth, threads);
+    TileJob job{codes.data(), split_rows, weight.depth, weight.depth, scale.data(), nullptr, {weight.weight, channel_scales(weight), bias},
+                {}, weight.columns, output, 0, 0, nullptr, 0};
+    arrange_few_int8(job, threads);
+    const int64_t channels = (split_rows <= 2 * amx::kTileRows ? 2 : 1) * amx::kTileChannels;
+    run(amx::few_split_product, job, blocks(job.columns, channels), job.columns * job.depth / 8, threads);
+    return true;
+}
+
 void multiply_rows(TileJob job, int threads) {
     arrange_amx(amx::arrange_rows, job, threads);
     multiply_amx(amx::bfloat16_product, job, threads);
@@ -807,7 +849,7 @@ LOWBIT_EXPORT int lowbit_has_int8_product() {
 
 // x uint8 [rows, depth] (int8 + 128) times weight int8 [columns, depth] -> output [rows, columns]: the exact integers, rounded to
 // float32, times x_scale [rows] and weight_scale [columns], plus bias [columns] (or null), rounded to the output's type.
-// columns % 16 == 0, depth % 4 == 0, depth <= 2**17, so that no sum leaves int32.
+// columns % 16 == 0, depth % 4 == 0, depth <= kMostExactInputs.
 LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t depth, const float* x_scale,
                                        const int8_t* weight, int64_t columns, const float* weight_scale,
                                        const float* bias, void* output, int element_type, int threads) {
@@ -981,6 +1023,10 @@ LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int6
                         zero_point, block_rows, block_columns, outer_scale, outer_columns, nullptr, nullptr, 1, false};
     const LowRank low_rank{static_cast<const BFloat16*>(low_x), low_x_stride, static_cast<const BFloat16*>(down),
                            static_cast<const BFloat16*>(up), rank, nullptr, nullptr, nullptr};
+#ifdef LOWBIT_AMX
+    constexpr int kInt8 = 0;
+    if (code_type == kInt8 && multiply_few_split(job, x, rows, x_stride, bias, output, threads)) return;
+#endif
     const auto* kernels = avx512_vnni::kernels_for(job, code_type);
     TileJob projected{};
     projected.rows = rows, projected.depth = 2 * depth, projected.low_rank = low_rank;
