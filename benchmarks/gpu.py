@@ -5,11 +5,11 @@
     python -m benchmarks.gpu --only steps --models z-image --no-compile
     python -m benchmarks.gpu --only tune
 
-Parts: `correctness` holds every kernel against float64; `modulation` and `quantization` time those kernels; `gemm`
-times the products of the models' layers beside torch's and torchao's; `steps` times whole transformer steps at true
-size with random weights, eager, as CUDA graphs and compiled, and their memory; `tune` (only when asked for) times
-candidates for the tables in lowbit/ops/triton/tiles.py and prints the best. The JSON file is written after every row; a
-part that fails is recorded with its error and the rest goes on. Nothing is downloaded.
+Parts: `correctness` holds every kernel against float64; `modulation`, `quantization` and `elementwise` time those
+kernels; `gemm` times the products of the models' layers beside torch's and torchao's; `steps` times whole transformer
+steps at true size with random weights, eager, as CUDA graphs and compiled, and their memory; `tune` (only when asked
+for) times candidates for the tables in lowbit/ops/triton/tiles.py and prints the best. The JSON file is written after
+every row; a part that fails is recorded with its error and the rest goes on. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ PARTS: dict[str, Callable[[Context], Iterator[Row]]] = {
     "correctness": gpu_kernels.correctness,
     "modulation": gpu_kernels.modulation,
     "quantization": gpu_kernels.quantization,
+    "elementwise": gpu_kernels.elementwise_kernels,
     "gemm": gpu_kernels.gemm,
     "steps": gpu_steps.steps,
     "tune": gpu_kernels.tune,
 }
 DEFAULT_PARTS = [name for name in PARTS if name != "tune"]
 # Share of the time that is left which a part may take, so that one slow part does not use up the others'.
-SHARES = {"correctness": 0.3, "modulation": 0.3, "quantization": 0.3, "gemm": 0.4, "steps": 1.0, "tune": 1.0}
+SHARES = {**dict.fromkeys(PARTS, 0.3), "gemm": 0.4, "steps": 1.0, "tune": 1.0}
 
 
 def describe_device(device: torch.device) -> Row:

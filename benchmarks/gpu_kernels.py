@@ -1,4 +1,4 @@
-"""The GPU benchmark's parts that work on single kernels: correctness, products, tiles, modulation, quantization."""
+"""The GPU benchmark's parts that work on single kernels: correctness, products, tiles, modulation, passes between."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+import lowbit.ops.triton.elementwise  # noqa: F401  (registers its kernels)
 from benchmarks.gpu_timing import Call, Context, copies_for, describe, time_cases
 from benchmarks.published_models import MODELS, gemm_shapes, weight_only_weights
-from lowbit.ops import fp8, int8, int8_weight_only
+from lowbit.ops import elementwise, fp8, int8, int8_weight_only
 from lowbit.ops.triton import fp8 as triton_fp8
 from lowbit.ops.triton import int8 as triton_int8
 from lowbit.ops.triton.int8_weight_only import MOST_ROWS
@@ -25,8 +26,8 @@ BLOCK = [128, 128]
 # Rows beside the models' own: one, fewer than a tile, ragged.
 CORRECTNESS_SHAPES = ((1, 3072, 3072), (17, 1000, 515), (64, 3840, 3840), (300, 4096, 1537), (4096, 3840, 3840))
 # Beyond the rounding of the result, as a share of the sum of the products' magnitudes: float32 sums, and Hopper's FP8,
-# which keeps about 14 bits of a partial sum.
-SUM_BOUND, FP8_BOUND = 1e-6, 2.0**-12
+# which keeps about 14 bits of a partial sum. Of norms and gates as a share of the largest in a row.
+SUM_BOUND, FP8_BOUND, ELEMENTWISE_BOUND = 1e-6, 2.0**-12, 2e-6
 
 
 def random(rows: int, columns: int, device: torch.device, seed: int = 0) -> torch.Tensor:
@@ -107,6 +108,26 @@ def check_weight_only(x: torch.Tensor, n: int) -> Row:
     return {"kernel": "int8 weight-only", "shape": shape, "error": worst, "bound": bound, "passed": worst <= bound}
 
 
+def check_elementwise(device: torch.device) -> Iterator[Row]:
+    """Compare norms with rotary embeddings, and gates, with float64."""
+    x, value = random(2 * 77 * 6, 128, device), random(2 * 77 * 6, 128, device, 1)
+    heads, weight = x.view(2, 77, 6, 128), 1 + random(1, 128, device, 2)[0]
+    turns = torch.rand(1, 77, 64, device=device, generator=torch.Generator(device).manual_seed(0)).mul_(7)
+    frequencies = torch.stack([turns.cos(), turns.sin()], dim=-1)
+    normal = heads.double() / (heads.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    real, imaginary = normal.unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = frequencies.double().unsqueeze(2).unbind(-1)
+    turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1).flatten(-2)
+    results = {
+        "norm and rotary embedding": (elementwise.normalize_operator(heads, 1e-5, weight, frequencies), turned),
+        "gate": (elementwise.gate_operator(x, value), torch.nn.functional.silu(x.double()) * value.double()),
+    }
+    for name, (result, exact) in results.items():
+        worst = beyond_rounding(result, exact, exact.abs().amax(-1, keepdim=True))
+        row: Row = {"kernel": name, "shape": list(result.shape), "error": worst, "bound": ELEMENTWISE_BOUND}
+        yield {**row, "passed": worst <= ELEMENTWISE_BOUND}
+
+
 def correctness(context: Context) -> Iterator[Row]:
     """Compare every kernel with float64, and quantization with its reference bit for bit."""
     for m, k, n in CORRECTNESS_SHAPES:
@@ -119,6 +140,7 @@ def correctness(context: Context) -> Iterator[Row]:
             bound = SUM_BOUND if kind == INT8 else FP8_BOUND
             yield {"kernel": kind, "shape": [m, k, n], "error": worst, "bound": bound, "passed": worst <= bound}
         yield check_weight_only(x, n)
+    yield from check_elementwise(context.device)
 
 
 def shapes_of(context: Context) -> Counter[tuple[int, int, int]]:
@@ -278,6 +300,45 @@ def quantization(context: Context) -> Iterator[Row]:
         seconds = time_cases(cases, context)
         rates = {name: 3e-9 * m * k / v if isinstance(v, float) else v for name, v in seconds.items()}
         yield {"shape": [m, k], "gigabytes_per_second": rates}
+
+
+def elementwise_kernels(context: Context) -> Iterator[Row]:
+    """Time what lies between products in a Z-Image block, beside eager torch: bytes read and written over time."""
+    tokens, heads, width, hidden = 4160, 30, 128, 10240
+    device = context.device
+    copies = copies_for(4 * tokens * hidden)
+    queries = [random(tokens, heads * width, device, copy).view(1, tokens, heads, width) for copy in range(copies)]
+    gates = [random(tokens, hidden, device, copy) for copy in range(copies)]
+    weight = torch.ones(width, device=device, dtype=torch.bfloat16)
+    turns = torch.rand(1, tokens, width // 2, device=device).mul_(7)
+    frequencies = torch.stack([turns.cos(), turns.sin()], dim=-1)
+    complex_frequencies = torch.view_as_complex(frequencies)
+
+    def eager(x: torch.Tensor) -> torch.Tensor:
+        normal = torch.nn.functional.rms_norm(x, (width,), weight, 1e-5)
+        pairs = torch.view_as_complex(normal.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * complex_frequencies.unsqueeze(2)).flatten(-2).to(x.dtype)
+
+    parts: dict[str, tuple[int, dict[str, list[Call]]]] = {
+        "norm and rotary embedding": (
+            4 * queries[0].numel(),
+            {
+                "lowbit": [partial(elementwise.normalize_operator, x, 1e-5, weight, frequencies) for x in queries],
+                "torch eager": [partial(eager, x) for x in queries],
+            },
+        ),
+        "gate": (
+            6 * gates[0].numel(),
+            {
+                "lowbit": [partial(elementwise.gate_operator, x, x) for x in gates],
+                "torch eager": [partial(lambda x: torch.nn.functional.silu(x) * x, x) for x in gates],
+            },
+        ),
+    }
+    for name, (moved, cases) in parts.items():
+        seconds = time_cases(cases, context)
+        rates = {way: 1e-9 * moved / v if isinstance(v, float) else v for way, v in seconds.items()}
+        yield {"what": name, "tokens": tokens, "gigabytes_per_second": rates}
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,9 @@ A product's time is the largest of three, plus what cannot overlap:
 * device memory's: operands read once, the result written once;
 * the L2 cache's: every tile reads its rows of both operands.
 
-An 8-bit layer adds the quantization of its input (read in 16 bits, written in 8). A step adds attention in 16 bits,
-weight-only modulation, which reads its weights, and the passes over the activations between layers. All 8-bit products
-use the tiles of ``lowbit.ops.triton.tiles``; BF16 is given 128x256 tiles on every chip.
+8-bit layers add the quantization of their input (read in 16 bits, written in 8), those with one input once. A step adds
+attention in 16 bits, weight-only modulation, which reads its weights, and the passes over the activations between
+layers. All 8-bit products use the tiles of ``lowbit.ops.triton.tiles``; BF16 is given 128x256 tiles on every chip.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.published_models import IMAGE_TOKENS, MODELS, PublishedModel, gemm_shapes, weight_only_weights
+from benchmarks.published_models import (
+    IMAGE_TOKENS,
+    MODELS,
+    PublishedModel,
+    gemm_shapes,
+    quantized_inputs,
+    weight_only_weights,
+)
 from lowbit.ops.triton.launch import Target
 from lowbit.ops.triton.tiles import FP8, INT8, Tile, choose_tile
 
@@ -119,7 +126,7 @@ def step_seconds(chip: ChipLimits, model: PublishedModel, kind: str) -> dict[str
         "products": sum(count * gemm_seconds(chip, kind, *shape) for shape, count in shapes.items()),
         "quantization": 0.0
         if kind == "bf16"
-        else sum(count * quantize_seconds(chip, m, k) for (m, k, _), count in shapes.items()),
+        else sum(count * quantize_seconds(chip, m, k) for (m, k), count in quantized_inputs(model).items()),
         "attention": attention / (chip.rates["bf16"] * 1e12 * ATTENTION_SUSTAINED),
         "modulation": weight_only_weights(model) * (2 if kind == "bf16" else 1) / memory,
         "elementwise": PASSES_PER_BLOCK * 2 * tokens * width * model.attention_layers / memory,

@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks.gpu_timing import Context, captured, describe, seconds_of, synchronize
 from benchmarks.published_models import MODELS, PublishedModel
+from lowbit.integrations.fused import fuse_elementwise
 from lowbit.quantization import QuantizedLinear, quantize_model
 from lowbit.quantization.manifest import Manifest
 
@@ -180,6 +181,7 @@ def steps(context: Context) -> Iterator[Row]:
             with torch.no_grad():
                 reference = make_step(model, transformer, context.device)().float()
             taken = quantize(transformer, method, context.device)
+            taken["fused"] = fuse_elementwise(transformer, device=context.device, dtype=torch.bfloat16)
             yield {"model": name, "precision": method, "kind": "quantizing", **taken}
             with torch.no_grad():
                 result = make_step(model, transformer, context.device)().float()

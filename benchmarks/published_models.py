@@ -268,6 +268,29 @@ def gemm_shapes(model: PublishedModel, method: str = "int8") -> Counter[tuple[in
     return shapes
 
 
+# Layers of a module that have one input, which is quantized once for all of them.
+SHARING = {
+    **dict.fromkeys(("to_q", "to_k", "to_v"), "to_qkv"),
+    **dict.fromkeys(("add_q_proj", "add_k_proj", "add_v_proj"), "add_qkv_proj"),
+    **dict.fromkeys(("w1", "w3"), "w13"),
+}
+
+
+def quantized_inputs(model: PublishedModel, method: str = "int8") -> Counter[tuple[int, int]]:
+    """Count what is quantized in one step by (M, K): the inputs of the layers that ``gemm_shapes`` counts."""
+    from lowbit.quantization.factory import config_class
+
+    transformer = model.components["transformer"].build()
+    inputs: set[tuple[str, str, int, int]] = set()
+    for name, decision in plan_layers(transformer, config_class(method)()).items():
+        if decision.method is not None and not decision.method.weight_only:
+            parent, _, leaf = name.rpartition(".")
+            layer = transformer.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            inputs.add((parent, SHARING.get(leaf, leaf), model.rows(name), layer.in_features))
+    return Counter((m, k) for _, _, m, k in inputs)
+
+
 def weight_only_weights(model: PublishedModel) -> int:
     """Return the number of weights in the layers whose weights alone are quantized."""
     from lowbit.quantization.int8 import Int8Config

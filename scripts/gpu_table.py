@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 import triton
 
-from lowbit.ops.triton import fp8, int8, int8_weight_only, launch, persistent, quantize_rows
+from lowbit.ops.triton import elementwise, fp8, int8, int8_weight_only, launch, persistent, quantize_rows
 from lowbit.ops.triton.ahead_of_time import CHIPS, Chip, compile_launch, specialize
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -32,6 +32,8 @@ MODULES = (
     (int8_weight_only, "weight_only_mm_kernel"),
     (quantize_rows, "quantize_rows_kernel"),
     (fp8, "quantize_groups_kernel"),
+    (elementwise, "normalize_kernel"),
+    (elementwise, "gate_kernel"),
 )
 
 
@@ -73,6 +75,11 @@ def cases() -> dict[str, Callable[[], Any]]:
     found["quantize to int8"] = lambda: int8.quantize_int8_per_token(empty(4096, K))
     found["quantize to fp8"] = lambda: fp8.quantize_fp8_per_token(empty(4096, K))
     found["quantize to fp8 in groups"] = lambda: fp8.quantize_fp8_per_group(empty(4096, K), 128)
+    found["norm and rotary embedding of heads of 128"] = lambda: elementwise.normalize(
+        empty(1, 4160, 30, 128), 1e-5, empty(128), empty(1, 4160, 64, 2, dtype=torch.float32)
+    )
+    found["norm"] = lambda: elementwise.normalize(empty(4160, K), 1e-5, empty(K), None)
+    found["gate"] = lambda: elementwise.gate(empty(4160, 10240), empty(4160, 10240))
     return found
 
 

@@ -63,7 +63,7 @@ def test_correctness_runs_and_would_see_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu_kernels, "CORRECTNESS_SHAPES", ((1, 128, 96), (17, 200, 51)))
     context = Context(CPU, list(MODELS))
     rows = list(gpu_kernels.correctness(context))
-    assert len(rows) == 14
+    assert len(rows) == 16
     assert all(row["passed"] for row in rows)
     right = gpu_kernels.product
     monkeypatch.setattr(gpu_kernels, "product", lambda kind, given: right(kind, given) * 1.02)

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import gpu_model, memory_plan
-from benchmarks.published_models import MODELS, gemm_shapes
+from benchmarks.published_models import MODELS, gemm_shapes, quantized_inputs
 
 # Parameters of the components in billions, as their makers state them.
 PARAMETERS = {
@@ -36,6 +36,16 @@ def test_shapes_of_qwen_image() -> None:
     assert shapes[4096, 3072, 3072] == shapes[256, 3072, 3072] == 4 * 60
     assert shapes[4096, 3072, 12288] == shapes[256, 12288, 3072] == 60
     assert shapes.total() == 12 * 60
+
+
+def test_inputs_that_layers_share_are_quantized_once() -> None:
+    # A block of Qwen-Image: q, k and v together, out, two layers of a feed-forward, for the picture and for the text.
+    inputs = quantized_inputs(MODELS["qwen-image"])
+    assert inputs[4096, 3072] == inputs[256, 3072] == 3 * 60
+    assert inputs[4096, 12288] == inputs[256, 12288] == 60
+    # Wan's second attention takes keys and values from the text.
+    inputs = quantized_inputs(MODELS["wan"])
+    assert (inputs[4096, 5120], inputs[MODELS["wan"].text_tokens, 5120]) == (5 * 40, 40)
 
 
 @pytest.mark.parametrize("name", list(MODELS))

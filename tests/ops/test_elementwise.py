@@ -35,9 +35,9 @@ def angles(batch: int, tokens: int, width: int) -> torch.Tensor:
     )
 
 
-def is_near(result: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether ``result`` is rounded once, after some errors of float32 in relation to the largest of its row."""
-    once = torch.finfo(result.dtype).eps / 2 * expected.abs()
+def is_near(result: torch.Tensor, expected: torch.Tensor, units: float = 0.5) -> bool:
+    """Whether ``result`` is rounded once, by ``units``, after some errors of float32 as to the largest of its row."""
+    once = torch.finfo(result.dtype).eps * units * expected.abs()
     error = (result.double() - expected).abs()
     smallest = torch.finfo(result.dtype).smallest_normal
     return bool((error <= 1.01 * once + 2e-6 * expected.abs().amax(-1, keepdim=True) + smallest).all())

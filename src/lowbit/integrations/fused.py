@@ -1,4 +1,4 @@
-"""Norms, rotary embeddings and gates of diffusers' models in one pass each, on CPUs.
+"""Norms, rotary embeddings and gates of diffusers' models in one pass each.
 
 ``fuse_elementwise`` gives modules and attention processors of a model subclasses of their classes that call
 ``lowbit.ops.elementwise``, ``unfuse_elementwise`` their own classes back; other models keep theirs. What is computed
@@ -8,6 +8,7 @@ own code runs. A new class is one entry of ``FUSED``.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -15,12 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.ops.cpu import elementwise
 from lowbit.ops.elementwise import normalize_operator
 from lowbit.quantization.joint import gated_linear, linears
 
+KERNELS = {
+    "cpu": "lowbit.ops.cpu.elementwise",
+    "cuda": "lowbit.ops.triton.elementwise",
+    "xpu": "lowbit.ops.triton.elementwise",
+}
+"""What computes the operators on a type of device."""
+
 FEWEST_ELEMENTS = 1 << 18
-"""Smaller tensors stay diffusers': there is no time in them to save."""
+"""Smaller tensors of a CPU stay diffusers': there is no time in them to save."""
 
 
 def fuse_elementwise(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> int:
@@ -32,16 +39,27 @@ def fuse_elementwise(model: nn.Module, *, device: torch.device, dtype: torch.dty
         dtype: it computes in.
 
     Returns:
-        The number of modules and attention processors that do: 0 on other devices than CPUs, and without the native
-        helper.
+        The number of modules and attention processors that do: 0 where ``kernel_refusal`` gives a reason.
     """
-    if device.type != "cpu" or elementwise.refusal(dtype) is not None:
+    if kernel_refusal(device, dtype) is not None:
         return 0
     found = [part for part in _parts(model) if _dotted_name(type(part)) in FUSED]
     for part in found:
         own: Any = type(part)
         part.__class__ = _replacement(own)
     return len(found)
+
+
+def kernel_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why nothing computes this in one pass on ``device`` in ``dtype``, ``None`` where something does."""
+    if device.type not in KERNELS:
+        return f"there is no kernel for {device.type}"
+    try:
+        kernel = importlib.import_module(KERNELS[device.type])
+    except ImportError as error:
+        return f"{KERNELS[device.type]} can't be imported ({error})"
+    reason: str | None = kernel.refusal(dtype)
+    return reason
 
 
 def unfuse_elementwise(model: nn.Module) -> None:
@@ -71,7 +89,8 @@ def _replacement(base: Any) -> Any:
 
 
 def _is_fused(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.numel() >= FEWEST_ELEMENTS and not torch.is_grad_enabled()
+    is_worth_it = x.device.type != "cpu" or x.numel() >= FEWEST_ELEMENTS
+    return is_worth_it and x.device.type in KERNELS and not torch.is_grad_enabled()
 
 
 def _plain_norm(norm: Any, dtype: torch.dtype) -> tuple[float, torch.Tensor | None] | None:
@@ -132,7 +151,10 @@ def _fused_norm(base: Any) -> type:
 def _fused_gate(base: Any) -> type:
     class FusedFeedForward(base):  # type: ignore[misc]
         def forward(self, x: torch.Tensor) -> Any:
-            return self.w2(gated_linear(self.w1, self.w3, x)) if _is_fused(x) else super().forward(x)
+            # On GPUs a compiler joins the gate with the quantization that follows.
+            is_left = torch.compiler.is_compiling() and x.device.type != "cpu"
+            is_joint = _is_fused(x) and not is_left
+            return self.w2(gated_linear(self.w1, self.w3, x)) if is_joint else super().forward(x)
 
     return FusedFeedForward
 

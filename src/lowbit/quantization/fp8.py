@@ -97,6 +97,11 @@ class Fp8LinearMethod(LinearMethod):
         self.block_size = block_size
         self.scale_name = "weight_scale" if block_size is None else "weight_scale_inv"
 
+    @property
+    def is_kernel_alone(self) -> bool:
+        """Where rows of activations have a scale each and channels of the weight, too."""
+        return self.activation_scheme == "dynamic" and self.block_size is None
+
     def create_weights(self, layer: QuantizedLinear) -> None:
         """Register ``weight``, its scale and, for static activations, ``input_scale``."""
         shape = (layer.out_features, layer.in_features)

@@ -25,7 +25,7 @@ def gated_linear(gate: nn.Module, value: nn.Module, x: torch.Tensor) -> torch.Te
     """Return ``silu(gate(x)) * value(x)`` for x [..., K]: [..., N], the N of both."""
     kernel = _joint_kernel((gate, value))
     if kernel is None or not hasattr(kernel, "gated_linear"):
-        result: torch.Tensor = gate_operator(gate(x), value(x))
+        result: torch.Tensor = gate_operator(*linears((gate, value), x))
         return result
     result = kernel.gated_linear(x, *_tensors((gate, value)))
     return result

@@ -20,6 +20,7 @@ from lowbit.ops.gguf_types import block_type
 from lowbit.ops.triton import (
     ahead_of_time,
     attention,
+    elementwise,
     fp8,
     gguf,
     int8,
@@ -350,6 +351,30 @@ def test_ragged_shapes_compile(name: str, chip: str) -> None:
     )
     assembly = compiled(Case(int8, "scaled_mm_kernel", call), CHIPS[chip]).assembly
     assert re.search(NARROW_INSTRUCTIONS[name, chip], assembly)
+
+
+def rotated_heads() -> None:
+    frequencies = meta(1, 4160, 64, 2, dtype=torch.float32)
+    elementwise.normalize(meta(1, 4160, 30, 128), 1e-5, meta(128), frequencies)
+
+
+ELEMENTWISE = {
+    "heads": Case(elementwise, "normalize_kernel", rotated_heads),
+    "rows": Case(elementwise, "normalize_kernel", lambda: elementwise.normalize(meta(4160, K), 1e-5, meta(K), None)),
+    "gate": Case(elementwise, "gate_kernel", lambda: elementwise.gate(meta(4160, 10240), meta(4160, 10240))),
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_kernels_load_and_store_wide(name: str, chip: str) -> None:
+    result = compiled(ELEMENTWISE[name], CHIPS[chip])
+    if CHIPS[chip].target.backend == "hip":
+        assert re.search(r"(buffer|global)_load_dwordx4", result.assembly)
+        assert re.search(r"(buffer|global)_store_dwordx4", result.assembly)
+    else:
+        assert re.search(r"ld\.global\S*\.v4\.", result.assembly)
+        assert re.search(r"st\.global\S*\.v4\.", result.assembly)
 
 
 # Few rows: from FUSED_ROWS on the weight is decoded first. SM 8.9 is as SM 8.0 here.

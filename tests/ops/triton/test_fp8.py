@@ -337,3 +337,16 @@ def test_every_tile_of_this_chip(m: int, block: tuple[int, int] | None) -> None:
     moved = [a.cuda() for a in arguments]
     actual = fp8.fp8_scaled_mm(*moved, torch.float32, None if block is None else list(block))
     assert_product(actual, *arguments, block)
+
+
+def test_layers_with_one_input_quantize_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [reference.quantize_fp8_per_token(torch.randn(features, 64)) for features in (16, 48)]
+    bias = [None, torch.randn(48)]
+    x = torch.randn(2, 5, 64).bfloat16()
+    alone = [fp8.linear(x, *layer, b) for layer, b in zip(layers, bias, strict=True)]
+    quantized: list[torch.Tensor] = []
+    quantize = fp8.quantize_activation
+    monkeypatch.setattr(fp8, "quantize_activation", lambda x, *rest: quantized.append(x) or quantize(x, *rest))
+    together = fp8.linears(x, [weight for weight, _ in layers], [scale for _, scale in layers], bias)
+    assert len(quantized) == 1
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

@@ -273,3 +273,16 @@ def test_results_of_more_than_two_to_the_31_elements() -> None:
     last = int8.int8_scaled_mm(x[-3:], scale[:3], weight, scale[:n], None, torch.float16)
     assert torch.equal(result[-3:], last)
     assert last.isfinite().all()
+
+
+def test_layers_with_one_input_quantize_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [reference.quantize_int8_per_token(torch.randn(features, 64)) for features in (16, 48)]
+    bias = [None, torch.randn(48)]
+    x = torch.randn(2, 5, 64).bfloat16()
+    alone = [int8.linear(x, *layer, b) for layer, b in zip(layers, bias, strict=True)]
+    quantized: list[torch.Tensor] = []
+    quantize = int8.quantize_activation
+    monkeypatch.setattr(int8, "quantize_activation", lambda given: quantized.append(given) or quantize(given))
+    together = int8.linears(x, [weight for weight, _ in layers], [scale for _, scale in layers], bias)
+    assert len(quantized) == 1
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

@@ -18,8 +18,8 @@ from lowbit.ops.cpu.features import fast_matmul_dtype
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.w4a16 import split_pairs
 
-# From which on bfloat16 is handed to the helper as it is where there is no AMX, which takes any number. Of e4m3, whose codes
-# are no integers, fewer rows are better multiplied in single precision than as eight.
+# From which on bfloat16 is handed to the helper as it is where there is no AMX, which takes any number. Of e4m3, whose
+# codes are no integers, fewer rows are better multiplied in single precision than as eight.
 LEAST_BFLOAT16_ROWS = {"int4": 1, "e2m1": 1, "int8": 1, "e4m3": 3, "gguf": 1}
 
 

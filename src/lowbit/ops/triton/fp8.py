@@ -14,6 +14,8 @@ float16, which is exact, and multiply those: weights still take half the memory,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -30,7 +32,7 @@ from lowbit.ops.triton.rounding import E4M3_MAX, decode_e4m3, encode, magnitude_
 from lowbit.ops.triton.tiles import FP8, FP8_BLOCKS, Tile, choose_tile, pointer_tile, with_depth
 from lowbit.ops.triton.tiling import clamped, program_tile, store_tile
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["linear", "linears", "pack_weight", "supports", "unpack_weight"]
 
 # Columns of a weight block that a step of the kernel can be: powers of two that tensor cores take and shared memory
 # holds.
@@ -369,3 +371,16 @@ def linear(
     block = None if weight_block_size is None else list(weight_block_size)
     result: torch.Tensor = scaled_mm_operator(quantized, scale, packed, weight_scale, bias, x.dtype, block)
     return result.reshape(*x.shape[:-1], packed.shape[0])
+
+
+def linears(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    """Apply several layers as ``linear`` does, with one input that is quantized once, by rows."""
+    quantized, scale = quantize_activation(x.reshape(-1, x.shape[-1]), None, None)
+    layers = zip(packed, weight_scale, bias, strict=True)
+    results = [scaled_mm_operator(quantized, scale, *layer, x.dtype, None) for layer in layers]
+    return [result.reshape(*x.shape[:-1], result.shape[1]) for result in results]

@@ -10,6 +10,8 @@ multiplications and addition are done in the reference's order without contracti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,7 @@ from lowbit.ops.triton.quantize_rows import quantize_rows
 from lowbit.ops.triton.tiles import INT8, Tile, choose_tile, pointer_tile
 from lowbit.ops.triton.tiling import clamped, program_tile, store_tile
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["linear", "linears", "pack_weight", "supports", "unpack_weight"]
 
 # Beyond this a sum of products of int8 values (-128 included) can leave int32.
 LARGEST_K = (2**31 - 1) // (128 * 128)
@@ -188,6 +190,19 @@ def linear(
     The product is an operator; so is the quantization in eager mode. When compiling, the quantization is plain torch,
     which fuses with what precedes it.
     """
+    (result,) = linears(x, [packed], [weight_scale], [bias])
+    return result
+
+
+def linears(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    """Apply several layers as ``linear`` does, with one input that is quantized once."""
     quantized, scale = quantize_activation(x.reshape(-1, x.shape[-1]))
-    result: torch.Tensor = scaled_mm_operator(quantized, scale, packed, weight_scale, bias, x.dtype)
-    return result.reshape(*x.shape[:-1], packed.shape[0])
+    results = [
+        scaled_mm_operator(quantized, scale, *layer, x.dtype) for layer in zip(packed, weight_scale, bias, strict=True)
+    ]
+    return [result.reshape(*x.shape[:-1], result.shape[1]) for result in results]
