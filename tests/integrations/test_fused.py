@@ -137,7 +137,15 @@ def test_nothing_is_fused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     own = kinds(model)
     assert fuse_elementwise(model, device=torch.device("meta"), dtype=torch.float32) == 0
     assert fuse_elementwise(model, device=CPU, dtype=torch.float64) == 0
-    monkeypatch.setattr(elementwise.native, "available", lambda: False)
-    monkeypatch.setattr(elementwise.native, "refusal", lambda: "turned off")
+    monkeypatch.setattr(elementwise.helper, "available", lambda: False)
+    monkeypatch.setattr(elementwise.helper, "refusal", lambda: "turned off")
     assert fuse_elementwise(model, device=CPU, dtype=torch.float32) == 0
     assert kinds(model) == own
+
+
+def test_says_why_nothing_computes_it() -> None:
+    assert fused.kernel_refusal(torch.device("meta"), torch.float32) == "there is no kernel for meta"
+    assert "float64" in (fused.kernel_refusal(CPU, torch.float64) or "")
+    pytest.importorskip("triton")
+    assert fused.kernel_refusal(torch.device("cuda"), torch.bfloat16) is None
+    assert "float64" in (fused.kernel_refusal(torch.device("cuda"), torch.float64) or "")

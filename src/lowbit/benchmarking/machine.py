@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper
 from lowbit.ops.cpu.features import processor_facts, processor_name
 
 FLAGS_OF_INTEREST = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 PACKAGES = ("torch", "triton", "diffusers", "torchao", "optimum-quanto", "sdnq", "openvino", "gguf")
 ALLOCATOR_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
-INSTRUCTION_VARIABLES = ("ONEDNN_MAX_CPU_ISA", native.MAX_ISA_VARIABLE)
+INSTRUCTION_VARIABLES = ("ONEDNN_MAX_CPU_ISA", helper.MAX_ISA_VARIABLE)
 
 
 def machine() -> dict[str, Any]:
@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES if version(name)},
         "commit": _commit(),
-        "native": native.description(),
+        "native": helper.description(),
         "allocator": _environment(ALLOCATOR_VARIABLES),
         "held_to": _environment(INSTRUCTION_VARIABLES),
     }

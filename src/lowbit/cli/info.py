@@ -17,7 +17,7 @@ from lowbit.cli import options
 from lowbit.errors import ConfigError
 from lowbit.models import FAMILIES, family_of
 from lowbit.ops import attention
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper
 from lowbit.ops.dispatch import AnyProblem, Implementation, Problem, verdicts
 from lowbit.quantization.backends import BACKENDS, BackendConfig
 from lowbit.quantization.base import QuantizationConfig
@@ -78,7 +78,7 @@ def _show_machine() -> None:
     typer.echo(f"lowbit {lowbit.__version__} on Python {platform.python_version()}, {platform.system()}")
     typer.echo("  ".join(f"{name} {_version(name)}" for name in _PACKAGES))
     typer.echo(f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
-    typer.echo(f"native helpers: {native.description()}")
+    typer.echo(f"native helpers: {helper.description()}")
     for device in devices():
         for method in SUPPORTED_QUANTIZATION_METHODS:
             typer.echo(f"\n{method} on {device}:")

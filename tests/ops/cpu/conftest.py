@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch._inductor.config
 
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper
 
 torch._inductor.config.compile_threads = 1  # workers, each of which imports torch, cost more than these compilations
 
@@ -35,24 +35,24 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """Which code computes: ``"native"`` or ``"torch"``."""
     if request.param == "torch":
         monkeypatch.setenv("LOWBIT_NATIVE", "0")
-    native.reload()
-    if request.param == "native" and native.refusal() is not None:
-        pytest.skip(f"native helper {native.refusal()}")
+    helper.reload()
+    if request.param == "native" and helper.refusal() is not None:
+        pytest.skip(f"native helper {helper.refusal()}")
     yield request.param
     monkeypatch.undo()
-    native.reload()
+    helper.reload()
 
 
 def selected_isa(name: str) -> Iterator[str]:
     """Select an instruction set for a test. With less than AVX-512 one for "AVX-512" runs by what there is."""
-    isa = native.ISA_NAMES.index(name)
-    chosen = isa if native.refusal() is not None else native.select_isa(isa)
+    isa = helper.ISA_NAMES.index(name)
+    chosen = isa if helper.refusal() is not None else helper.select_isa(isa)
     if chosen != isa and name != "AVX-512":
-        native.select_isa(native.BEST_ISA)
+        helper.select_isa(helper.BEST_ISA)
         pytest.skip(f"the CPU has no {name}")
     yield name
-    if native.refusal() is None:
-        native.select_isa(native.BEST_ISA)
+    if helper.refusal() is None:
+        helper.select_isa(helper.BEST_ISA)
 
 
 @pytest.fixture(params=["AVX-512", "AMX"])

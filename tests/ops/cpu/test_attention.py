@@ -9,7 +9,7 @@ from lowbit.errors import UnsupportedError
 from lowbit.ops import attention as reference
 from lowbit.ops import sdpa
 from lowbit.ops.attention import KINDS, UNQUANTIZED, AttentionProblem
-from lowbit.ops.cpu import attention, native
+from lowbit.ops.cpu import attention, helper
 from tests.ops.test_attention import Case, exact, make, relative_error
 
 CPU = torch.device("cpu")
@@ -200,7 +200,7 @@ def test_refuses_what_it_cannot_do(path: str) -> None:
 
     if path == "torch":
         assert refusal(torch.float32) == "native helper turned off by LOWBIT_NATIVE=0"
-    elif native.multiplies_int8():
+    elif helper.multiplies_int8():
         assert not refusal(torch.float32)
         assert "float64" in refusal(torch.float64)
         assert "at most 256 wide, not 264" in refusal(torch.float32, 264)

@@ -9,7 +9,7 @@ import torch
 
 from lowbit.ops import fp8, int8, nvfp4, svdquant, w4a4, w4a16, w8a16
 from lowbit.ops.cpu import fp8 as cpu_fp8
-from lowbit.ops.cpu import gguf_native, int8_weight_only, native, weight_only
+from lowbit.ops.cpu import gguf_native, helper, int8_weight_only, native, weight_only
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.cpu import w8a16 as cpu_w8a16
 from lowbit.ops.gguf import gguf_dequantize
@@ -32,13 +32,13 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if native.refusal() is not None:
-        pytest.skip(f"native helper {native.refusal()}")
+    if helper.refusal() is not None:
+        pytest.skip(f"native helper {helper.refusal()}")
     yield from selected_isa(request.param)
 
 
 def skip_too_many(rows: int) -> None:
-    if rows > native.bfloat16_rows():
+    if rows > helper.bfloat16_rows():
         pytest.skip("so many rows are multiplied by AMX alone")
 
 

@@ -7,21 +7,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lowbit.ops.cpu import elementwise, native
+from lowbit.ops.cpu import elementwise, helper, native
 from tests.ops.test_elementwise import DTYPES, angles, exact, is_near
 
-REFUSAL = native.refusal()
+REFUSAL = helper.refusal()
 pytestmark = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
 
 
-@pytest.fixture(params=native.ISA_NAMES, autouse=True)
+@pytest.fixture(params=helper.ISA_NAMES, autouse=True)
 def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    wanted = native.ISA_NAMES.index(request.param)
-    if native.select_isa(wanted) != wanted:
-        native.select_isa(native.BEST_ISA)
+    wanted = helper.ISA_NAMES.index(request.param)
+    if helper.select_isa(wanted) != wanted:
+        helper.select_isa(helper.BEST_ISA)
         pytest.skip(f"the CPU has no {request.param}")
     yield
-    native.select_isa(native.BEST_ISA)
+    helper.select_isa(helper.BEST_ISA)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit.ops import mx, mx_weight_only, nvfp4, nvfp4_weight_only
-from lowbit.ops.cpu import blocked, fp4, native, weight_only
+from lowbit.ops.cpu import blocked, fp4, helper, native, weight_only
 from lowbit.ops.cpu import mx as cpu_mx
 from lowbit.ops.cpu import nvfp4 as cpu_nvfp4
 from lowbit.ops.dispatch import Problem
@@ -56,13 +56,13 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return chosen
 
 
-@pytest.fixture(params=range(len(native.ISA_NAMES)), ids=native.ISA_NAMES)
+@pytest.fixture(params=range(len(helper.ISA_NAMES)), ids=helper.ISA_NAMES)
 def isa(request: pytest.FixtureRequest) -> Iterator[int]:
     """Run with one instruction set after the other."""
-    if native.refusal() is not None or native.select_isa(request.param) != request.param:
+    if helper.refusal() is not None or helper.select_isa(request.param) != request.param:
         pytest.skip("not here")
     yield request.param
-    native.select_isa(native.BEST_ISA)
+    helper.select_isa(helper.BEST_ISA)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

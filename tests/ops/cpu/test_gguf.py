@@ -7,22 +7,22 @@ import torch
 
 from lowbit.ops import gguf
 from lowbit.ops.cpu import gguf as blocked
-from lowbit.ops.cpu import gguf_native, native
+from lowbit.ops.cpu import gguf_native, helper, native
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
 from tests.ops.cpu.conftest import at_the_end_of_memory
 from tests.ops.test_gguf import random_blocks, same_bits
 
-needs_native = pytest.mark.skipif(not native.available(), reason=f"native helper {native.refusal()}")
+needs_native = pytest.mark.skipif(not helper.available(), reason=f"native helper {helper.refusal()}")
 
 
-@pytest.fixture(params=range(len(native.ISA_NAMES)), ids=native.ISA_NAMES)
+@pytest.fixture(params=range(len(helper.ISA_NAMES)), ids=helper.ISA_NAMES)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[int]:
-    if native.select_isa(request.param) != request.param:
-        native.select_isa(native.BEST_ISA)
+    if helper.select_isa(request.param) != request.param:
+        helper.select_isa(helper.BEST_ISA)
         pytest.skip("not on this CPU")
     yield request.param
-    native.select_isa(native.BEST_ISA)
+    helper.select_isa(helper.BEST_ISA)
 
 
 @needs_native
@@ -96,7 +96,7 @@ def test_blocked_products(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch)
     torch.manual_seed(0)
     x = torch.randn(rows, 512)
     with_native = products(x, kind, torch.randn(37), blocked.linear)[0]
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(helper, "available", lambda: False)
     assert max(with_native, products(x, kind, torch.randn(37), blocked.linear)[0]) < 1e-6
 
 
@@ -129,7 +129,7 @@ def test_wrong_sizes_are_caught_before_memory_is_touched() -> None:
 
 def test_float64_is_refused() -> None:
     problem = Problem(torch.device("cpu"), torch.float64, 8, 256, weight_format="Q4_K")
-    for module in (gguf_native, blocked) if native.available() else (blocked,):
+    for module in (gguf_native, blocked) if helper.available() else (blocked,):
         assert "float64" in str(module.supports(problem))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowbit.ops import int8
-from lowbit.ops.cpu import int8_native, native
+from lowbit.ops.cpu import helper, int8_native
 from lowbit.ops.dispatch import Problem
 from tests.ops.cpu.conftest import at_the_end_of_memory, awkward, same
 
@@ -196,7 +196,7 @@ def test_refuses_what_it_cannot_do(path: str) -> None:
 
     if path == "torch":
         assert refusal(torch.float32, 64, 64) == "native helper turned off by LOWBIT_NATIVE=0"
-    elif native.multiplies_int8():
+    elif helper.multiplies_int8():
         assert not refusal(torch.float32, 64, 64)
         assert "float64" in refusal(torch.float64, 64, 64)
         assert "multiples of 16" in refusal(torch.float32, 100, 64)

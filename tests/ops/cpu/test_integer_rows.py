@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowbit.ops import int8, w4a16, w8a16
-from lowbit.ops.cpu import gguf_native, int8_weight_only, native
+from lowbit.ops.cpu import gguf_native, helper, int8_weight_only
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.cpu import w8a16 as cpu_w8a16
 from lowbit.ops.gguf import gguf_dequantize
@@ -18,7 +18,7 @@ from tests.ops.cpu.test_four_bits import Layer
 from tests.ops.cpu.test_gguf import random_weight
 
 pytestmark = pytest.mark.skipif(
-    not native.available() or not native.multiplies_int8(), reason="the CPU has no AVX512-VNNI"
+    not helper.available() or not helper.multiplies_int8(), reason="the CPU has no AVX512-VNNI"
 )
 
 Linear = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]

@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from lowbit.ops import fp8, int8
-from lowbit.ops.cpu import memory, native, quantize
+from lowbit.ops.cpu import helper, memory, native, quantize
 from tests.ops.cpu.conftest import awkward, same
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 64), (9, 333), (40, 512), (3, 1)]
-NEEDS_NATIVE = pytest.mark.skipif(native.refusal() is not None, reason=f"native helper {native.refusal()}")
+NEEDS_NATIVE = pytest.mark.skipif(helper.refusal() is not None, reason=f"native helper {helper.refusal()}")
 
 
-@pytest.fixture(params=range(len(native.ISA_NAMES)), ids=native.ISA_NAMES)
+@pytest.fixture(params=range(len(helper.ISA_NAMES)), ids=helper.ISA_NAMES)
 def isa(request: pytest.FixtureRequest) -> Iterator[int]:
     """Run with one instruction set after the other."""
-    if native.select_isa(request.param) != request.param:
-        native.select_isa(native.BEST_ISA)
+    if helper.select_isa(request.param) != request.param:
+        helper.select_isa(helper.BEST_ISA)
         pytest.skip("not on this CPU")
     yield request.param
-    native.select_isa(native.BEST_ISA)
+    helper.select_isa(helper.BEST_ISA)
 
 
 def poisoned(dtype: torch.dtype) -> torch.Tensor:
@@ -181,42 +181,6 @@ def test_operators_use_these_kernels(path: str) -> None:
 def test_operators_are_well_formed(operator: object, arguments: tuple[object, ...]) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # the last can't compare e4m3
     torch.library.opcheck(operator, (torch.randn(5, 130), *arguments), test_utils=checks)
-
-
-def test_can_be_turned_off(path: str) -> None:
-    assert native.available() == (path == "native")
-    assert native.description().startswith("native helper (" if path == "native" else "plain torch; ")
-    if path == "torch":
-        assert native.refusal() == "turned off by LOWBIT_NATIVE=0"
-
-
-@pytest.fixture
-def reloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Let a test change the environment that the helper is loaded in."""
-    yield monkeypatch
-    monkeypatch.undo()
-    native.reload()
-    native.refusal()
-
-
-def test_can_be_held_to_an_instruction_set(reloaded: pytest.MonkeyPatch) -> None:
-    if native.refusal() is not None:
-        pytest.skip(f"native helper {native.refusal()}")
-    before = native.select_isa(native.BEST_ISA)
-    for index, name in enumerate(native.ISA_NAMES):
-        reloaded.setenv(native.MAX_ISA_VARIABLE, name.lower())
-        native.reload()
-        assert f"({native.ISA_NAMES[min(index, before)]}, " in native.description()
-        assert native.has_amx() == (name == "AMX" == native.ISA_NAMES[before])
-
-
-def test_an_unknown_instruction_set_is_an_error(reloaded: pytest.MonkeyPatch) -> None:
-    if native.refusal() is not None:
-        pytest.skip(f"native helper {native.refusal()}")
-    reloaded.setenv(native.MAX_ISA_VARIABLE, "SSE")
-    native.reload()
-    with pytest.raises(ValueError, match="LOWBIT_MAX_ISA=SSE names no instruction set; there are generic, AVX2"):
-        native.available()
 
 
 def test_freed_memory_can_be_kept_and_given_back() -> None:

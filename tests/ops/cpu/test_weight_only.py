@@ -9,14 +9,14 @@ import torch
 
 from lowbit.ops import fp8, int8, int8_weight_only, w4a16
 from lowbit.ops.cpu import fp8 as cpu_fp8
-from lowbit.ops.cpu import native, weight_only
+from lowbit.ops.cpu import helper, weight_only
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.dispatch import Problem
 from tests.ops.cpu.conftest import awkward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-NEEDS_NATIVE = pytest.mark.skipif(native.refusal() is not None, reason=f"native helper {native.refusal()}")
+NEEDS_NATIVE = pytest.mark.skipif(helper.refusal() is not None, reason=f"native helper {helper.refusal()}")
 SHAPES = [(1, 64, 32), (3, 576, 9), (7, 333, 101), (2, 1312, 21), (4, 1312, 10), (64, 1280, 40), (65, 640, 33)]
 
 Layer = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -31,14 +31,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=range(len(native.ISA_NAMES)), ids=native.ISA_NAMES)
+@pytest.fixture(params=range(len(helper.ISA_NAMES)), ids=helper.ISA_NAMES)
 def isa(request: pytest.FixtureRequest) -> Iterator[int]:
     """Run with one instruction set after the other."""
-    if native.select_isa(request.param) != request.param:
-        native.select_isa(native.BEST_ISA)
+    if helper.select_isa(request.param) != request.param:
+        helper.select_isa(helper.BEST_ISA)
         pytest.skip("not on this CPU")
     yield request.param
-    native.select_isa(native.BEST_ISA)
+    helper.select_isa(helper.BEST_ISA)
 
 
 def eight_bit_layers(weight: torch.Tensor) -> Iterator[tuple[Layer, torch.Tensor]]:

@@ -16,15 +16,15 @@ import torch
 
 from lowbit.errors import UnsupportedError
 from lowbit.ops.attention import LOG2_E, UNQUANTIZED, AttentionProblem
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.features import fast_matmul_dtype
 
 
 def supports(problem: AttentionProblem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
-    if not native.available():
-        return f"native helper {native.refusal()}"
-    if not native.multiplies_int8():
+    if not helper.available():
+        return f"native helper {helper.refusal()}"
+    if not helper.multiplies_int8():
         return "the CPU has no AVX512-VNNI"
     if problem.head_dim is not None and problem.head_dim > native.LARGEST_HEAD_DIM:
         return f"heads are at most {native.LARGEST_HEAD_DIM} wide, not {problem.head_dim}"
@@ -38,7 +38,7 @@ def _unquantized_kind(dtype: torch.dtype) -> str:
     """Return the kind of ``native.attention`` that computes unquantized attention in ``dtype``."""
     if dtype != torch.bfloat16:
         return "float32"
-    return "bfloat16" if native.has_amx() else "int16"
+    return "bfloat16" if helper.has_amx() else "int16"
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def attention(
 ) -> torch.Tensor:
     """Compute attention; arguments and result as in ``lowbit.ops.attention.attention``."""
     refusal = supports(AttentionProblem(query.device, query.dtype, kind, query.shape[3]))
-    if refusal is not None and (kind != UNQUANTIZED or not native.multiplies_int8()):
+    if refusal is not None and (kind != UNQUANTIZED or not helper.multiplies_int8()):
         raise UnsupportedError(f"attention can't be computed: {refusal}")
     output = torch.empty(query.shape, dtype=query.dtype)
     query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.workspace import scratch
 
 # Bytes of a decoded block. With few rows it should stay in the second-level cache; with many, reading the activations
@@ -75,7 +75,7 @@ def finish(
     output: torch.Tensor,
 ) -> None:
     """Write the scaled ``product`` plus ``bias`` to ``output`` as ``native.scale_product`` does; overwrites it."""
-    if native.available():
+    if helper.available():
         native.scale_product(product, row_scale, column_scale, bias, output)
         return
     if row_scale is not None and column_scale is not None:

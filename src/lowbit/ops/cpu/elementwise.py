@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import elementwise as reference
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 
 
 def refusal(dtype: torch.dtype) -> str | None:
     """Return why the helper can't compute in ``dtype``, ``None`` when it can."""
-    return native.dtype_refusal(dtype) if native.available() else f"native helper {native.refusal()}"
+    return native.dtype_refusal(dtype) if helper.available() else f"native helper {helper.refusal()}"
 
 
 @torch.no_grad()

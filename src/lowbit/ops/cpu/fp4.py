@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 from lowbit.ops.e2m1 import decode_e2m1_pairs
 from lowbit.ops.mx import expand_groups
 
@@ -18,7 +18,7 @@ def decode_fp4(packed: torch.Tensor, scale: torch.Tensor, output: torch.Tensor, 
         output: written: dense [rows, K] float32, bfloat16 or float16.
         group_size: columns of a group, even.
     """
-    if native.available():
+    if helper.available():
         native.decode_fp4(packed, scale, output, group_size)
         return
     values = decode_e2m1_pairs(packed).flatten(-2)

@@ -11,7 +11,7 @@ import torch
 
 from lowbit.ops import fp8
 from lowbit.ops.canonical import pack_weight, unpack_weight
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports
 from lowbit.ops.fp8_weight_only import linear
 
@@ -32,7 +32,7 @@ def decode_rows(
     """
     rows, columns = output.shape
     codes = packed[first : first + rows]
-    if native.available():
+    if helper.available():
         native.dequantize(codes, scale, output, *_block(packed, scale, block_size), first)
         return
     if block_size is not None:

@@ -10,7 +10,7 @@ import torch
 
 from lowbit.ops import gguf
 from lowbit.ops.canonical import pack_weight, unpack_weight
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.blocked import Decode, finish, multiply, multiply_float32
 from lowbit.ops.cpu.features import fast_matmul_dtype
 from lowbit.ops.cpu.weight_only import supports
@@ -28,7 +28,7 @@ DECODED_BYTES = 64 << 20
 def gguf_dequantize(raw: torch.Tensor, weight_type: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Decode rows of blocks; arguments and result as in ``lowbit.ops.gguf``."""
     kind = block_type(weight_type)
-    if not native.available() or dtype not in native.ELEMENT_TYPES or raw.dtype != torch.uint8 or raw.ndim != 2:
+    if not helper.available() or dtype not in native.ELEMENT_TYPES or raw.dtype != torch.uint8 or raw.ndim != 2:
         return gguf.gguf_dequantize(raw, weight_type, dtype)
     result = torch.empty((raw.shape[0], kind.columns(raw.shape[1])), dtype=dtype)
     native.gguf_decode(raw.contiguous(), kind.number, result)
@@ -38,7 +38,7 @@ def gguf_dequantize(raw: torch.Tensor, weight_type: str, dtype: torch.dtype = to
 def decode_rows(packed: torch.Tensor, weight_type: str, first: int, output: torch.Tensor) -> None:
     """Write rows of ``packed``, from ``first`` on, to ``output``, dense [rows, K] float32, bfloat16 or float16."""
     rows = packed[first : first + output.shape[0]]
-    if native.available():
+    if helper.available():
         native.gguf_decode(rows, block_type(weight_type).number, output)
     else:
         output.copy_(gguf.gguf_dequantize(rows, weight_type, output.dtype))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.gguf import _fake_mm, multiply_blocked, pack_weight, unpack_weight
 from lowbit.ops.cpu.gguf import supports as supported_by_torch
 from lowbit.ops.cpu.weight_only import takes_bfloat16
@@ -26,8 +26,8 @@ FUSED_ROWS = 64
 
 def supports(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
-    if not native.available():
-        return f"native helper {native.refusal()}"
+    if not helper.available():
+        return f"native helper {helper.refusal()}"
     return supported_by_torch(problem)
 
 
@@ -40,7 +40,7 @@ def multiply_native(
     if takes_bfloat16(x, "gguf"):
         native.gguf_product(x.contiguous(), packed, number, None if bias is None else bias.float(), output)
         return output
-    if x.shape[0] > FUSED_ROWS or x.shape[1] % 32 or not native.multiplies_gguf():
+    if x.shape[0] > FUSED_ROWS or x.shape[1] % 32 or not helper.multiplies_gguf():
         return multiply_blocked(x, packed, weight_type, bias)
     bias = None if bias is None else bias.float().contiguous()
     native.gguf_product(x.float().contiguous(), packed, number, bias, output)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from lowbit.ops.canonical import pack_weight, unpack_weight
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.elementwise import gate
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import define_operator
@@ -25,9 +25,9 @@ LARGEST_IN_FEATURES = 1 << 17
 
 def supports(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
-    if not native.available():
-        return f"native helper {native.refusal()}"
-    if not native.multiplies_int8():
+    if not helper.available():
+        return f"native helper {helper.refusal()}"
+    if not helper.multiplies_int8():
         return "the CPU has no AVX512-VNNI"
     if problem.out_features % native.PANEL or problem.in_features % 4:
         return f"needs output features in multiples of {native.PANEL} and input features in multiples of 4"
@@ -91,7 +91,7 @@ def _multiply(
     bias: Sequence[torch.Tensor | None],
     are_gated: bool,
 ) -> list[torch.Tensor]:
-    if are_gated and not native.has_amx():
+    if are_gated and not helper.has_amx():
         return [gate(*_multiply(x, packed, weight_scale, bias, False))]
     x = x if x.stride(1) == 1 else x.contiguous()
     outputs = _fake_multiply(x, packed, weight_scale, bias, are_gated)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused
 
 
@@ -18,7 +18,7 @@ def int8_weight_only_mm(
 
     def decode(first: int, output: torch.Tensor) -> None:
         last = first + output.shape[0]
-        if native.available():
+        if helper.available():
             native.dequantize(weight[first:last], weight_scale[first:last], output)
         else:
             output.copy_(weight[first:last].float().mul_(weight_scale[first:last]))

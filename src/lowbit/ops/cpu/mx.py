@@ -9,7 +9,7 @@ import torch
 
 from lowbit.ops import mx
 from lowbit.ops.canonical import pack_weight, unpack_weight
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.fp4 import decode_fp4
 from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports
 from lowbit.ops.fp8 import E4M3
@@ -38,7 +38,7 @@ def decode_rows(
         group_scale *= mx.expand_groups(dual_scale[rows], per_dual, group_scale.shape[1])
     if packed.dtype != E4M3:
         decode_fp4(packed[rows], group_scale, output, mx.GROUP_SIZE)
-    elif native.available():
+    elif helper.available():
         native.dequantize(packed[rows], group_scale, output, 1, mx.GROUP_SIZE)
     else:
         output.copy_(packed[rows].float().mul_(mx.expand_groups(group_scale, mx.GROUP_SIZE, output.shape[1])))

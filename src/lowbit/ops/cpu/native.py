@@ -1,184 +1,27 @@
-"""The optional native helper: quantizing, dequantizing and scaling rows in one pass, int8 and weight-only products.
+"""What the native helper computes (``lowbit.ops.cpu.helper``): quantizing, decoding, products, attention, norms, gates.
 
-Built by ``setup.py`` where there is a C++ compiler (``python setup.py build_ext --inplace`` in a source tree) and
-called through ctypes, so it depends on no version of torch. It works on torch's own OpenMP threads. Results are those
-of the plain-torch references, bit for bit. In the environment ``LOWBIT_NATIVE=0`` turns it off, ``LOWBIT_MAX_ISA=AVX2``
-(a name of ``ISA_NAMES``) keeps it from using more than that.
+Outputs are given and filled. What quantizes, decodes and scales gives the results of the plain-torch references, bit
+for bit.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import torch
 
-DIRECTORY = Path(__file__).parents[2] / "_native"
-ISA_NAMES = ("generic", "AVX2", "AVX-512", "AVX512-BF16", "AMX")
-BEST_ISA = -1
-MAX_ISA_VARIABLE = "LOWBIT_MAX_ISA"
+from lowbit.ops.cpu.helper import library
 
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODE_TYPES = {torch.int8: 0, torch.uint8: 1, torch.float8_e4m3fn: 2}
-
-_pointer, _size, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_SIGNATURES = {
-    "lowbit_quantize": (_pointer, _int, *[_size] * 5, _pointer, _int, _pointer, _int),
-    "lowbit_dequantize": (_pointer, _int, *[_size] * 5, _pointer, _pointer, _int, _int),
-    "lowbit_decode_fp4": (_pointer, *[_size] * 3, _pointer, _pointer, _int, _int),
-    "lowbit_scale_product": (_pointer, *[_size] * 2, *[_pointer] * 4, _size, _int, _int),
-    "lowbit_int8_product": (
-        _pointer,
-        _size,
-        _size,
-        _pointer,
-        _pointer,
-        _size,
-        _pointer,
-        _pointer,
-        _pointer,
-        _int,
-        _int,
-    ),
-    "lowbit_int8_linears": (_pointer, _int, *[_size] * 4, *[_pointer] * 5, _int, _int),
-    "lowbit_weight_only_bfloat16": (
-        *(_pointer, *[_size] * 3, _pointer, _int, _size, _pointer, _int, _pointer, *[_size] * 2),
-        *(_pointer, _size, *[_pointer] * 3, _size, *[_pointer] * 2, _size, _int),
-    ),
-    "lowbit_gguf_product_bfloat16": (_pointer, *[_size] * 2, _pointer, _int, *[_size] * 2, *[_pointer] * 2, _int),
-    "lowbit_attention": (*[_pointer] * 5, _int, _pointer, _pointer, ctypes.c_float, *[_int] * 3),
-    "lowbit_weight_only": (
-        *(
-            _pointer,
-            _size,
-            _size,
-            _size,
-            _pointer,
-            _int,
-            _size,
-            _pointer,
-            _int,
-            _pointer,
-            _size,
-            _size,
-            _pointer,
-            _size,
-        ),
-        *(_pointer, _pointer, _int, _int),
-    ),
-    "lowbit_int4_decode": (_pointer, _size, _size, _pointer, _int, _pointer, _size, _pointer, _int),
-    "lowbit_gguf_decode": (_pointer, _int, *[_size] * 3, _pointer, _int, _int),
-    "lowbit_gguf_product": (_pointer, _size, _size, _pointer, _int, *[_size] * 2, _pointer, _pointer, _int, _int),
-    "lowbit_normalize": (
-        *(_pointer, _int, _size, _size, _int, ctypes.c_float, _pointer, _pointer, _size, _size, _pointer, _int),
-    ),
-    "lowbit_gate": (_pointer, _pointer, _int, _size, _pointer, _int),
-    "lowbit_bfloat16_rows": (),
-    "lowbit_select_isa": (_int,),
-    "lowbit_selected_isa": (),
-    "lowbit_set_parallel": (_pointer,),
-}
-
-_RESULTS = {
-    "lowbit_gguf_decode": _int,
-    "lowbit_gguf_product": _int,
-    "lowbit_gguf_product_bfloat16": _int,
-    "lowbit_bfloat16_rows": _size,
-    "lowbit_select_isa": _int,
-    "lowbit_selected_isa": _int,
-}
 
 
 def dtype_refusal(dtype: torch.dtype) -> str | None:
     """Return why activations of ``dtype`` can't be computed with on CPUs, ``None`` when they can."""
     return None if dtype in ELEMENT_TYPES else f"computes in bfloat16, float16 or float32, not in {dtype}"
-
-
-@cache
-def _load() -> ctypes.CDLL | str:
-    """Return the library, or the reason there is none."""
-    if os.environ.get("LOWBIT_NATIVE", "1") == "0":
-        return "turned off by LOWBIT_NATIVE=0"
-    file = DIRECTORY / f"lowbit_cpu{'.dll' if sys.platform == 'win32' else '.so'}"
-    if not file.is_file():
-        return f"not built (no {file})"
-    try:
-        library = ctypes.CDLL(str(file))
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, _RESULTS.get(name)
-    except (OSError, AttributeError) as error:
-        return f"can't be loaded ({error})"
-    library.lowbit_set_parallel(_openmp_entry())
-    library.lowbit_select_isa(_most_isa())
-    return library
-
-
-def _most_isa() -> int:
-    """Return the index in ``ISA_NAMES`` that the environment limits to, or ``BEST_ISA``.
-
-    Raises:
-        ValueError: It names no instruction set.
-    """
-    limit = os.environ.get(MAX_ISA_VARIABLE, "")
-    names = [name.lower() for name in ISA_NAMES]
-    if limit and limit.lower() not in names:
-        raise ValueError(f"{MAX_ISA_VARIABLE}={limit} names no instruction set; there are {', '.join(ISA_NAMES)}")
-    return names.index(limit.lower()) if limit else BEST_ISA
-
-
-def _openmp_entry() -> int | None:
-    """Return the address of the running OpenMP library's entry point, which torch has loaded, or ``None``."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
-    except (AttributeError, OSError, TypeError):
-        return None
-
-
-def refusal() -> str | None:
-    """Return why there is no native helper, ``None`` when there is."""
-    library = _load()
-    return library if isinstance(library, str) else None
-
-
-def available() -> bool:
-    """Whether the helper is there."""
-    return not isinstance(_load(), str)
-
-
-def reload() -> None:
-    """Look for the helper again at the next use, for instance after a change of ``LOWBIT_NATIVE``."""
-    _load.cache_clear()
-    has_amx.cache_clear()
-    bfloat16_rows.cache_clear()
-
-
-def description() -> str:
-    """Say in a few words which code runs, for ``lowbit info``."""
-    reason = refusal()
-    if reason is not None:
-        return f"plain torch; native helper {reason}"
-    threads = "torch's threads" if _openmp_entry() is not None else "one thread: no OpenMP of GNU's kind is loaded"
-    return f"native helper ({ISA_NAMES[_library().lowbit_selected_isa()]}, {threads})"
-
-
-def select_isa(isa: int) -> int:
-    """Use the instruction set ``isa`` (index in ``ISA_NAMES``), or the best there is; return the one in use."""
-    has_amx.cache_clear()
-    bfloat16_rows.cache_clear()
-    return int(_library().lowbit_select_isa(isa))
-
-
-def _library() -> ctypes.CDLL:
-    library = _load()
-    assert not isinstance(library, str), library
-    return library
 
 
 def quantize(
@@ -197,7 +40,7 @@ def quantize(
     assert x.stride(1) == 1 or columns <= 1
     assert codes.is_contiguous()
     assert scale.is_contiguous()
-    _library().lowbit_quantize(
+    library().lowbit_quantize(
         x.data_ptr(), ELEMENT_TYPES[x.dtype], rows, columns, x.stride(0), block_rows, block_columns or max(columns, 1),
         codes.data_ptr(), CODE_TYPES[codes.dtype], scale.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -225,7 +68,7 @@ def dequantize(
     assert codes.is_contiguous()
     assert scale.is_contiguous()
     assert output.is_contiguous()
-    _library().lowbit_dequantize(
+    library().lowbit_dequantize(
         codes.data_ptr(), CODE_TYPES[codes.dtype], rows, columns, first_row, block_rows, block_columns or columns,
         scale.data_ptr(), output.data_ptr(), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -246,7 +89,7 @@ def decode_fp4(packed: torch.Tensor, scale: torch.Tensor, output: torch.Tensor, 
     assert packed.is_contiguous()
     assert scale.is_contiguous()
     assert output.is_contiguous()
-    _library().lowbit_decode_fp4(
+    library().lowbit_decode_fp4(
         packed.data_ptr(), rows, columns, group_size, scale.data_ptr(), output.data_ptr(),
         ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -271,7 +114,7 @@ def scale_product(
     rows, columns = product.shape
     assert product.is_contiguous()
     assert output.stride(1) == 1 or columns <= 1
-    _library().lowbit_scale_product(
+    library().lowbit_scale_product(
         product.data_ptr(), rows, columns, _address(row_scale), _address(column_scale), _address(bias),
         output.data_ptr(), output.stride(0), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -279,11 +122,6 @@ def scale_product(
 
 PANEL = 16
 """Output channels that ``int8_product`` computes side by side."""
-
-
-def multiplies_int8() -> bool:
-    """Whether ``int8_product`` runs on this CPU: it needs AVX512-VNNI."""
-    return available() and bool(_library().lowbit_has_int8_product())
 
 
 def int8_product(
@@ -311,7 +149,7 @@ def int8_product(
     assert x.is_contiguous()
     assert weight.is_contiguous()
     assert output.is_contiguous()
-    _library().lowbit_int8_product(
+    library().lowbit_int8_product(
         x.data_ptr(), rows, depth, _address(x_scale), weight.data_ptr(), features, _address(weight_scale),
         _address(bias), output.data_ptr(), ELEMENT_TYPES[output.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -357,8 +195,8 @@ def int8_linears(
         assert output.dtype == x.dtype
         assert output.is_contiguous()
     count = len(weights)
-    pointers, sizes = _pointer * count, _size * count
-    _library().lowbit_int8_linears(
+    pointers, sizes = ctypes.c_void_p * count, ctypes.c_int64 * count
+    library().lowbit_int8_linears(
         x.data_ptr(), ELEMENT_TYPES[x.dtype], rows, depth, x.stride(0), count,
         pointers(*(entry.weight.data_ptr() for entry in weights)),
         sizes(*(entry.weight.shape[0] for entry in weights)),
@@ -366,21 +204,6 @@ def int8_linears(
         pointers(*(_address(entry.bias) for entry in weights)),
         pointers(*(output.data_ptr() for output in used)), are_gated, torch.get_num_threads(),
     )  # fmt: skip
-
-
-@cache
-def has_amx() -> bool:
-    """Whether attention of bfloat16 and gated products of int8 run on this CPU: they need AMX for both, and Linux."""
-    return available() and bool(_library().lowbit_has_amx_products())
-
-
-@cache
-def bfloat16_rows() -> int:
-    """Return how many rows of bfloat16 the products with weights take as they are.
-
-    With AMX any number, with AVX512-BF16 256, else none.
-    """
-    return int(_library().lowbit_bfloat16_rows()) if available() else 0
 
 
 LARGEST_HEAD_DIM = 256
@@ -415,9 +238,9 @@ def attention(
     assert output.is_contiguous()
     assert keep is None or (keep.is_contiguous() and keep.dtype == torch.bool)
     assert all(tensor.stride(3) == 1 for tensor in (query, key, value))
-    _library().lowbit_attention(
+    library().lowbit_attention(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), None if keep is None else keep.data_ptr(),
-        output.data_ptr(), ELEMENT_TYPES[query.dtype], (_size * len(sizes))(*sizes), (_size * len(strides))(*strides),
+        output.data_ptr(), ELEMENT_TYPES[query.dtype], _integers(sizes), _integers(strides),
         scale, is_causal, ATTENTION_KINDS[kind], torch.get_num_threads(),
     )  # fmt: skip
 
@@ -506,13 +329,13 @@ def weight_only_product(
     if x.dtype == torch.bfloat16:
         assert output.dtype == torch.bfloat16
         added = (None, 0, None, None, 0) if low_rank is None else _low_rank_arguments(low_rank, rows, depth, output)
-        _library().lowbit_weight_only_bfloat16(*arguments, *added, torch.get_num_threads())
+        library().lowbit_weight_only_bfloat16(*arguments, *added, torch.get_num_threads())
         return
     assert low_rank is None
     assert x.dtype == torch.float32
     assert rows <= MOST_ROWS
     assert x.stride(0) % ROW_PADDING == 0 or rows <= 1
-    _library().lowbit_weight_only(*arguments, ELEMENT_TYPES[output.dtype], torch.get_num_threads())
+    library().lowbit_weight_only(*arguments, ELEMENT_TYPES[output.dtype], torch.get_num_threads())
 
 
 def _low_rank_arguments(
@@ -543,7 +366,7 @@ def decode_int4(
     assert packed.is_contiguous()
     assert scale.is_contiguous()
     assert output.is_contiguous()
-    _library().lowbit_int4_decode(
+    library().lowbit_int4_decode(
         packed.data_ptr(), rows, depth, scale.data_ptr(), SCALE_TYPES[scale.dtype],
         None if zero_point is None else zero_point.data_ptr(), group_size, output.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -561,16 +384,11 @@ def gguf_decode(raw: torch.Tensor, number: int, output: torch.Tensor) -> None:
     assert output.is_contiguous()
     assert raw.shape[0] == output.shape[0]
     rows, columns = output.shape
-    refused = _library().lowbit_gguf_decode(
+    refused = library().lowbit_gguf_decode(
         raw.data_ptr(), number, rows, columns, raw.shape[1], output.data_ptr(), ELEMENT_TYPES[output.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     assert not refused
-
-
-def multiplies_gguf() -> bool:
-    """Whether ``gguf_product`` runs on this CPU: it needs AVX-512."""
-    return available() and bool(_library().lowbit_has_gguf_product())
 
 
 def gguf_product(
@@ -595,10 +413,10 @@ def gguf_product(
     arguments = (x.data_ptr(), *x.shape, raw.data_ptr(), number, *raw.shape, _address(bias), output.data_ptr())
     if x.dtype == torch.bfloat16:
         assert output.dtype == torch.bfloat16
-        refused = _library().lowbit_gguf_product_bfloat16(*arguments, torch.get_num_threads())
+        refused = library().lowbit_gguf_product_bfloat16(*arguments, torch.get_num_threads())
     else:
         assert x.dtype == torch.float32
-        refused = _library().lowbit_gguf_product(*arguments, ELEMENT_TYPES[output.dtype], torch.get_num_threads())
+        refused = library().lowbit_gguf_product(*arguments, ELEMENT_TYPES[output.dtype], torch.get_num_threads())
     assert not refused
 
 
@@ -629,7 +447,7 @@ def normalize(
     assert output.dtype == x.dtype
     if frequencies is not None:
         positions = [*frequencies.shape[:2]]
-    _library().lowbit_normalize(
+    library().lowbit_normalize(
         x.data_ptr(), ELEMENT_TYPES[x.dtype], x.numel() // width, width, epsilon is not None, epsilon or 0.0,
         _address(weight), _address(frequencies), heads, math.prod(positions), output.data_ptr(),
         torch.get_num_threads(),
@@ -643,7 +461,7 @@ def gate(x: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
     assert x.is_contiguous()
     assert value.is_contiguous()
     assert output.is_contiguous()
-    _library().lowbit_gate(
+    library().lowbit_gate(
         x.data_ptr(), value.data_ptr(), ELEMENT_TYPES[x.dtype], x.numel(), output.data_ptr(), torch.get_num_threads()
     )
 
@@ -654,3 +472,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     assert tensor.is_contiguous()
     assert tensor.dtype == torch.float32
     return tensor.data_ptr()
+
+
+def _integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lowbit.ops import fp8, int8
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 
 ELEMENTS_AT_ONCE = 1 << 17  # of 2**15 ... 2**19 the fastest with 1.25 MiB of second-level cache
 
@@ -103,4 +103,4 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _takes(x: torch.Tensor) -> bool:
-    return x.dtype in native.ELEMENT_TYPES and native.available()
+    return x.dtype in native.ELEMENT_TYPES and helper.available()

@@ -6,7 +6,7 @@ import torch
 
 from lowbit.ops import w4a16
 from lowbit.ops.canonical import pack_weight, unpack_weight
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports
 from lowbit.ops.cpu.workspace import scratch
 from lowbit.ops.w4a16 import operator_linear as linear
@@ -25,7 +25,7 @@ def w4a16_mm(
     packed, weight_scale = packed.contiguous(), weight_scale.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()
     group_size = x.shape[1] // weight_scale.shape[1]
-    is_native = native.available() and x.numel() > 0
+    is_native = helper.available() and x.numel() > 0
     if is_native and is_fused(x, "int4"):
         return multiply_fused(x, packed, "int4", weight_scale, bias, (1, group_size), zero_point)
     if is_native:

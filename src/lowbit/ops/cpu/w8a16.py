@@ -6,7 +6,7 @@ import torch
 
 from lowbit.ops import w8a16
 from lowbit.ops.canonical import pack_weight, unpack_weight
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.int8_weight_only import int8_weight_only_mm
 from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports, takes_bfloat16
 from lowbit.ops.w8a16 import operator_linear as linear
@@ -30,7 +30,7 @@ def w8a16_mm(
         return multiply_fused(x, packed, "int8", weight_scale, bias, (1, group_size))
     if zero_point is not None and _are_native(zero_point, group_size) and takes_bfloat16(x, "int8"):
         return multiply_fused(x, packed, "int8", weight_scale, bias, (1, group_size), zero_point.contiguous())
-    if zero_point is not None and native.available() and x.shape[0] <= native.MOST_ROWS:
+    if zero_point is not None and helper.available() and x.shape[0] <= native.MOST_ROWS:
         return _few_rows(x, packed, weight_scale, bias, zero_point)
 
     def decode(first: int, weight: torch.Tensor) -> None:

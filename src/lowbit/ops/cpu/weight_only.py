@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from lowbit.ops.cpu import native
+from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.blocked import Decode, multiply, multiply_float32
 from lowbit.ops.cpu.features import fast_matmul_dtype
 from lowbit.ops.dispatch import Problem
@@ -30,13 +30,13 @@ def supports(problem: Problem) -> str | None:
 
 def has_few_rows(x: torch.Tensor, weight_type: str) -> bool:
     """Tell whether ``multiply_fused`` takes x [M, K] in float32."""
-    return native.available() and x.shape[0] <= native.MOST_ROWS and not takes_bfloat16(x, weight_type)
+    return helper.available() and x.shape[0] <= native.MOST_ROWS and not takes_bfloat16(x, weight_type)
 
 
 def takes_bfloat16(x: torch.Tensor, weight_type: str) -> bool:
     """Tell whether the native helper takes x [M, K] as it is for a weight of a type of ``LEAST_BFLOAT16_ROWS``."""
-    least = 1 if native.has_amx() else LEAST_BFLOAT16_ROWS[weight_type]
-    return x.dtype == torch.bfloat16 and least <= x.shape[0] <= native.bfloat16_rows()
+    least = 1 if helper.has_amx() else LEAST_BFLOAT16_ROWS[weight_type]
+    return x.dtype == torch.bfloat16 and least <= x.shape[0] <= helper.bfloat16_rows()
 
 
 def is_fused(x: torch.Tensor, weight_type: str) -> bool:

@@ -1,0 +1,194 @@
+"""The optional native helper: whether it is there, what it can do on this CPU, and which instructions it may use.
+
+Built by ``setup.py`` where there is a C++ compiler (``python setup.py build_ext --inplace`` in a source tree) and
+called through ctypes, so it depends on no version of torch. It works on torch's own OpenMP threads. In the environment
+``LOWBIT_NATIVE=0`` turns it off, ``LOWBIT_MAX_ISA=AVX2`` (a name of ``ISA_NAMES``) keeps it from using more than that.
+``lowbit.ops.cpu.native`` calls what it computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+DIRECTORY = Path(__file__).parents[2] / "_native"
+ISA_NAMES = ("generic", "AVX2", "AVX-512", "AVX512-BF16", "AMX")
+BEST_ISA = -1
+MAX_ISA_VARIABLE = "LOWBIT_MAX_ISA"
+
+_pointer, _size, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "lowbit_quantize": (_pointer, _int, *[_size] * 5, _pointer, _int, _pointer, _int),
+    "lowbit_dequantize": (_pointer, _int, *[_size] * 5, _pointer, _pointer, _int, _int),
+    "lowbit_decode_fp4": (_pointer, *[_size] * 3, _pointer, _pointer, _int, _int),
+    "lowbit_scale_product": (_pointer, *[_size] * 2, *[_pointer] * 4, _size, _int, _int),
+    "lowbit_int8_product": (
+        _pointer,
+        _size,
+        _size,
+        _pointer,
+        _pointer,
+        _size,
+        _pointer,
+        _pointer,
+        _pointer,
+        _int,
+        _int,
+    ),
+    "lowbit_int8_linears": (_pointer, _int, *[_size] * 4, *[_pointer] * 5, _int, _int),
+    "lowbit_weight_only_bfloat16": (
+        *(_pointer, *[_size] * 3, _pointer, _int, _size, _pointer, _int, _pointer, *[_size] * 2),
+        *(_pointer, _size, *[_pointer] * 3, _size, *[_pointer] * 2, _size, _int),
+    ),
+    "lowbit_gguf_product_bfloat16": (_pointer, *[_size] * 2, _pointer, _int, *[_size] * 2, *[_pointer] * 2, _int),
+    "lowbit_attention": (*[_pointer] * 5, _int, _pointer, _pointer, ctypes.c_float, *[_int] * 3),
+    "lowbit_weight_only": (
+        *(
+            _pointer,
+            _size,
+            _size,
+            _size,
+            _pointer,
+            _int,
+            _size,
+            _pointer,
+            _int,
+            _pointer,
+            _size,
+            _size,
+            _pointer,
+            _size,
+        ),
+        *(_pointer, _pointer, _int, _int),
+    ),
+    "lowbit_int4_decode": (_pointer, _size, _size, _pointer, _int, _pointer, _size, _pointer, _int),
+    "lowbit_gguf_decode": (_pointer, _int, *[_size] * 3, _pointer, _int, _int),
+    "lowbit_gguf_product": (_pointer, _size, _size, _pointer, _int, *[_size] * 2, _pointer, _pointer, _int, _int),
+    "lowbit_normalize": (
+        *(_pointer, _int, _size, _size, _int, ctypes.c_float, _pointer, _pointer, _size, _size, _pointer, _int),
+    ),
+    "lowbit_gate": (_pointer, _pointer, _int, _size, _pointer, _int),
+    "lowbit_bfloat16_rows": (),
+    "lowbit_select_isa": (_int,),
+    "lowbit_selected_isa": (),
+    "lowbit_set_parallel": (_pointer,),
+}
+
+_RESULTS = {
+    "lowbit_gguf_decode": _int,
+    "lowbit_gguf_product": _int,
+    "lowbit_gguf_product_bfloat16": _int,
+    "lowbit_bfloat16_rows": _size,
+    "lowbit_select_isa": _int,
+    "lowbit_selected_isa": _int,
+}
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """Return the library, or the reason there is none."""
+    if os.environ.get("LOWBIT_NATIVE", "1") == "0":
+        return "turned off by LOWBIT_NATIVE=0"
+    file = DIRECTORY / f"lowbit_cpu{'.dll' if sys.platform == 'win32' else '.so'}"
+    if not file.is_file():
+        return f"not built (no {file})"
+    try:
+        found = ctypes.CDLL(str(file))
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(found, name)
+            function.argtypes, function.restype = arguments, _RESULTS.get(name)
+    except (OSError, AttributeError) as error:
+        return f"can't be loaded ({error})"
+    found.lowbit_set_parallel(_openmp_entry())
+    found.lowbit_select_isa(_most_isa())
+    return found
+
+
+def _most_isa() -> int:
+    """Return the index in ``ISA_NAMES`` that the environment limits to, or ``BEST_ISA``.
+
+    Raises:
+        ValueError: It names no instruction set.
+    """
+    limit = os.environ.get(MAX_ISA_VARIABLE, "")
+    names = [name.lower() for name in ISA_NAMES]
+    if limit and limit.lower() not in names:
+        raise ValueError(f"{MAX_ISA_VARIABLE}={limit} names no instruction set; there are {', '.join(ISA_NAMES)}")
+    return names.index(limit.lower()) if limit else BEST_ISA
+
+
+def _openmp_entry() -> int | None:
+    """Return the address of the running OpenMP library's entry point, which torch has loaded, or ``None``."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def refusal() -> str | None:
+    """Return why there is no native helper, ``None`` when there is."""
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def available() -> bool:
+    """Whether the helper is there."""
+    return not isinstance(_load(), str)
+
+
+def reload() -> None:
+    """Look for the helper again at the next use, for instance after a change of ``LOWBIT_NATIVE``."""
+    _load.cache_clear()
+    has_amx.cache_clear()
+    bfloat16_rows.cache_clear()
+
+
+def description() -> str:
+    """Say in a few words which code runs, for ``lowbit info``."""
+    reason = refusal()
+    if reason is not None:
+        return f"plain torch; native helper {reason}"
+    threads = "torch's threads" if _openmp_entry() is not None else "one thread: no OpenMP of GNU's kind is loaded"
+    return f"native helper ({ISA_NAMES[library().lowbit_selected_isa()]}, {threads})"
+
+
+def select_isa(isa: int) -> int:
+    """Use the instruction set ``isa`` (index in ``ISA_NAMES``), or the best there is; return the one in use."""
+    has_amx.cache_clear()
+    bfloat16_rows.cache_clear()
+    return int(library().lowbit_select_isa(isa))
+
+
+def library() -> ctypes.CDLL:
+    """Return the helper, which has to be ``available``."""
+    found = _load()
+    assert not isinstance(found, str), found
+    return found
+
+
+def multiplies_int8() -> bool:
+    """Whether ``native.int8_product`` runs on this CPU: it needs AVX512-VNNI."""
+    return available() and bool(library().lowbit_has_int8_product())
+
+
+def multiplies_gguf() -> bool:
+    """Whether ``native.gguf_product`` runs on this CPU: it needs AVX-512."""
+    return available() and bool(library().lowbit_has_gguf_product())
+
+
+@cache
+def has_amx() -> bool:
+    """Whether attention of bfloat16 and gated products of int8 run on this CPU: they need AMX for both, and Linux."""
+    return available() and bool(library().lowbit_has_amx_products())
+
+
+@cache
+def bfloat16_rows() -> int:
+    """Return how many rows of bfloat16 the products with weights take as they are.
+
+    With AMX any number, with AVX512-BF16 256, else none.
+    """
+    return int(library().lowbit_bfloat16_rows()) if available() else 0
