@@ -122,7 +122,8 @@ LOWBIT_INLINE void zero_sums() {
     _tile_zero(3);
 }
 
-LOWBIT_INLINE void store_sums(float (*sums)[kTileRows * kTileChannels]) {
+template <typename Sum>
+LOWBIT_INLINE void store_sums(Sum (*sums)[kTileRows * kTileChannels]) {
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
     _tile_stored(2, sums[2], 64);

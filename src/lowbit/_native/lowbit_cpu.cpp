@@ -166,6 +166,14 @@ struct LowRank {
     uint8_t* tiles;    // the same as TileJob's tiles
 };
 
+// Scales, and zero points, of groups of a weight's inputs that are applied to sums.
+struct GroupScales {
+    const void* scales;            // [channels][groups], float32 or bfloat16
+    const int16_t* zero_points;    // likewise, or null
+    int64_t per_channel, inputs;   // of a group
+    const int32_t* row_sums;       // SplitJob's group_sums
+};
+
 struct TileJob {
     const void* input;  // [rows, depth]
     int64_t rows, depth, stride;  // depth in bytes of what is multiplied; rows are `stride` apart, in bytes or, where they
@@ -179,6 +187,7 @@ struct TileJob {
     const BFloat16Decoder* decoder;  // null for weights that are multiplied as they are
     int64_t call;  // a number of its own
     LowRank low_rank = {};
+    const GroupScales* groups = nullptr;
 };
 
 struct SplitJob {
@@ -186,6 +195,8 @@ struct SplitJob {
     int64_t rows, depth, stride;
     int8_t* codes;     // [3][rows, depth]
     float* row_scale;  // [rows]
+    int64_t group_inputs;
+    int32_t* group_sums;  // [groups][64], of which the first are those of the codes [3][rows]; or null
 };
 
 constexpr int64_t kMostRows = 64;
@@ -674,23 +685,43 @@ void multiply_few_int8(const TileJob& job, int element_type, int threads) {
     run(amx::few_int8_products[is_gated][element_type], job, groups, job.columns * job.depth / 8, threads);
 }
 
-// Few rows of bfloat16 with weights of int8 that have a scale for each channel. Returns whether it was done.
+// Whether scales and zero points of int8 may be left to the sums: those of channels, or of groups of whole steps.
+bool has_few_groups(const WeightJob& weight) {
+    constexpr int64_t kMostShifted = kMostExactInputs / 2;  // with zero points a product takes a bit more
+    const bool is_whole = weight.block_columns >= weight.depth;
+    const bool are_groups = weight.scale_type <= 1 && weight.block_rows == 1 && !weight.outer_scale &&
+                            (is_whole || weight.block_columns % amx::kStep == 0);
+    return are_groups && smaller(weight.block_columns, weight.depth) <= (weight.zero_point ? kMostShifted : kMostExactInputs);
+}
+
+constexpr int64_t kMostGroupedRows = 32;  // of more, adding the groups' sums takes longer than decoding the weight
+
+// Few rows of bfloat16 with weights of int8. Returns whether it was done.
 bool multiply_few_split(const WeightJob& weight, const void* x, int64_t rows, int64_t stride, const float* bias, void* output,
                         int threads) {
-    const bool has_scales = !weight.zero_point && has_channel_scales(weight) && weight.columns % amx::kTileChannels == 0;
     const int64_t split_rows = amx::kBytesOfASplit * rows;
-    if (selected_isa != kAmx || !has_scales || !are_few_int8(split_rows, false) || weight.depth > kMostExactInputs) return false;
+    const bool has_one_scale = !weight.zero_point && has_channel_scales(weight) && weight.depth <= kMostExactInputs;
+    if (selected_isa != kAmx || !are_few_int8(split_rows, false) || weight.columns % amx::kTileChannels) return false;
+    if (!has_one_scale && !(has_few_groups(weight) && split_rows <= kMostGroupedRows)) return false;
     static thread_local std::vector<int8_t> codes;
     static thread_local std::vector<float> scale;
+    static thread_local std::vector<int32_t> sums;
+    const int64_t inputs = smaller(weight.block_columns, weight.depth);
     codes.resize(static_cast<size_t>(split_rows * weight.depth));
     scale.resize(static_cast<size_t>(rows));
-    run(amx::split_rows, SplitJob{static_cast<const BFloat16*>(x), rows, weight.depth, stride, codes.data(), scale.data()}, rows,
-        rows * weight.depth, threads);
-    TileJob job{codes.data(), split_rows, weight.depth, weight.depth, scale.data(), nullptr, {weight.weight, channel_scales(weight), bias},
-                {}, weight.columns, output, 0, 0, nullptr, 0};
+    sums.resize(static_cast<size_t>(blocks(weight.depth, inputs) * kMostRows + kMostRows));
+    auto* const row_sums = reinterpret_cast<int32_t*>(blocks(reinterpret_cast<uintptr_t>(sums.data()), 64) * 64);
+    const SplitJob split{static_cast<const BFloat16*>(x), rows, weight.depth, stride, codes.data(), scale.data(), inputs,
+                         weight.zero_point ? row_sums : nullptr};
+    run(amx::split_rows, split, rows, rows * weight.depth, threads);
+    const GroupScales groups{weight.scale, static_cast<const int16_t*>(weight.zero_point), blocks(weight.depth, inputs), inputs, row_sums};
+    TileJob job{codes.data(), split_rows, weight.depth, weight.depth, scale.data(), nullptr,
+                {weight.weight, has_one_scale ? channel_scales(weight) : nullptr, bias}, {}, weight.columns, output, 0, 0, nullptr, 0};
+    if (!has_one_scale) job.groups = &groups;
     arrange_few_int8(job, threads);
     const int64_t channels = (split_rows <= 2 * amx::kTileRows ? 2 : 1) * amx::kTileChannels;
-    run(amx::few_split_product, job, blocks(job.columns, channels), job.columns * job.depth / 8, threads);
+    const TileKernel multiply = has_one_scale ? amx::few_split_product : amx::few_grouped_products[weight.scale_type];
+    run(multiply, job, blocks(job.columns, channels), job.columns * job.depth / 8, threads);
     return true;
 }
 
