@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from lowbit.ops.cpu import int8_native
-from lowbit.ops.dispatch import Problem
-from lowbit.quantization import quantize_model
+from lowbit.ops.dispatch import AUTO, Problem
+from lowbit.quantization import QuantizedLinear, quantize_model
+from lowbit.quantization.base import LinearMethod
+from lowbit.quantization.comfyui import ComfyUiFp8LinearMethod
+from lowbit.quantization.fp8 import Fp8LinearMethod
+from lowbit.quantization.int8 import Int8LinearMethod
 from lowbit.quantization.joint import gated_linear, linears
+from lowbit.quantization.modelopt import ModelOptFp8LinearMethod
 
+METHODS: dict[str, LinearMethod] = {
+    "int8": Int8LinearMethod(AUTO),
+    "int8, 6 bits of activations": Int8LinearMethod(AUTO, 6),
+    "fp8": Fp8LinearMethod("dynamic", None, AUTO),
+    "fp8, static": Fp8LinearMethod("static", None, AUTO),
+    "fp8, blocks": Fp8LinearMethod("dynamic", (128, 128), AUTO),
+    "modelopt": ModelOptFp8LinearMethod("dynamic", AUTO),
+    "modelopt, static": ModelOptFp8LinearMethod("static", AUTO),
+    "comfyui": ComfyUiFp8LinearMethod(),
+}
 REFUSAL = int8_native.supports(Problem(torch.device("cpu"), torch.float32, 64, 64))
 
 
@@ -20,6 +37,22 @@ def make(method: str | None, features: tuple[int, ...] = (64, 32, 48)) -> nn.Mod
     if method is not None:
         quantize_model(layers, method)
     return layers.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_kernels_are_alone_only_where_they_take_the_layers_own_tensors(name: str) -> None:
+    layer = QuantizedLinear(256, 256, True, METHODS[name])
+    given: list[object] = []
+
+    def linear(*arguments: torch.Tensor) -> torch.Tensor:
+        given.extend(arguments)
+        return arguments[0]
+
+    layer.kernel, x = SimpleNamespace(linear=linear), torch.randn(1, 256)
+    layer.method.apply(layer, x, layer.bias)
+    wanted = [x, *(layer._parameters.get(name) for name in ("weight", "weight_scale", "bias"))]
+    is_alone = all(a is b for a, b in zip(given, wanted, strict=False)) and set(given[4:]) <= {None}
+    assert layer.method.is_kernel_alone == is_alone
 
 
 @pytest.fixture

@@ -239,6 +239,11 @@ class ModelOptFp8LinearMethod(Fp8LinearMethod):
         super().__init__(activation_scheme, None, kernel)
         self.per_tensor = activation_scheme == "static"
 
+    @property
+    def is_kernel_alone(self) -> bool:
+        """Scales are in another shape."""
+        return False
+
     def create_weights(self, layer: QuantizedLinear) -> None:
         """Register ``weight``, its scale and, for static activations, ``input_scale``."""
         super().create_weights(layer)
