@@ -60,6 +60,7 @@ class ChipLimits:
         memory: bytes a second, in 1e12.
         l2: bytes a second, in 1e12.
         source: where the numbers are from.
+        clock: cycles a second at most, in 1e9; 0 where nothing is derived from it.
     """
 
     target: Target
@@ -67,6 +68,7 @@ class ChipLimits:
     memory: float
     l2: float
     source: str
+    clock: float = 0.0
 
 
 def _l2(clock: float) -> float:
@@ -76,19 +78,19 @@ def _l2(clock: float) -> float:
 CHIPS = {
     "A100 SXM 80 GB": ChipLimits(
         Target("cuda", 80, 108), {"bf16": 312, INT8: 624}, 2.039, _l2(1.41),
-        "NVIDIA A100 data sheet; A100 architecture white paper (L2)",
+        "NVIDIA A100 data sheet; A100 architecture white paper (L2)", 1.41,
     ),
     "H100 SXM": ChipLimits(
         Target("cuda", 90, 132), {"bf16": 989, INT8: 1979, FP8: 1979}, 3.35, _l2(1.83),
-        "NVIDIA H100 data sheet (halved: its figures are with sparsity)",
+        "NVIDIA H100 data sheet (halved: its figures are with sparsity)", 1.83,
     ),
     "H200": ChipLimits(
         Target("cuda", 90, 132), {"bf16": 989, INT8: 1979, FP8: 1979}, 4.8, _l2(1.83),
-        "NVIDIA H200 data sheet (halved)",
+        "NVIDIA H200 data sheet (halved)", 1.83,
     ),
     "B200": ChipLimits(
         Target("cuda", 100, 148), {"bf16": 2250, INT8: 4500, FP8: 4500}, 8.0, _l2(1.97),
-        "NVIDIA DGX B200 data sheet (an eighth, halved)",
+        "NVIDIA DGX B200 data sheet (an eighth, halved)", 1.97,
     ),
     "MI300X": ChipLimits(
         Target("hip", "gfx942", 304), {"bf16": 1307, INT8: 2615, FP8: 1307}, 5.3, 17.2,
@@ -99,7 +101,12 @@ CHIPS = {
 
 def gemm_seconds(chip: ChipLimits, kind: str, m: int, k: int, n: int) -> float:
     """Return the predicted time of one [m, k] by [k, n] product with 16-bit results."""
-    tile = BF16_TILE if kind == "bf16" else choose_tile(kind, chip.target, m, n)
+    return max(gemm_bounds(chip, kind, m, k, n).values())
+
+
+def gemm_bounds(chip: ChipLimits, kind: str, m: int, k: int, n: int, tile: Tile | None = None) -> dict[str, float]:
+    """Return the seconds that each part of the chip needs for a product, by default with the table's tile."""
+    tile = tile or (BF16_TILE if kind == "bf16" else choose_tile(kind, chip.target, m, n))
     width = 2 if kind == "bf16" else 1
     processors = chip.target.processors
     tiles = tile.programs(m, n)
@@ -108,7 +115,7 @@ def gemm_seconds(chip: ChipLimits, kind: str, m: int, k: int, n: int) -> float:
     compute = math.ceil(tiles / processors) * 2 * tile.block_m * tile.block_n * depth / rate
     memory = (width * (m * k + n * k) + 2 * m * n) / (chip.memory * 1e12 * MEMORY_SUSTAINED)
     cache = tiles * width * (tile.block_m + tile.block_n) * k / (chip.l2 * 1e12)
-    return max(compute, memory, cache)
+    return {"tensor cores": compute, "memory": memory, "L2": cache}
 
 
 def quantize_seconds(chip: ChipLimits, m: int, k: int) -> float:

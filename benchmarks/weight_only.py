@@ -5,7 +5,9 @@
     python -m benchmarks.weight_only --shapes 3840x3840 --rows 1 8 64 --budget 2
 
 Shapes are in_features x out_features. Every layer is made of as many different weights as do not fit a cache, so that
-each call reads its weight from memory. The bandwidth is that of reading a large array, measured before and after.
+each call reads its weight from memory. The bandwidth is that of reading a large array, measured before and after. The
+limit is the time that memory takes to give the weight, or that torch takes for as many multiplications in its fastest
+type, at the best rate it reaches with many rows, whichever is longer.
 ``--one-core`` computes on one thread and reads its CPU clock, for machines that are busy with other work.
 """
 
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import alternate, summary, write
+from lowbit.benchmarking.limits import gemm_limits
 from lowbit.ops import fp8, int8, int8_weight_only, w4a16
 from lowbit.ops.cpu import fp8 as cpu_fp8
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
@@ -78,6 +81,12 @@ def read_bandwidth(clock: Clock, seconds: float = 1.0) -> float:
     return best
 
 
+def product_rate() -> float:
+    """Return the operations a second of torch's fastest large product in BF16 or FP32."""
+    limits = gemm_limits(("bf16", "fp32"), torch.device("cpu"))
+    return max(limit["operations_per_second"] for limit in limits.values())
+
+
 def alternate_by(clock: Clock, cases: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
     """Time each case ``repetitions`` times by ``clock``, in turn, after one call of each: as ``timing.alternate``."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -100,9 +109,9 @@ def through_all(layers: list[Layer], x: torch.Tensor) -> Callable[[], None]:
 
 
 def measure(
-    shape: str, rows: list[int], repetitions: int, budget: float, one_core: bool = False
+    shape: str, rows: list[int], repetitions: int, budget: float, products: float, one_core: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Time one shape for every number of rows."""
+    """Time one shape for every number of rows; ``products``: operations a second at most."""
     clock = time.thread_time if one_core else time.perf_counter
     columns, features = (int(edge) for edge in shape.split("x"))
     copies = min(-(-BYTES_BEYOND_CACHES // (columns * features)), MOST_COPIES)
@@ -121,31 +130,38 @@ def measure(
             seconds = alternate(cases, repetitions=repetitions, budget=budget)
         bandwidth = max(bandwidth, read_bandwidth(clock))
         per_call = {name: [value / len(few) for value in values] for name, values in seconds.items()}
-        yield result(shape, count, bandwidth, per_call, made[0])
+        yield result(shape, count, bandwidth, 2 * count * columns * features / products, per_call, made[0])
 
 
 def result(
-    shape: str, rows: int, bandwidth: float, seconds: dict[str, list[float]], layers: dict[str, Layer]
+    shape: str,
+    rows: int,
+    bandwidth: float,
+    multiplying: float,
+    seconds: dict[str, list[float]],
+    layers: dict[str, Layer],
 ) -> dict[str, Any]:
-    """Print and return the times, rates and ratios of one comparison."""
+    """Print and return the times, rates and ratios of one comparison; ``multiplying``: seconds at least."""
     times = {name: summary(values) for name, values in seconds.items()}
     found: dict[str, Any] = {"shape": shape, "m": rows, "bandwidth_gb_per_second": round(bandwidth / 1e9, 1)}
     print(f"{shape} M={rows}, memory {bandwidth / 1e9:.1f} GB/s", flush=True)
     for name, timed in times.items():
         rate = layers[name].weight_bytes / timed["median_ms"] * 1e3
+        limit = max(layers[name].weight_bytes / bandwidth, multiplying)
         line = {
             **timed,
             "us_per_token": round(1e3 * timed["median_ms"] / rows, 1),
             "gb_per_second": round(rate / 1e9, 2),
             "share_of_bandwidth": round(rate / bandwidth, 3),
+            "share_of_limit": round(1e3 * limit / timed["median_ms"], 3),
             "speedup_over_bf16": round(times["bf16"]["median_ms"] / timed["median_ms"], 2),
             "speedup_over_fp32": round(times["fp32"]["median_ms"] / timed["median_ms"], 2),
         }
         found[name] = line
         print(
             f"  {name:10}{timed['median_ms']:9.3f} ms {line['gb_per_second']:7.2f} GB/s"
-            f" {line['share_of_bandwidth']:6.0%}  over bf16 {line['speedup_over_bf16']:6.2f}"
-            f"  over fp32 {line['speedup_over_fp32']:6.2f}",
+            f" {line['share_of_bandwidth']:6.0%}, of the limit {line['share_of_limit']:4.0%}"
+            f"  over bf16 {line['speedup_over_bf16']:6.2f}  over fp32 {line['speedup_over_fp32']:6.2f}",
             flush=True,
         )
     return found
@@ -166,13 +182,16 @@ def main() -> None:
     if options.one_core:
         torch.set_num_threads(1)
     budget = min(options.budget, 1.5) if options.quick else options.budget
+    products = product_rate()
+    print(f"torch multiplies at {products / 1e12:.2f} TOP/s", flush=True)
     results: list[dict[str, Any]] = []
     with torch.no_grad():
         for shape in options.shapes or list(QUICK_SHAPES if options.quick else SHAPES):
             rows = options.rows or list(QUICK_ROWS if options.quick else ROWS)
-            results += measure(shape, rows, options.repetitions, budget, options.one_core)
+            results += measure(shape, rows, options.repetitions, budget, products, options.one_core)
     if options.output is not None:
-        write(options.output, {"one_core": options.one_core, "results": results})
+        head = {"one_core": options.one_core, "operations_per_second": products}
+        write(options.output, {**head, "results": results})
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu_model, memory_plan
+from benchmarks import gpu_kernel_model, gpu_model, memory_plan
 from benchmarks.published_models import MODELS, gemm_shapes, quantized_inputs
 
 # Parameters of the components in billions, as their makers state them.
@@ -79,3 +80,17 @@ def test_a_prediction_is_never_below_a_limit() -> None:
     rows = gpu_model.predict(["z-image"], ["H100 SXM", "A100 SXM 80 GB"])
     assert [(row["chip"], row["kind"]) for row in rows][-2:] == [("A100 SXM 80 GB", "bf16"), ("A100 SXM 80 GB", "int8")]
     assert all(row["total_ms"] == pytest.approx(sum(row["milliseconds"].values()), abs=0.1) for row in rows)
+
+
+def test_no_kernel_is_predicted_beyond_the_data_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_kernel_model.main(["--output", str(tmp_path / "kernels.json")])
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {row["kernel"] for row in rows} == set(gpu_kernel_model.KERNELS)
+    assert all(0.05 < row["of_the_limit"] <= 1 and row["microseconds"] > 0 for row in rows)
+    # An A100 does not multiply e4m3.
+    assert not any(row["chip"].startswith("A100") and row["kernel"].startswith("fp8 product") for row in rows)
+    few = {row["chip"]: row for row in rows if row["kernel"].startswith("4 bits")}
+    weight = gpu_kernel_model.WIDTH * gpu_kernel_model.HIDDEN / 2
+    assert few["H100 SXM"]["bound_by"] == "memory"
+    assert few["H100 SXM"]["microseconds"] > 1e6 * weight / (gpu_model.CHIPS["H100 SXM"].memory * 1e12)
+    assert "attention in int8" in capsys.readouterr().out
