@@ -229,20 +229,23 @@ def few_rows(found: Mapping[str, Any]) -> str:
 
 
 def weight_only(found: Mapping[str, Any]) -> str:
-    """Return the table of ``benchmarks.weight_only``: time per token, and the share of the bandwidth it comes to."""
+    """Return the table of ``benchmarks.weight_only``: time per token, the share of the bandwidth and of the limit."""
     kinds = [name for name in found["results"][0] if name not in ("shape", "m", "bandwidth_gb_per_second")]
     heads = [
         "rows",
         "in x out",
         "memory GB/s",
-        *(f"{kind} us per row, of the bandwidth" for kind in kinds),
+        *(f"{kind} us per row, of the bandwidth, of the limit" for kind in kinds),
     ]
     rows = [
         [
             str(row["m"]),
             row["shape"],
             f"{row['bandwidth_gb_per_second']:.1f}",
-            *(f"{row[kind]['us_per_token']:,.0f}, {row[kind]['share_of_bandwidth']:.0%}" for kind in kinds),
+            *(
+                f"{cell['us_per_token']:,.0f}, {cell['share_of_bandwidth']:.0%}, {cell['share_of_limit']:.0%}"
+                for cell in (row[kind] for kind in kinds)
+            ),
         ]
         for row in found["results"]
     ]
