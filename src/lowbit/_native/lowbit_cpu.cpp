@@ -168,10 +168,10 @@ struct LowRank {
 
 // Scales, and zero points, of groups of a weight's inputs that are applied to sums.
 struct GroupScales {
-    const void* scales;            // [channels][groups], float32 or bfloat16
-    const int16_t* zero_points;    // likewise, or null
-    int64_t per_channel, inputs;   // of a group
-    const int32_t* row_sums;       // SplitJob's group_sums
+    const void* scales;           // [channels][groups], float32 or bfloat16
+    const int16_t* zero_points;   // likewise, or null
+    int64_t per_channel, inputs;  // groups of a channel, inputs of a group
+    const int32_t* row_sums;      // SplitJob's group_sums
 };
 
 struct TileJob {
@@ -1041,7 +1041,8 @@ LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_st
 // As above, of up to lowbit_bfloat16_rows() rows x [rows, depth] bfloat16, x_stride apart, in their own order; weights are
 // rounded to bfloat16, the output is bfloat16. int8 has zero points, too, if depth and block_columns are multiples of 32. Of
 // up to 64 rows and an even depth low_x [rows, depth], low_x_stride apart, times down [depth, rank], rounded, times the
-// transpose of up [columns, rank], all bfloat16, is added to what is rounded, if rank is not 0.
+// transpose of up [columns, rank], all bfloat16, is added to what is rounded, if rank is not 0; of codes of 4 bits alone, as
+// scales of others may be left to the sums.
 LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int64_t x_stride, int64_t depth, const void* weight,
                                                int code_type, int64_t columns, const void* scale, int scale_type,
                                                const void* zero_point, int64_t block_rows, int64_t block_columns,
@@ -1056,7 +1057,7 @@ LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int6
                            static_cast<const BFloat16*>(up), rank, nullptr, nullptr, nullptr};
 #ifdef LOWBIT_AMX
     constexpr int kInt8 = 0;
-    if (code_type == kInt8 && multiply_few_split(job, x, rows, x_stride, bias, output, threads)) return;
+    if (code_type == kInt8 && !rank && multiply_few_split(job, x, rows, x_stride, bias, output, threads)) return;
 #endif
     const auto* kernels = avx512_vnni::kernels_for(job, code_type);
     TileJob projected{};

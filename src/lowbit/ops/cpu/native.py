@@ -306,7 +306,8 @@ def weight_only_product(
             and a multiple of ``INT8_ZERO_COLUMNS``: dense int16; ``None``: 0.
         outer_scale: dense float32, not of int4: multiplied with the scales: [], or [N, ceil(K / outer_columns)].
         outer_columns: that share an outer scale, a multiple of 512; 0: all.
-        low_rank: added to the result before it is rounded; only of bfloat16, at most ``MOST_ROWS`` rows and an even K.
+        low_rank: added to the result before it is rounded; only of bfloat16, at most ``MOST_ROWS`` rows, an even K and
+            weights of 4 bits.
     """
     rows, depth = x.shape
     assert x.stride(1) == 1
@@ -317,6 +318,7 @@ def weight_only_product(
         assert zero_point.shape == scale.shape
         assert (weight_type, zero_point.dtype) in ZERO_POINTS
         assert weight_type == "int4" or (x.dtype == torch.bfloat16 and block_size[1] % INT8_ZERO_COLUMNS == 0)
+    assert low_rank is None or weight_type in ("int4", "e2m1")
     outer_scales = output.shape[1] * -(-depth // outer_columns) if outer_columns else 1
     assert outer_scale is None or outer_scale.numel() == outer_scales
     assert outer_columns % 512 == 0
