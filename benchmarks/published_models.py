@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -254,18 +254,22 @@ MODELS = {
 }
 
 
-def gemm_shapes(model: PublishedModel, method: str = "int8") -> Counter[tuple[int, int, int]]:
-    """Count the products of one step by (M, K, N) over the layers that ``method`` quantizes with its activations."""
+def quantized_layers(model: PublishedModel, method: str) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield name and layer of those that ``method`` quantizes with its activations, on the meta device."""
     from lowbit.quantization.factory import config_class
 
     transformer = model.components["transformer"].build()
-    shapes: Counter[tuple[int, int, int]] = Counter()
     for name, decision in plan_layers(transformer, config_class(method)()).items():
         if decision.method is not None and not decision.method.weight_only:
             layer = transformer.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            shapes[model.rows(name), layer.in_features, layer.out_features] += 1
-    return shapes
+            yield name, layer
+
+
+def gemm_shapes(model: PublishedModel, method: str = "int8") -> Counter[tuple[int, int, int]]:
+    """Count the products of one step by (M, K, N) over the layers that ``method`` quantizes with its activations."""
+    layers = quantized_layers(model, method)
+    return Counter((model.rows(name), layer.in_features, layer.out_features) for name, layer in layers)
 
 
 # Layers of a module that have one input, which is quantized once for all of them.
@@ -278,16 +282,10 @@ SHARING = {
 
 def quantized_inputs(model: PublishedModel, method: str = "int8") -> Counter[tuple[int, int]]:
     """Count what is quantized in one step by (M, K): the inputs of the layers that ``gemm_shapes`` counts."""
-    from lowbit.quantization.factory import config_class
-
-    transformer = model.components["transformer"].build()
     inputs: set[tuple[str, str, int, int]] = set()
-    for name, decision in plan_layers(transformer, config_class(method)()).items():
-        if decision.method is not None and not decision.method.weight_only:
-            parent, _, leaf = name.rpartition(".")
-            layer = transformer.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
-            inputs.add((parent, SHARING.get(leaf, leaf), model.rows(name), layer.in_features))
+    for name, layer in quantized_layers(model, method):
+        parent, _, leaf = name.rpartition(".")
+        inputs.add((parent, SHARING.get(leaf, leaf), model.rows(name), layer.in_features))
     return Counter((m, k) for _, _, m, k in inputs)
 
 

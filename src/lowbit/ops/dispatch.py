@@ -12,6 +12,10 @@ further scale tensors in some families):
 ``linear(x, packed, weight_scale, ...) -> Tensor``
     the computation.
 
+A module may also have ``linears``, which takes lists of weights, scales and biases and quantizes one input once for all
+layers, and ``gated_linear``, which takes two and returns silu of the first's result times the second's
+(``lowbit.quantization.joint`` looks for them).
+
 Those whose kernels read the checkpoint's own layout take the packing from ``lowbit.ops.canonical``.
 
 The attention family has ``supports`` and ``attention`` (``lowbit.ops.attention``) in place of the four.
