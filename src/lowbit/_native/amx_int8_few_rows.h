@@ -8,7 +8,7 @@
 // 2**-22 of the largest of a row.
 
 struct FewInt8 {
-    static constexpr bool is_gated = false, is_split = false, has_groups = false;
+    static constexpr bool is_gated = false, is_split = false;
 };
 
 struct FewGatedInt8 : FewInt8 {  // the two tiles of channels are one of each weight
@@ -19,12 +19,6 @@ struct FewSplitInt8 : FewInt8 {  // the rows are those of the first bytes, of th
     static constexpr bool is_split = true;
 };
 
-template <typename ScaleType>
-struct FewGroupedInt8 : FewSplitInt8 {  // with a scale, and maybe a zero point, for each group of inputs
-    using Scale = ScaleType;
-    static constexpr bool has_groups = true;
-};
-
 constexpr int64_t kBytesOfASplit = 3;
 constexpr int kSplitBits = 21;  // of the first power of two in a row
 
@@ -32,7 +26,6 @@ constexpr int64_t kChunkSteps = 4;  // whose weights are asked of memory togethe
 
 struct FewInt8Memory {
     alignas(64) int32_t sums[4][kTileRows * kTileChannels];
-    alignas(64) float totals[4][kTileRows * kTileChannels];  // of groups, scaled
     alignas(64) int8_t rest[2][kTileBytes];  // the last inputs, with zeros behind
 };
 
@@ -126,22 +119,19 @@ LOWBIT_INLINE void write_few(const TileJob& job, const int32_t* sums, const int3
     }
 }
 
-LOWBIT_INLINE __m512 widen_sums(const int32_t* sums) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums)); }
-LOWBIT_INLINE __m512 widen_sums(const float* sums) { return _mm512_load_ps(sums); }
-
-// Sums [16 channels][16 rows] of each block of rows -> output [rows][channels]; those that are float are scaled.
-template <typename Output, typename Sum>
-LOWBIT_INLINE void write_split(const TileJob& job, const Sum (*sums)[kTileRows * kTileChannels], int64_t channel) {
-    alignas(64) Sum turned[4 * kTileRows * kTileChannels];
+// Sums [16 channels][16 rows] of each block of rows -> output [rows][channels].
+template <typename Output>
+LOWBIT_INLINE void write_split(const TileJob& job, const int32_t (*sums)[kTileRows * kTileChannels], int64_t channel) {
+    alignas(64) int32_t turned[4 * kTileRows * kTileChannels];
     for (int64_t block = 0; block * kTileRows < job.rows; ++block)
         pack_step(reinterpret_cast<const int8_t*>(sums[block]), kStep, ~__mmask64{0},
                   reinterpret_cast<int8_t*>(turned + block * kTileRows * kTileChannels));
     const int64_t rows = job.rows / kBytesOfASplit;
     const auto part = [&](int64_t i, int64_t row) LOWBIT_INLINE_LAMBDA {
-        return widen_sums(turned + (i * rows + row) * kTileChannels);
+        return _mm512_cvtepi32_ps(_mm512_load_si512(turned + (i * rows + row) * kTileChannels));
     };
     const __m512 byte = _mm512_set1_ps(256.0f);
-    const __m512 scale = job.groups ? _mm512_set1_ps(1.0f) : _mm512_loadu_ps(job.weight.column_scale + channel);
+    const __m512 scale = _mm512_loadu_ps(job.weight.column_scale + channel);
     const __m512 bias = job.weight.bias ? _mm512_loadu_ps(job.weight.bias + channel) : _mm512_setzero_ps();
     auto* to = static_cast<Output*>(job.output) + channel;
     for (int64_t row = 0; row < rows; ++row, to += job.columns) {
@@ -173,63 +163,15 @@ void split_rows(const SplitJob& job, int64_t first, int64_t last) {
                 value = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
             }
         }
-        if (!job.group_sums) continue;
-        for (int64_t j = 0; j < kBytesOfASplit; ++j)
-            for (int64_t first = 0, group = 0; first < job.depth; first += job.group_inputs, ++group) {
-                int32_t sum = 0;
-                for (int64_t i = first; i < smaller(first + job.group_inputs, job.depth); ++i) sum += to[j][i];
-                job.group_sums[group * kMostFewRows + j * job.rows + row] = sum;
-            }
     }
-}
-
-// Adds the sums of a group of inputs, scaled, to the totals of 16 channels, or to zero.
-template <typename Scale>
-LOWBIT_INLINE void add_group(const TileJob& job, int64_t group, int64_t channel, const int32_t* sums, const int32_t* row_sums, float* totals) {
-    const GroupScales& groups = *job.groups;
-    const int64_t at = channel * groups.per_channel + group;
-    const auto* scales = static_cast<const Scale*>(groups.scales) + at;
-    const __m512i of_rows = _mm512_load_si512(row_sums);
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < kTileChannels; ++i) {
-        __m512i sum = _mm512_load_si512(sums + i * kTileRows);
-        if (groups.zero_points) {
-            const __m512i zero = _mm512_set1_epi32(groups.zero_points[at + i * groups.per_channel]);
-            sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zero, of_rows));
-        }
-        const __m512 before = group ? _mm512_load_ps(totals + i * kTileRows) : _mm512_setzero_ps();
-        const __m512 scale = _mm512_set1_ps(widen(scales[i * groups.per_channel]));
-        _mm512_store_ps(totals + i * kTileRows, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, before));
-    }
-}
-
-// The same for all that tiles hold, which begin anew.
-template <typename Scale>
-LOWBIT_INLINE void add_groups(const TileJob& job, int64_t group, const ChannelTile (&tiles)[2], bool are_two, FewInt8Memory& memory) {
-    store_sums(memory.sums);
-    zero_sums();
-    const int32_t* row_sums = job.groups->row_sums + group * kMostFewRows;
-    for (int64_t block = 0; block * kTileRows < job.rows; ++block) {
-        add_group<Scale>(job, group, tiles[0].channel, memory.sums[block], row_sums + block * kTileRows, memory.totals[block]);
-        if (are_two)
-            add_group<Scale>(job, group, tiles[1].channel, memory.sums[2 + block], row_sums + block * kTileRows, memory.totals[2 + block]);
-    }
-}
-
-// All rows of one tile of channels or, of one weight, of two.
-template <typename Output, typename Sum>
-LOWBIT_INLINE void write_splits(const TileJob& job, const Sum (*sums)[kTileRows * kTileChannels], const ChannelTile (&tiles)[2], bool are_both) {
-    write_split<Output>(job, sums, tiles[0].channel);
-    if (are_both) write_split<Output>(job, sums + 2, tiles[1].channel);
 }
 
 template <typename Kind, typename Output>
 LOWBIT_INLINE void write_channels(const TileJob& job, FewInt8Memory& memory, const ChannelTile (&tiles)[2], bool are_two) {
     const bool are_both = are_two && tiles[1].channel != tiles[0].channel;
-    if constexpr (Kind::has_groups) {
-        write_splits<Output>(job, memory.totals, tiles, are_both);
-    } else if constexpr (Kind::is_split) {
-        write_splits<Output>(job, memory.sums, tiles, are_both);
+    if constexpr (Kind::is_split) {
+        write_split<Output>(job, memory.sums, tiles[0].channel);
+        if (are_both) write_split<Output>(job, memory.sums + 2, tiles[1].channel);
     } else {
         for (int64_t row = 0, block = 0; row < job.rows; row += kTileRows, ++block) {
             write_few<Kind, Output>(job, memory.sums[block], memory.sums[2 + block % 2], row, tiles[0].channel);
@@ -251,7 +193,6 @@ void multiply_few_int8(const TileJob& job, int64_t first, int64_t last) {
         channels_of<Kind>(job, smaller(group + 1, last - 1), are_two, next);
         zero_sums();
         const uint8_t* x = job.tiles;
-        int64_t scaled = 0, left = Kind::has_groups ? job.groups->inputs : 0;  // groups of inputs, inputs of the next
         for (int64_t input = 0; input < job.depth; input += chunk) {
             const bool is_last = input + chunk >= job.depth;
             const ChannelTile* asked = is_last ? next : tiles;
@@ -268,14 +209,9 @@ void multiply_few_int8(const TileJob& job, int64_t first, int64_t last) {
                     multiply_channels(memory.rest[0], memory.rest[1], kStep, x, job.rows);
                 }
                 x += step_bytes;
-                if constexpr (Kind::has_groups) {
-                    if (at >= job.depth || ((left -= kStep) > 0 && at + kStep < job.depth)) continue;
-                    add_groups<typename Kind::Scale>(job, scaled++, tiles, are_two, memory);
-                    left = job.groups->inputs;
-                }
             }
         }
-        if (!Kind::has_groups) store_sums(memory.sums);
+        store_sums(memory.sums);
         write_channels<Kind, Output>(job, memory, tiles, are_two);
         tiles[0] = next[0], tiles[1] = next[1];
     }
@@ -286,5 +222,3 @@ constexpr TileKernel few_int8_products[2][3] = {
     {multiply_few_int8<FewInt8, float>, multiply_few_int8<FewInt8, BFloat16>, multiply_few_int8<FewInt8, Half>},
     {multiply_few_int8<FewGatedInt8, float>, multiply_few_int8<FewGatedInt8, BFloat16>, multiply_few_int8<FewGatedInt8, Half>}};
 constexpr TileKernel few_split_product = multiply_few_int8<FewSplitInt8, BFloat16>;
-constexpr TileKernel few_grouped_products[2] = {multiply_few_int8<FewGroupedInt8<float>, BFloat16>,
-                                               multiply_few_int8<FewGroupedInt8<BFloat16>, BFloat16>};

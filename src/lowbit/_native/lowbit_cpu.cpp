@@ -166,12 +166,11 @@ struct LowRank {
     uint8_t* tiles;    // the same as TileJob's tiles
 };
 
-// Scales, and zero points, of groups of a weight's inputs that are applied to sums.
+// Scales, and zero points, of groups of a weight's inputs, and of UnitJob's units.
 struct GroupScales {
-    const void* scales;           // [channels][groups], float32 or bfloat16
-    const int16_t* zero_points;   // likewise, or null
-    int64_t per_channel, inputs;  // groups of a channel, inputs of a group
-    const int32_t* row_sums;      // SplitJob's group_sums
+    const void *scales, *zero_points;         // [channels][groups]; the second may be null
+    int64_t per_channel, inputs, unit_steps;  // groups of a channel, inputs of a group, 64 of them of a unit
+    const float *row_scales, *row_sums;       // UnitJob's
 };
 
 struct TileJob {
@@ -195,11 +194,19 @@ struct SplitJob {
     int64_t rows, depth, stride;
     int8_t* codes;     // [3][rows, depth]
     float* row_scale;  // [rows]
-    int64_t group_inputs;
-    int32_t* group_sums;  // [groups][64], of which the first are those of the codes [3][rows]; or null
 };
 
 constexpr int64_t kMostRows = 64;
+
+struct UnitJob {
+    const BFloat16* x;  // [rows, depth], rows `stride` apart
+    int64_t rows, depth, stride, inputs;  // the last of a unit
+    bool is_even_first, has_sums;
+    float scale;           // that all are to be multiplied with
+    int8_t* codes;         // [2][rows, depth]
+    float *scales, *sums;  // [units][kMostRows], of which the first are those of the codes [2][rows]
+};
+
 constexpr int64_t kMostVectorRows = 256;  // of bfloat16 without AMX, for each 64 of which the weight is decoded
 
 struct WeightJob {
@@ -467,6 +474,7 @@ using avx512::widen;
 namespace amx {
 using avx512_vnni::kStep;
 using avx512_vnni::pack_step;
+using avx512::Int4;
 using avx512::store_narrow;
 using avx512::widen;
 using avx512_vnni::present;
@@ -485,6 +493,7 @@ using avx512_vnni::Queries;
 #include "amx_product.h"
 #include "amx_few_rows.h"
 #include "amx_int8_few_rows.h"
+#include "amx_grouped_rows.h"
 #include "bfloat16_kernels.h"
 #undef LOWBIT_TILES
 #include "attention_amx.h"
@@ -685,43 +694,57 @@ void multiply_few_int8(const TileJob& job, int element_type, int threads) {
     run(amx::few_int8_products[is_gated][element_type], job, groups, job.columns * job.depth / 8, threads);
 }
 
-// Whether scales and zero points of int8 may be left to the sums: those of channels, or of groups of whole steps.
-bool has_few_groups(const WeightJob& weight) {
-    constexpr int64_t kMostShifted = kMostExactInputs / 2;  // with zero points a product takes a bit more
-    const bool is_whole = weight.block_columns >= weight.depth;
-    const bool are_groups = weight.scale_type <= 1 && weight.block_rows == 1 && !weight.outer_scale &&
-                            (is_whole || weight.block_columns % amx::kStep == 0);
-    return are_groups && smaller(weight.block_columns, weight.depth) <= (weight.zero_point ? kMostShifted : kMostExactInputs);
-}
-
-constexpr int64_t kMostGroupedRows = 32;  // of more, adding the groups' sums takes longer than decoding the weight
-
-// Few rows of bfloat16 with weights of int8. Returns whether it was done.
+// Few rows of bfloat16 with weights of int8 with a scale a channel. Returns whether it was done.
 bool multiply_few_split(const WeightJob& weight, const void* x, int64_t rows, int64_t stride, const float* bias, void* output,
                         int threads) {
     const int64_t split_rows = amx::kBytesOfASplit * rows;
-    const bool has_one_scale = !weight.zero_point && has_channel_scales(weight) && weight.depth <= kMostExactInputs;
-    if (selected_isa != kAmx || !are_few_int8(split_rows, false) || weight.columns % amx::kTileChannels) return false;
-    if (!has_one_scale && !(has_few_groups(weight) && split_rows <= kMostGroupedRows)) return false;
+    if (weight.zero_point || !has_channel_scales(weight) || weight.depth > kMostExactInputs) return false;
+    if (!are_few_int8(split_rows, false) || weight.columns % amx::kTileChannels) return false;
     static thread_local std::vector<int8_t> codes;
     static thread_local std::vector<float> scale;
-    static thread_local std::vector<int32_t> sums;
-    const int64_t inputs = smaller(weight.block_columns, weight.depth);
     codes.resize(static_cast<size_t>(split_rows * weight.depth));
     scale.resize(static_cast<size_t>(rows));
-    sums.resize(static_cast<size_t>(blocks(weight.depth, inputs) * kMostRows + kMostRows));
-    auto* const row_sums = reinterpret_cast<int32_t*>(blocks(reinterpret_cast<uintptr_t>(sums.data()), 64) * 64);
-    const SplitJob split{static_cast<const BFloat16*>(x), rows, weight.depth, stride, codes.data(), scale.data(), inputs,
-                         weight.zero_point ? row_sums : nullptr};
+    const SplitJob split{static_cast<const BFloat16*>(x), rows, weight.depth, stride, codes.data(), scale.data()};
     run(amx::split_rows, split, rows, rows * weight.depth, threads);
-    const GroupScales groups{weight.scale, static_cast<const int16_t*>(weight.zero_point), blocks(weight.depth, inputs), inputs, row_sums};
     TileJob job{codes.data(), split_rows, weight.depth, weight.depth, scale.data(), nullptr,
-                {weight.weight, has_one_scale ? channel_scales(weight) : nullptr, bias}, {}, weight.columns, output, 0, 0, nullptr, 0};
-    if (!has_one_scale) job.groups = &groups;
+                {weight.weight, channel_scales(weight), bias}, {}, weight.columns, output, 0, 0, nullptr, 0};
     arrange_few_int8(job, threads);
     const int64_t channels = (split_rows <= 2 * amx::kTileRows ? 2 : 1) * amx::kTileChannels;
-    const TileKernel multiply = has_one_scale ? amx::few_split_product : amx::few_grouped_products[weight.scale_type];
-    run(multiply, job, blocks(job.columns, channels), job.columns * job.depth / 8, threads);
+    run(amx::few_split_product, job, blocks(job.columns, channels), job.columns * job.depth / 8, threads);
+    return true;
+}
+
+// Whether rows are multiplied with a weight's groups as integers, in tiles: two rows of int4 are by vectors; of more, scaling the
+// sums takes longer than decoding the weight.
+bool are_grouped_rows(const WeightJob& weight, bool is_int4, int64_t rows) {
+    const int64_t inputs = smaller(weight.block_columns, weight.depth);
+    const bool are_groups = weight.scale_type <= 1 && weight.block_rows == 1 && !weight.outer_scale && inputs % amx::kStep == 0;
+    if (!are_groups || weight.depth % amx::kStep || weight.columns % amx::kTileChannels) return false;
+    const bool is_decoded_fast = is_int4 && !weight.zero_point;
+    return rows >= (is_int4 ? 3 : 1) && rows <= amx::kMostUnitRows / (is_decoded_fast ? 2 : 1);
+}
+
+// Few rows of bfloat16 with weights of int8 or int4 in groups. Returns whether it was done.
+bool multiply_few_grouped(const WeightJob& weight, bool is_int4, const void* x, int64_t rows, int64_t stride, const float* bias,
+                          void* output, int threads) {
+    constexpr int64_t kUnit = avx512_vnni::kUnit;
+    if (!are_grouped_rows(weight, is_int4, rows)) return false;
+    const int64_t split_rows = amx::kBytesOfAUnit * rows, inputs = smaller(weight.block_columns, weight.depth);
+    const int64_t unit = inputs % kUnit ? amx::kStep : kUnit, floats = blocks(weight.depth, unit) * kMostRows;
+    static thread_local std::vector<int8_t> codes;
+    static thread_local std::vector<float> scales;
+    codes.resize(static_cast<size_t>(split_rows * weight.depth));
+    scales.resize(static_cast<size_t>(2 * floats));
+    const UnitJob units{static_cast<const BFloat16*>(x), rows, weight.depth, stride, unit, is_int4, weight.zero_point != nullptr,
+                        is_int4 ? amx::kNibbleScale : 1.0f, codes.data(), scales.data(), scales.data() + floats};
+    run(amx::round_units, units, rows, rows * weight.depth, threads);
+    const GroupScales groups{weight.scale, weight.zero_point, blocks(weight.depth, inputs), inputs, unit / amx::kStep, units.scales, units.sums};
+    TileJob job{codes.data(), split_rows, weight.depth, weight.depth, nullptr, nullptr,
+                {weight.weight, nullptr, bias}, {}, weight.columns, output, 0, 0, nullptr, 0, {}, &groups};
+    arrange_few_int8(job, threads);
+    const auto& products = is_int4 ? amx::grouped_products<avx512::Int4> : amx::grouped_products<Int8>;
+    run(products[weight.scale_type][weight.zero_point != nullptr], job, blocks(job.columns, amx::kPairChannels),
+        job.columns * job.depth / 8, threads);
     return true;
 }
 
@@ -1056,8 +1079,11 @@ LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int6
     const LowRank low_rank{static_cast<const BFloat16*>(low_x), low_x_stride, static_cast<const BFloat16*>(down),
                            static_cast<const BFloat16*>(up), rank, nullptr, nullptr, nullptr};
 #ifdef LOWBIT_AMX
-    constexpr int kInt8 = 0;
-    if (code_type == kInt8 && !rank && multiply_few_split(job, x, rows, x_stride, bias, output, threads)) return;
+    constexpr int kInt8 = 0, kInt4 = 2;
+    if (selected_isa == kAmx && !rank && (code_type == kInt8 || code_type == kInt4)) {
+        if (code_type == kInt8 && multiply_few_split(job, x, rows, x_stride, bias, output, threads)) return;
+        if (multiply_few_grouped(job, code_type == kInt4, x, rows, x_stride, bias, output, threads)) return;
+    }
 #endif
     const auto* kernels = avx512_vnni::kernels_for(job, code_type);
     TileJob projected{};

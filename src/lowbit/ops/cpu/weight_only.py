@@ -1,10 +1,10 @@
 """What the products of activations and 8- or 4-bit weights have in common on CPUs.
 
-Up to four rows of 16-bit activations the native helper multiplies with codes that are integers as such, at the speed at
-which memory gives them. Up to ``native.MOST_ROWS`` rows it decodes codes and multiplies in float32. Rows of bfloat16 on
-CPUs with AVX512-BF16, and any number of them with AMX, it multiplies with codes decoded to bfloat16, in the cache. More
-rows elsewhere, and no helper: blocks of output channels are decoded into the cache and multiplied by torch in the
-precision that this CPU is fastest in.
+Up to four rows of 16-bit activations, with AMX up to 21, the native helper multiplies with codes that are integers as
+such, at the speed at which memory gives them. Up to ``native.MOST_ROWS`` rows it decodes codes and multiplies in
+float32. Rows of bfloat16 on CPUs with AVX512-BF16, and any number of them with AMX, it multiplies with codes decoded
+to bfloat16, in the cache. More rows elsewhere, and no helper: blocks of output channels are decoded into the cache
+and multiplied by torch in the precision that this CPU is fastest in.
 """
 
 from __future__ import annotations
