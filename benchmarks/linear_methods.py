@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mxfp4_dualscale": {"method": "mxfp4_dualscale"},
     "nvfp4": {"method": "nvfp4"},
     "auto-round": {"method": "auto-round", "group_size": 128},
+    "auto-round, asymmetric": {"method": "auto-round", "group_size": 128, "sym": False},
     "auto-round, 8 bits": {"method": "auto-round", "group_size": 128, "bits": 8},
     "auto-round, 8 bits, asymmetric": {"method": "auto-round", "group_size": 128, "bits": 8, "sym": False},
     "svdquant": {"method": "svdquant"},

@@ -229,13 +229,14 @@ def few_rows(found: Mapping[str, Any]) -> str:
 
 
 def weight_only(found: Mapping[str, Any]) -> str:
-    """Return the table of ``benchmarks.weight_only``: time per token, the share of the bandwidth and of the limit."""
+    """Return the table of ``benchmarks.weight_only``: time per token, and what part of the limits it is."""
     kinds = [name for name in found["results"][0] if name not in ("shape", "m", "bandwidth_gb_per_second")]
+    shares = ("bandwidth", "reading", "limit")
     heads = [
         "rows",
         "in x out",
         "memory GB/s",
-        *(f"{kind} us per row, of the bandwidth, of the limit" for kind in kinds),
+        *(f"{kind} us per row, of the bandwidth, of reading, of the limit" for kind in kinds),
     ]
     rows = [
         [
@@ -243,7 +244,7 @@ def weight_only(found: Mapping[str, Any]) -> str:
             row["shape"],
             f"{row['bandwidth_gb_per_second']:.1f}",
             *(
-                f"{cell['us_per_token']:,.0f}, {cell['share_of_bandwidth']:.0%}, {cell['share_of_limit']:.0%}"
+                ", ".join([f"{cell['us_per_token']:,.0f}", *(f"{cell['share_of_' + share]:.0%}" for share in shares)])
                 for cell in (row[kind] for kind in kinds)
             ),
         ]

@@ -1,13 +1,14 @@
-"""Time layers whose weights alone are quantized, against BF16, FP32 and the rate at which memory gives them.
+"""Time layers whose weights alone are quantized, against BF16, FP32 and how fast memory gives them.
 
     python -m benchmarks.weight_only --quick
     python -m benchmarks.weight_only --output benchmarks/results/weight_only.json
     python -m benchmarks.weight_only --shapes 3840x3840 --rows 1 8 64 --budget 2
 
 Shapes are in_features x out_features. Every layer is made of as many different weights as do not fit a cache, so that
-each call reads its weight from memory. The bandwidth is that of reading a large array, measured before and after. The
-limit is the time that memory takes to give the weight, or that torch takes for as many multiplications in its fastest
-type, at the best rate it reaches with many rows, whichever is longer.
+each call reads its weight from memory. The bandwidth is that of reading a large array, measured before and after.
+Reading a weight is summing its tensor's bytes with torch, likewise another at each call: one so small is not read at
+the rate of a large array. The limit is the time that memory takes to give the weight, or that torch takes for as many
+multiplications in its fastest type, at the best rate it reaches with many rows, whichever is longer.
 ``--one-core`` computes on one thread and reads its CPU clock, for machines that are busy with other work.
 """
 
@@ -24,8 +25,9 @@ import torch
 
 from benchmarks.timing import alternate, summary, write
 from lowbit.benchmarking.limits import gemm_limits
-from lowbit.ops import fp8, int8, int8_weight_only, w4a16
+from lowbit.ops import fp8, int8, int8_weight_only, mx, w4a16
 from lowbit.ops.cpu import fp8 as cpu_fp8
+from lowbit.ops.cpu import mx as cpu_mx
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 
 SHAPES = ("3840x3840", "3840x10240", "10240x3840", "256x23040")
@@ -35,6 +37,7 @@ BYTES_BEYOND_CACHES = 200 << 20
 MOST_COPIES = 24
 BLOCK = (128, 128)
 GROUP_SIZE = 128
+READING = ", read"
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Clock = Callable[[], float]
@@ -42,10 +45,19 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight in one format: what computes with it, and the bytes that are read for that."""
+    """A weight in one format: what computes with it, and what is read for that, the codes first."""
 
     linear: Linear
-    weight_bytes: int
+    tensors: tuple[torch.Tensor, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def read(self) -> None:
+        """Sum the codes' bytes, eight as one."""
+        self.tensors[0].view(torch.int64).sum()
 
 
 def make_layers(weight: torch.Tensor) -> dict[str, Layer]:
@@ -55,6 +67,7 @@ def make_layers(weight: torch.Tensor) -> dict[str, Layer]:
     values, channel_scale = fp8.quantize_fp8_per_token(weight)
     block_values, block_scale = fp8.quantize_fp8_per_block(weight, BLOCK)
     packed, group_scale, _ = w4a16.quantize_int4_per_group(weight, GROUP_SIZE, True, torch.bfloat16)
+    elements, element_scale = mx.quantize_mxfp4(weight)
     plain = torch.nn.functional.linear
     found: dict[str, tuple[Linear, tuple[torch.Tensor, ...]]] = {
         "bf16": (lambda x: plain(x, half), (half,)),
@@ -66,8 +79,9 @@ def make_layers(weight: torch.Tensor) -> dict[str, Layer]:
             (block_values, block_scale),
         ),
         "int4": (lambda x: cpu_w4a16.linear(x, packed, group_scale, None), (packed, group_scale)),
+        "mxfp4": (lambda x: cpu_mx.linear(x, elements, element_scale, None), (elements, element_scale)),
     }
-    return {name: Layer(linear, sum(tensor.nbytes for tensor in tensors)) for name, (linear, tensors) in found.items()}
+    return {name: Layer(*parts) for name, parts in found.items()}
 
 
 def read_bandwidth(clock: Clock, seconds: float = 1.0) -> float:
@@ -108,6 +122,16 @@ def through_all(layers: list[Layer], x: torch.Tensor) -> Callable[[], None]:
     return run
 
 
+def read_all(layers: list[Layer]) -> Callable[[], None]:
+    """Return a function that reads one weight after the other."""
+
+    def run() -> None:
+        for layer in layers:
+            layer.read()
+
+    return run
+
+
 def measure(
     shape: str, rows: list[int], repetitions: int, budget: float, products: float, one_core: bool = False
 ) -> Iterator[dict[str, Any]]:
@@ -123,6 +147,7 @@ def measure(
             name: through_all([layers[name] for layers in few], x if name == "fp32" else x.bfloat16())
             for name in made[0]
         }
+        cases |= {name + READING: read_all([layers[name] for layers in few]) for name in made[0]}
         bandwidth = read_bandwidth(clock)
         if one_core:
             seconds = alternate_by(clock, cases, repetitions)
@@ -142,7 +167,8 @@ def result(
     layers: dict[str, Layer],
 ) -> dict[str, Any]:
     """Print and return the times, rates and ratios of one comparison; ``multiplying``: seconds at least."""
-    times = {name: summary(values) for name, values in seconds.items()}
+    times = {name: summary(seconds[name]) for name in layers}
+    reading = {name: summary(seconds[name + READING])["median_ms"] for name in layers}
     found: dict[str, Any] = {"shape": shape, "m": rows, "bandwidth_gb_per_second": round(bandwidth / 1e9, 1)}
     print(f"{shape} M={rows}, memory {bandwidth / 1e9:.1f} GB/s", flush=True)
     for name, timed in times.items():
@@ -153,6 +179,8 @@ def result(
             "us_per_token": round(1e3 * timed["median_ms"] / rows, 1),
             "gb_per_second": round(rate / 1e9, 2),
             "share_of_bandwidth": round(rate / bandwidth, 3),
+            "reading_ms": reading[name],
+            "share_of_reading": round(reading[name] / timed["median_ms"], 3),
             "share_of_limit": round(1e3 * limit / timed["median_ms"], 3),
             "speedup_over_bf16": round(times["bf16"]["median_ms"] / timed["median_ms"], 2),
             "speedup_over_fp32": round(times["fp32"]["median_ms"] / timed["median_ms"], 2),
@@ -160,7 +188,8 @@ def result(
         found[name] = line
         print(
             f"  {name:10}{timed['median_ms']:9.3f} ms {line['gb_per_second']:7.2f} GB/s"
-            f" {line['share_of_bandwidth']:6.0%}, of the limit {line['share_of_limit']:4.0%}"
+            f" {line['share_of_bandwidth']:6.0%}, of reading {line['share_of_reading']:4.0%},"
+            f" of the limit {line['share_of_limit']:4.0%}"
             f"  over bf16 {line['speedup_over_bf16']:6.2f}  over fp32 {line['speedup_over_fp32']:6.2f}",
             flush=True,
         )
