@@ -132,12 +132,10 @@ LOWBIT_INLINE __m512i nibble_indices(const uint8_t* codes) {
     return _mm512_srlv_epi16(broadcast_16(codes), shifts);
 }
 
-// Blocks of `block` inputs, a multiple of 32.
-template <typename Code>
-LOWBIT_INLINE void decode_nibbles(const uint8_t* codes, int64_t count, int64_t block, const float* scales, const float* zeros,
-                                  BFloat16* output) {
-    for (int64_t i = 0; i < count; i += block, ++scales, ++zeros) {
-        const __m512 table = _mm512_mul_ps(avx512::table_of(Code{}, *zeros), _mm512_set1_ps(*scales));
+// E2M1 in blocks of `block` inputs, a multiple of 32.
+LOWBIT_INLINE void decode_nibbles(const uint8_t* codes, int64_t count, int64_t block, const float* scales, BFloat16* output) {
+    for (int64_t i = 0; i < count; i += block, ++scales) {
+        const __m512 table = _mm512_mul_ps(avx512::table_of(E2M1{}, 0.0f), _mm512_set1_ps(*scales));
         const __m512i words = round_pair(table, table);
         for (int64_t j = i; j < i + block; j += kWords)
             _mm512_storeu_si512(output + j, _mm512_permutexvar_epi16(nibble_indices(codes + j / 2), words));
@@ -164,10 +162,9 @@ LOWBIT_INLINE __m512i look_up_half_blocks(const uint8_t* codes, __m512i words) {
     return look_up_pairs(broadcast_16(codes), nibble_places(), second, words);
 }
 
-// Blocks of 16 inputs.
-template <typename Code>
+// E2M1 in blocks of 16 inputs.
 LOWBIT_INLINE void decode_half_blocks(const uint8_t* codes, int64_t count, const float* scales, BFloat16* output) {
-    const __m512 table = avx512::table_of(Code{}, 0.0f);
+    const __m512 table = avx512::table_of(E2M1{}, 0.0f);
     for (int64_t i = 0; i < count; i += kWords, codes += kWords / 2, scales += 2) {
         const __m512 first = _mm512_mul_ps(table, _mm512_set1_ps(scales[0])), second = _mm512_mul_ps(table, _mm512_set1_ps(scales[1]));
         _mm512_storeu_si512(output + i, look_up_half_blocks(codes, round_pair(first, second)));
@@ -253,40 +250,55 @@ LOWBIT_INLINE void write_half(const uint8_t* codes, int64_t count, __m512i words
         _mm512_storeu_si512(output + i, look_up_pairs(broadcast_16(codes + i / 2), nibble_places(), half, words));
 }
 
-// int4 without zero points; kBlock inputs, of which depth is a multiple, have a scale, or any multiple of 32 (0). Values are
-// rounded for two blocks at once.
-template <typename Scale, int64_t kBlock>
+// The bytes as float32: spreading one of them over a register takes no unit that looking up waits for.
+struct BytesAsFloats {
+    float values[256];
+    constexpr BytesAsFloats() : values() {
+        for (int i = 0; i < 256; ++i) values[i] = static_cast<float>(i);
+    }
+};
+constexpr BytesAsFloats kBytesAsFloats;
+
+// int4; kBlock inputs, of which depth is a multiple, have a scale, or any multiple of 32 (0). Values are rounded for two blocks at
+// once.
+template <typename Scale, int64_t kBlock, bool kHasZero>
 LOWBIT_INLINE void decode_int4(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     const auto& job = *static_cast<const WeightJob*>(weight);
     const int64_t block = kBlock ? kBlock : job.block_columns, per_row = block >= job.depth ? 1 : avx512::quotient(job.depth, block);
     const auto* scales = static_cast<const Scale*>(job.scale) + channel * per_row;
+    const auto* zeros = static_cast<const uint8_t*>(job.zero_point) + channel * per_row;
     const auto* codes = static_cast<const uint8_t*>(job.weight) + static_cast<uint64_t>(channel * job.depth + first) / 2;
-    const __m512 values = avx512::table_of(Int4{}, 8.0f);
+    const __m512 values = avx512::table_of(Int4{}, kHasZero ? 0.0f : 8.0f);
+    const auto scaled = [=](const Scale* scale, const uint8_t* zero) LOWBIT_INLINE_LAMBDA {
+        const __m512 shifted = kHasZero ? _mm512_sub_ps(values, _mm512_set1_ps(kBytesAsFloats.values[*zero])) : values;
+        return _mm512_mul_ps(shifted, _mm512_set1_ps(widen(*scale)));
+    };
     const __m512i first_half = _mm512_set1_epi16(0x0100), second_half = _mm512_set1_epi16(0x2120);
     for (int64_t done = 0; done < count; done += avx512::kChunk) {  // whole blocks, or a part of one
         const int64_t part = smaller(avx512::kChunk, count - done), size = kBlock ? kBlock : smaller(block, part);
-        const Scale* scale = scales + avx512::quotient(first + done, block);
-        for (int64_t i = done; i < done + part; i += 2 * size, scale += 2) {
+        const int64_t group = avx512::quotient(first + done, block);
+        const Scale* scale = scales + group;
+        const uint8_t* zero = zeros + group;
+        for (int64_t i = done; i < done + part; i += 2 * size, scale += 2, zero += 2) {
             const bool are_two = i + size < done + part;
-            const __m512 low = _mm512_mul_ps(values, _mm512_set1_ps(widen(scale[0])));
-            const __m512i words = round_pair(low, are_two ? _mm512_mul_ps(values, _mm512_set1_ps(widen(scale[1]))) : low);
+            const __m512 low = scaled(scale, zero);
+            const __m512i words = round_pair(low, are_two ? scaled(scale + 1, zero + 1) : low);
             write_half(codes + i / 2, size, words, first_half, output + i);
             if (are_two) write_half(codes + (i + size) / 2, size, words, second_half, output + i + size);
         }
     }
 }
 
-// Either in any groups that split_activations takes.
-template <typename Code>
+// E2M1 in any groups that split_activations takes.
 void decode_pairs(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     const auto& job = *static_cast<const WeightJob*>(weight);
-    const auto* codes = reinterpret_cast<const uint8_t*>(avx512::channel_codes<Code>(job, channel)) + first / 2;
+    const auto* codes = reinterpret_cast<const uint8_t*>(avx512::channel_codes<E2M1>(job, channel)) + first / 2;
     for (; count > 0; count -= avx512::kChunk, first += avx512::kChunk, codes += avx512::kChunk / 2, output += avx512::kChunk) {
         const int64_t part = smaller(avx512::kChunk, count), block = smaller(job.block_columns, part);
         avx512::BlockScales scales;
-        avx512::load_block_scales<Code>(job, channel, first, avx512::quotient_up(part, block), scales);
-        if (block == 16) decode_half_blocks<Code>(codes, part, scales.scales, output);
-        else decode_nibbles<Code>(codes, part, block, scales.scales, scales.zeros, output);
+        avx512::load_block_scales<E2M1>(job, channel, first, avx512::quotient_up(part, block), scales);
+        if (block == 16) decode_half_blocks(codes, part, scales.scales, output);
+        else decode_nibbles(codes, part, block, scales.scales, output);
     }
 }
 
@@ -319,7 +331,7 @@ LOWBIT_INLINE void decode_mxfp4(const void* weight, int64_t channel, int64_t fir
         const float outer = avx512::outer_scale_at(job, channel, first + done);
         const auto* scales = static_cast<const uint8_t*>(job.scale) + at / kWords;
         if (!are_near(scales, part / kWords) || !(outer > 1 / kLargest && outer < kLargest)) {
-            decode_pairs<E2M1>(weight, channel, first + done, part, output + done);
+            decode_pairs(weight, channel, first + done, part, output + done);
             continue;
         }
         const auto* codes = static_cast<const uint8_t*>(job.weight) + at / 2;
@@ -473,23 +485,27 @@ ChannelKernels byte_decoder(const WeightJob& job) {
     return kKernelsOf<Each<decode_bytes<Code, false>>>;
 }
 
+template <typename Scale, bool kHasZero>
+ChannelKernels int4_decoder(const WeightJob& job) {
+    if (job.block_columns == 64 && job.depth % 64 == 0) return kKernelsOf<Each<decode_int4<Scale, 64, kHasZero>>>;
+    if (job.block_columns == 128 && job.depth % 128 == 0) return kKernelsOf<Each<decode_int4<Scale, 128, kHasZero>>>;
+    return kKernelsOf<Each<decode_int4<Scale, 0, kHasZero>>>;
+}
+
 template <typename Scale>
 ChannelKernels int4_decoder(const WeightJob& job) {
-    if (job.block_columns == 64 && job.depth % 64 == 0) return kKernelsOf<Each<decode_int4<Scale, 64>>>;
-    if (job.block_columns == 128 && job.depth % 128 == 0) return kKernelsOf<Each<decode_int4<Scale, 128>>>;
-    return kKernelsOf<Each<decode_int4<Scale, 0>>>;
+    return job.zero_point ? int4_decoder<Scale, true>(job) : int4_decoder<Scale, false>(job);
 }
 
 // Of groups that split_activations takes; in kNibbleOrder.
 ChannelKernels group_decoder(Int4, const WeightJob& job) {
-    if (job.zero_point || job.scale_type > 1) return kKernelsOf<Each<decode_pairs<Int4>>>;
     return job.scale_type == 1 ? int4_decoder<BFloat16>(job) : int4_decoder<float>(job);
 }
 
 ChannelKernels group_decoder(E2M1, const WeightJob& job) {
     if (job.scale_type >= 2 && !job.outer_columns && job.block_columns == 16) return kKernelsOf<LookedUp<16>>;
     if (job.scale_type >= 2 && !job.outer_columns && job.block_columns == 32) return kKernelsOf<LookedUp<32>>;
-    return job.scale_type == 2 && job.block_columns == 32 ? kKernelsOf<Each<decode_mxfp4>> : kKernelsOf<Each<decode_pairs<E2M1>>>;
+    return job.scale_type == 2 && job.block_columns == 32 ? kKernelsOf<Each<decode_mxfp4>> : kKernelsOf<Each<decode_pairs>>;
 }
 
 template <typename Code>

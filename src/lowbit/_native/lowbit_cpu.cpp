@@ -720,8 +720,7 @@ bool are_grouped_rows(const WeightJob& weight, bool is_int4, int64_t rows) {
     const int64_t inputs = smaller(weight.block_columns, weight.depth);
     const bool are_groups = weight.scale_type <= 1 && weight.block_rows == 1 && !weight.outer_scale && inputs % amx::kStep == 0;
     if (!are_groups || weight.depth % amx::kStep || weight.columns % amx::kTileChannels) return false;
-    const bool is_decoded_fast = is_int4 && !weight.zero_point;
-    return rows >= (is_int4 ? 3 : 1) && rows <= amx::kMostUnitRows / (is_decoded_fast ? 2 : 1);
+    return is_int4 ? rows >= 3 && rows <= amx::kMostUnitRows / 2 : rows >= 1 && rows <= amx::kMostUnitRows;
 }
 
 // Few rows of bfloat16 with weights of int8 or int4 in groups. Returns whether it was done.

@@ -288,8 +288,8 @@ def weight_only_product(
     With AVX512-VNNI and an output of 16 bits, up to four rows, of bfloat16 with AMX two, are rounded to integers of
     16 bits with a power of two as scale for each 128, and no weight is rounded. For this K is a multiple of 128 and a
     block all of a row or 16, 32, 64 or 128 columns; of int8 128. e4m3 is never multiplied so. With AMX up to 16 rows of
-    bfloat16 are rounded likewise where N is a multiple of 16, K one of 64 and a block one row and all its columns or a
-    multiple of 64; of int4 without zero points 3 to 8 rows, with them 3 or more.
+    bfloat16 by int8, and 3 to 8 by int4, are rounded likewise where N is a multiple of 16, K one of 64 and a block one
+    row and all its columns or a multiple of 64.
 
     Args:
         x: [M, K] float32, M at most ``MOST_ROWS``; each row followed by zeros up to a multiple of ``ROW_PADDING``. For
@@ -320,6 +320,7 @@ def weight_only_product(
         assert zero_point.shape == scale.shape
         assert (weight_type, zero_point.dtype) in ZERO_POINTS
         assert weight_type == "int4" or (x.dtype == torch.bfloat16 and block_size[1] % INT8_ZERO_COLUMNS == 0)
+    assert weight_type != "int4" or scale.dtype in (torch.float32, torch.bfloat16)
     assert low_rank is None or weight_type in ("int4", "e2m1")
     outer_scales = output.shape[1] * -(-depth // outer_columns) if outer_columns else 1
     assert outer_scale is None or outer_scale.numel() == outer_scales
