@@ -13,8 +13,11 @@ struct Grouped {
     static constexpr int64_t step_bytes = kStep * avx512::kBits<Code> / 8;  // of a channel's codes
 };
 
+// How many rows are multiplied so. Fewer of int4 are by vectors; of more, scaling the sums takes longer than decoding the weight.
+struct RowRange { int64_t least, most; };
+constexpr RowRange kRowsOfInt4{3, 8}, kRowsOfInt8{1, 16};
+
 constexpr int64_t kBytesOfAUnit = 2;          // of each activation
-constexpr int64_t kMostUnitRows = 2 * kTileRows / kBytesOfAUnit;
 constexpr float kNibbleScale = 1.0f / 16;     // of int4 as it is multiplied
 constexpr int64_t kPairChannels = 2 * kTileChannels;
 constexpr int64_t kPhases = 4;                // of a step, see multiply_pair
@@ -200,7 +203,7 @@ LOWBIT_INLINE void add_unit(const TileJob& job, const Unit& unit, int64_t phase,
 
 // Totals [16 channels][16 rows] of each block of rows -> output [rows][channels].
 LOWBIT_INLINE void write_totals(const TileJob& job, const float (*totals)[kTileRows * kTileChannels], int64_t channel) {
-    alignas(64) float turned[kBytesOfAUnit * kMostUnitRows * kTileChannels];
+    alignas(64) float turned[kBytesOfAUnit * kRowsOfInt8.most * kTileChannels];
     for (int64_t block = 0; block * kTileRows < job.rows; ++block)
         pack_step(reinterpret_cast<const int8_t*>(totals[block]), kStep, ~__mmask64{0},
                   reinterpret_cast<int8_t*>(turned + block * kTileRows * kTileChannels));
@@ -296,7 +299,9 @@ void multiply_pairs_of_tiles(const TileJob& job, int64_t first, int64_t last) {
 
 template <typename Kind>
 void multiply_grouped(const TileJob& job, int64_t first, int64_t last) {
-    job.rows > kTileRows ? multiply_pairs_of_tiles<Kind, true>(job, first, last) : multiply_pairs_of_tiles<Kind, false>(job, first, last);
+    constexpr bool kMayBeWide = kBytesOfAUnit * (Kind::is_packed ? kRowsOfInt4 : kRowsOfInt8).most > kTileRows;
+    if (kMayBeWide && job.rows > kTileRows) multiply_pairs_of_tiles<Kind, kMayBeWide>(job, first, last);
+    else multiply_pairs_of_tiles<Kind, false>(job, first, last);
 }
 
 template <typename Code>

@@ -714,20 +714,19 @@ bool multiply_few_split(const WeightJob& weight, const void* x, int64_t rows, in
     return true;
 }
 
-// Whether rows are multiplied with a weight's groups as integers, in tiles: two rows of int4 are by vectors; of more, scaling the
-// sums takes longer than decoding the weight.
-bool are_grouped_rows(const WeightJob& weight, bool is_int4, int64_t rows) {
+// Whether rows are multiplied with a weight's groups as integers, in tiles.
+bool are_grouped_rows(const WeightJob& weight, const amx::RowRange& range, int64_t rows) {
     const int64_t inputs = smaller(weight.block_columns, weight.depth);
     const bool are_groups = weight.scale_type <= 1 && weight.block_rows == 1 && !weight.outer_scale && inputs % amx::kStep == 0;
-    if (!are_groups || weight.depth % amx::kStep || weight.columns % amx::kTileChannels) return false;
-    return is_int4 ? rows >= 3 && rows <= amx::kMostUnitRows / 2 : rows >= 1 && rows <= amx::kMostUnitRows;
+    const bool are_whole = weight.depth % amx::kStep == 0 && weight.columns % amx::kTileChannels == 0;
+    return are_groups && are_whole && rows >= range.least && rows <= range.most;
 }
 
 // Few rows of bfloat16 with weights of int8 or int4 in groups. Returns whether it was done.
 bool multiply_few_grouped(const WeightJob& weight, bool is_int4, const void* x, int64_t rows, int64_t stride, const float* bias,
                           void* output, int threads) {
     constexpr int64_t kUnit = avx512_vnni::kUnit;
-    if (!are_grouped_rows(weight, is_int4, rows)) return false;
+    if (!are_grouped_rows(weight, is_int4 ? amx::kRowsOfInt4 : amx::kRowsOfInt8, rows)) return false;
     const int64_t split_rows = amx::kBytesOfAUnit * rows, inputs = smaller(weight.block_columns, weight.depth);
     const int64_t unit = inputs % kUnit ? amx::kStep : kUnit, floats = blocks(weight.depth, unit) * kMostRows;
     static thread_local std::vector<int8_t> codes;
