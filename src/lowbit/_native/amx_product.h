@@ -90,24 +90,9 @@ struct AmxBFloat16 {
 struct AmxPanels {
     alignas(64) uint8_t panels[kGroupColumns * kDepthSteps * kStep];
     alignas(64) int32_t offsets[kGroupColumns];
-    alignas(64) int8_t decoded[kPanelChannels][kDepthSteps * kStep + kStep];  // rows not 4096 bytes apart: they share a set
+    Decoded decoded;
     int64_t call = 0, column, depth;
 };
-
-// 16 channels, `channels` of them, of `bytes` bytes of inputs -> a panel.
-LOWBIT_INLINE void pack_panel(const int8_t* from, int64_t stride, int64_t channels, int64_t bytes, uint8_t* to) {
-    for (int64_t at = 0; at < bytes; at += kStep, to += kTileBytes) {
-        const __mmask64 mask = present(at, bytes);
-        if (channels == kPanelChannels) {
-            pack_step(from + at, stride, mask, reinterpret_cast<int8_t*>(to));
-            continue;
-        }
-        alignas(64) int8_t rows[kPanelChannels * kStep] = {};
-        for (int64_t channel = 0; channel < channels; ++channel)
-            _mm512_store_si512(rows + channel * kStep, _mm512_maskz_loadu_epi8(mask, from + channel * stride + at));
-        pack_step(rows, kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(to));
-    }
-}
 
 // A panel of inputs from byte `first` on of the channels from `channel` on.
 template <typename Kind>
@@ -115,15 +100,8 @@ LOWBIT_INLINE void pack_weight(const TileJob& job, const TileWeight& weight, int
                                AmxPanels& packed, int64_t panel) {
     const int64_t channels = smaller(kPanelChannels, job.columns - channel), panel_bytes = blocks(bytes, kStep) * kTileBytes;
     uint8_t* to = packed.panels + panel * panel_bytes;
-    if (job.decoder) {
-        for (int64_t i = 0; i < channels; ++i) {
-            prefetch_lines(codes_at(*job.decoder, channel + i + 1, first / 2), bytes_of(*job.decoder, bytes / 2));
-            job.decoder->decode(weight.data, channel + i, first / 2, bytes / 2, reinterpret_cast<BFloat16*>(packed.decoded[i]));
-        }
-        pack_panel(packed.decoded[0], sizeof packed.decoded[0], channels, bytes, to);
-    } else {
-        pack_panel(static_cast<const int8_t*>(weight.data) + channel * job.depth + first, job.depth, channels, bytes, to);
-    }
+    if (job.decoder) pack_decoded(job, weight.data, channel, first, bytes, packed.decoded, to);
+    else pack_panel(static_cast<const int8_t*>(weight.data) + channel * job.depth + first, job.depth, channels, bytes, to);
     if (!Kind::has_offset) return;
     __m512i sums = _mm512_setzero_si512();
     for (int64_t i = 0; i < panel_bytes; i += kStep)

@@ -47,17 +47,17 @@ void multiply_float_tile(const FloatTile& tile) {
 using MultiplyFloatTile = void (*)(const FloatTile&);
 
 template <int Rows>
-constexpr MultiplyFloatTile kFloatTilesOfRows[kTilePanels] = {multiply_float_tile<Rows, 1>, multiply_float_tile<Rows, 2>,
+constexpr MultiplyFloatTile kFloatTilesOfRows[kVectorPanels] = {multiply_float_tile<Rows, 1>, multiply_float_tile<Rows, 2>,
                                                               multiply_float_tile<Rows, 3>, multiply_float_tile<Rows, 4>};
-constexpr const MultiplyFloatTile* kFloatTiles[kTileRows] = {kFloatTilesOfRows<1>, kFloatTilesOfRows<2>,
+constexpr const MultiplyFloatTile* kFloatTiles[kVectorRows] = {kFloatTilesOfRows<1>, kFloatTilesOfRows<2>,
                                                              kFloatTilesOfRows<3>, kFloatTilesOfRows<4>,
                                                              kFloatTilesOfRows<5>, kFloatTilesOfRows<6>};
 
 LOWBIT_INLINE void multiply_float_rows(FloatTile tile, int64_t rows, int64_t panels) {
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-        kFloatTiles[smaller(kTileRows, rows - row) - 1][panels - 1](tile);
-        tile.x += kTileRows * tile.x_stride;
-        tile.sums += kTileRows * tile.sums_stride;
+    for (int64_t row = 0; row < rows; row += kVectorRows) {
+        kFloatTiles[smaller(kVectorRows, rows - row) - 1][panels - 1](tile);
+        tile.x += kVectorRows * tile.x_stride;
+        tile.sums += kVectorRows * tile.sums_stride;
     }
 }
 
@@ -213,10 +213,10 @@ void attend_float(const AttentionJob& job, int64_t first, int64_t last) {
                                       softmax.block_highest[row], softmax.block_factor[row], softmax.block_sum + row);
             for (float& factor : softmax.block_factor) factor = 1.0f;  // the powers hold it
             softmax.add_block();
-            for (int64_t channel = 0; channel < width; channel += kTileColumns)
+            for (int64_t channel = 0; channel < width; channel += kVectorColumns)
                 multiply_float_rows({scratch.scores, head.value + start * width + channel, kBlockKeys, 16, width, kBlockKeys,
                                      scratch.sums + channel, width, true},
-                                    queries.rows, smaller(kTileColumns, width - channel) / 16);
+                                    queries.rows, smaller(kVectorColumns, width - channel) / 16);
         }
         write_attention(job, softmax, scratch.sums, head.value_mean, scratch.poison, queries.rows,
                         queries.output<Input>(job));

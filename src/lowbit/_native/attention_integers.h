@@ -184,7 +184,7 @@ LOWBIT_INLINE void soften_row(const int32_t* integers, const int32_t* key_sum, c
 template <typename Kind>
 struct IntegerScratch {
     alignas(64) typename Kind::Element query[kIntegerRows * kLargestWidth];
-    alignas(64) int32_t integers[kIntegerRows * kTileColumns];
+    alignas(64) int32_t integers[kIntegerRows * kVectorColumns];
     alignas(64) typename Kind::Element powers[kIntegerRows * kBlockKeys];
     alignas(64) float sums[kIntegerRows * kLargestWidth];
     float scale[kIntegerRows], poison[kIntegerRows];
@@ -196,9 +196,9 @@ template <typename Kind>
 LOWBIT_INLINE void multiply_rows(IntegerScratch<Kind>& scratch, const typename Kind::Element* x, int64_t rows, int64_t depth,
                                  const typename Kind::Element* weight, int64_t panels) {
     const int64_t bytes = depth * sizeof(typename Kind::Element);
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-        const int64_t count = smaller(kTileRows, rows - row);
-        Tile tile{{}, reinterpret_cast<const int8_t*>(weight), 16 * bytes, bytes, scratch.integers + row * kTileColumns, false};
+    for (int64_t row = 0; row < rows; row += kVectorRows) {
+        const int64_t count = smaller(kVectorRows, rows - row);
+        Tile tile{{}, reinterpret_cast<const int8_t*>(weight), 16 * bytes, bytes, scratch.integers + row * kVectorColumns, false};
         for (int64_t i = 0; i < count; ++i) tile.x[i] = reinterpret_cast<const uint8_t*>(x + (row + i) * depth);
         kTiles<Kind>[count - 1][panels - 1](tile);
     }
@@ -207,14 +207,14 @@ LOWBIT_INLINE void multiply_rows(IntegerScratch<Kind>& scratch, const typename K
 template <typename Kind>
 LOWBIT_INLINE void add_values(IntegerScratch<Kind>& scratch, int64_t rows, int64_t width, const typename Kind::Element* value,
                               const float* value_scale) {
-    for (int64_t channel = 0; channel < width; channel += kTileColumns) {
-        const int64_t columns = smaller(kTileColumns, width - channel);
+    for (int64_t channel = 0; channel < width; channel += kVectorColumns) {
+        const int64_t columns = smaller(kVectorColumns, width - channel);
         multiply_rows(scratch, scratch.powers, rows, kBlockKeys, value + channel * kBlockKeys, columns / 16);
         for (int64_t row = 0; row < rows; ++row) {
             const __m512 factor = _mm512_set1_ps(scratch.softmax.block_factor[row]);
             float* sums = scratch.sums + row * width + channel;
             for (int64_t i = 0; i < columns; i += 16) {
-                const __m512 product = _mm512_cvtepi32_ps(_mm512_load_si512(scratch.integers + row * kTileColumns + i));
+                const __m512 product = _mm512_cvtepi32_ps(_mm512_load_si512(scratch.integers + row * kVectorColumns + i));
                 const __m512 scaled = _mm512_mul_ps(product, _mm512_load_ps(value_scale + channel + i));
                 _mm512_store_ps(sums + i, _mm512_fmadd_ps(scaled, factor, _mm512_load_ps(sums + i)));
             }
@@ -245,7 +245,7 @@ void attend_integers(const AttentionJob& job, int64_t first, int64_t last) {
                 typename Kind::Element* powers = scratch.powers + row * kBlockKeys;
                 float *highest = scratch.softmax.block_highest + row, *sum = scratch.softmax.block_sum + row;
                 if (bits != 0) {
-                    soften_row<Kind>(scratch.integers + row * kTileColumns, head.key_sum + start, head.key_scale + start,
+                    soften_row<Kind>(scratch.integers + row * kVectorColumns, head.key_sum + start, head.key_scale + start,
                                      scratch.scale[row], bits, powers, highest, sum);
                 } else {
                     std::memset(powers, 0, kBlockKeys * sizeof *powers);

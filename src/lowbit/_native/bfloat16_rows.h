@@ -1,8 +1,8 @@
-// What products of few rows of bfloat16 with weights that are decoded to it have in common, by AMX (amx_few_rows.h) and by
-// AVX512-BF16 (bfloat16_few_rows.h).
+// What products of bfloat16 with weights that are decoded to it have in common, by AMX (amx_few_rows.h, amx_product.h) and by
+// AVX512-BF16 (bfloat16_few_rows.h, bfloat16_product.h).
 //
-// Decoded inputs are used as they lie in the weight, and the activations, of which there are few, are transposed, in pairs of
-// inputs. The sums are transposed, too, and are written transposed back.
+// For few rows decoded inputs are used as they lie in the weight, and the activations are transposed, in pairs of inputs. The
+// sums are transposed, too, and are written transposed back. For more rows decoded inputs are rearranged into panels.
 
 constexpr int64_t kWords = 32;  // bfloat16 in a register
 constexpr int64_t kMostDecoded = 2048;
@@ -34,6 +34,37 @@ LOWBIT_INLINE int64_t bytes_of(const BFloat16Decoder& decoder, int64_t inputs) {
 
 LOWBIT_INLINE const char* codes_at(const BFloat16Decoder& decoder, int64_t channel, int64_t first) {
     return static_cast<const char*>(decoder.codes) + channel * decoder.row_bytes + bytes_of(decoder, first);
+}
+
+// 16 channels, `channels` of them, of `bytes` bytes of inputs -> a panel.
+LOWBIT_INLINE void pack_panel(const int8_t* from, int64_t stride, int64_t channels, int64_t bytes, uint8_t* to) {
+    for (int64_t at = 0; at < bytes; at += kStep, to += kTileBytes) {
+        const __mmask64 mask = present(at, bytes);
+        if (channels == kPanelChannels) {
+            pack_step(from + at, stride, mask, reinterpret_cast<int8_t*>(to));
+            continue;
+        }
+        alignas(64) int8_t rows[kPanelChannels * kStep] = {};
+        for (int64_t channel = 0; channel < channels; ++channel)
+            _mm512_store_si512(rows + channel * kStep, _mm512_maskz_loadu_epi8(mask, from + channel * stride + at));
+        pack_step(rows, kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(to));
+    }
+}
+
+// Channels of a panel one after the other, not 4096 bytes apart: those would share a set of the cache.
+struct Decoded {
+    alignas(64) int8_t channels[kPanelChannels][kMostDecoded * sizeof(BFloat16) + kStep];
+};
+
+// A panel of `bytes` bytes of bfloat16, of at most kMostDecoded, from byte `first` on, of the channels from `channel` on.
+LOWBIT_INLINE void pack_decoded(const TileJob& job, const void* weight, int64_t channel, int64_t first, int64_t bytes,
+                                Decoded& decoded, uint8_t* to) {
+    const int64_t channels = smaller(kPanelChannels, job.columns - channel);
+    for (int64_t i = 0; i < channels; ++i) {
+        prefetch_lines(codes_at(*job.decoder, channel + i + 1, first / 2), bytes_of(*job.decoder, bytes / 2));
+        job.decoder->decode(weight, channel + i, first / 2, bytes / 2, reinterpret_cast<BFloat16*>(decoded.channels[i]));
+    }
+    pack_panel(decoded.channels[0], sizeof decoded.channels[0], channels, bytes, to);
 }
 
 // A step of 32 inputs of up to 16 rows from `row` on -> [16 pairs of inputs][16 rows][2], zero beyond the last row and input.

@@ -3,14 +3,11 @@
 // Weights are read as they are in a checkpoint, [channel][input], so that a mapped file is multiplied with as it is. For
 // more than kFewRows rows, 64 channels of up to kDepth inputs are rearranged into panels of 16 channels that stay in the
 // second-level cache: groups of 64 bytes, [channel][4 consecutive inputs], as one VNNI instruction reads them. Rows pass
-// by six at a time: 24 accumulators, 4 weights and an activation fill the registers. The first of the rows is all ones
-// and gives the sum of each channel's weights; 128 times it is what the 128 in the activations has added to every other
-// row. A few rows are multiplied along the inputs instead, at the speed at which memory gives the weights.
+// by six at a time (vector_tiles.h). The first of the rows is all ones and gives the sum of each channel's weights; 128
+// times it is what the 128 in the activations has added to every other row. A few rows are multiplied along the inputs
+// instead, at the speed at which memory gives the weights.
 
 constexpr int64_t kDepth = 4096;
-constexpr int kTileRows = 6;
-constexpr int kTilePanels = 4;
-constexpr int kTileColumns = kTilePanels * kPanelChannels;
 constexpr int64_t kStep = 64;    // inputs that a register holds of one channel
 constexpr int kDotChannels = 4;  // at a time; with kFewRows rows and the row of ones 20 accumulators
 
@@ -81,7 +78,7 @@ void multiply_along(const uint8_t* x, const int8_t* weight, int64_t depth, int32
     }
     for (int row = 0; row <= Rows; ++row)
         for (int channel = 0; channel < kDotChannels; ++channel)
-            sums[row * kTileColumns + channel] = _mm512_reduce_add_epi32(totals[row][channel]);
+            sums[row * kVectorColumns + channel] = _mm512_reduce_add_epi32(totals[row][channel]);
 }
 
 using MultiplyAlong = void (*)(const uint8_t*, const int8_t*, int64_t, int32_t*);
@@ -93,7 +90,6 @@ void sum_few_rows(const ProductJob& job, int64_t column, int64_t columns, int32_
         kAlong[job.rows - 1](job.x, job.weight + (column + channel) * job.depth, job.depth, sums + channel);
 }
 
-// What one instruction multiplies: 32 bits of a row with 32 bits of each of 16 channels, added to their int32 sums.
 struct Dot8 {
     static __m512i multiply(__m512i sums, __m512i x, __m512i weights) { return _mm512_dpbusd_epi32(sums, x, weights); }
 };
@@ -102,67 +98,13 @@ struct Dot16 {
     static __m512i multiply(__m512i sums, __m512i x, __m512i weights) { return _mm512_dpwssd_epi32(sums, x, weights); }
 };
 
-struct Tile {
-    const uint8_t* x[kTileRows];  // rows, at the first input of this depth
-    const int8_t* weight;         // first panel, first group of this depth
-    int64_t panel_stride;         // bytes from panel to panel
-    int64_t depth;                // bytes of inputs, a multiple of four
-    int32_t* sums;                // [rows][64]
-    bool accumulate;              // onto the sums of the depth before
-};
-
-template <typename Dot, int Rows, int Panels>
-void multiply_tile(const Tile& tile) {
-    __m512i sums[Rows][Panels];
-#pragma GCC unroll 8
-    for (int row = 0; row < Rows; ++row)
-#pragma GCC unroll 8
-        for (int panel = 0; panel < Panels; ++panel)
-            sums[row][panel] = tile.accumulate ? _mm512_load_si512(tile.sums + row * kTileColumns + panel * kPanelChannels)
-                                               : _mm512_setzero_si512();
-    const uint8_t* x[Rows];
-#pragma GCC unroll 8
-    for (int row = 0; row < Rows; ++row) x[row] = tile.x[row];
-    const int8_t* weight = tile.weight;
-    for (int64_t i = 0; i < tile.depth; i += 4, weight += 4 * kPanelChannels) {
-        __m512i weights[Panels];
-#pragma GCC unroll 8
-        for (int panel = 0; panel < Panels; ++panel)
-            weights[panel] = _mm512_loadu_si512(weight + panel * tile.panel_stride);
-#pragma GCC unroll 8
-        for (int row = 0; row < Rows; ++row) {
-            int32_t four;
-            std::memcpy(&four, x[row] + i, sizeof four);
-            const __m512i activations = _mm512_set1_epi32(four);
-#pragma GCC unroll 8
-            for (int panel = 0; panel < Panels; ++panel)
-                sums[row][panel] = Dot::multiply(sums[row][panel], activations, weights[panel]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < Rows; ++row)
-#pragma GCC unroll 8
-        for (int panel = 0; panel < Panels; ++panel)
-            _mm512_store_si512(tile.sums + row * kTileColumns + panel * kPanelChannels, sums[row][panel]);
-}
-
-using MultiplyTile = void (*)(const Tile&);
-
-template <typename Dot, int Rows>
-constexpr MultiplyTile kTilesOfRows[kTilePanels] = {multiply_tile<Dot, Rows, 1>, multiply_tile<Dot, Rows, 2>,
-                                                    multiply_tile<Dot, Rows, 3>, multiply_tile<Dot, Rows, 4>};
-template <typename Dot>
-constexpr const MultiplyTile* kTiles[kTileRows] = {kTilesOfRows<Dot, 1>, kTilesOfRows<Dot, 2>,
-                                                   kTilesOfRows<Dot, 3>, kTilesOfRows<Dot, 4>,
-                                                   kTilesOfRows<Dot, 5>, kTilesOfRows<Dot, 6>};
-
 // sums [1 + rows][64], the first of them the weights' own -> rows of the output.
 template <typename Output, bool HasBias>
 LOWBIT_INLINE void write_rows(const ProductJob& job, const int32_t* sums, int64_t row, int64_t rows, int64_t column,
                               int64_t columns) {
-    float values[kTileColumns];
+    float values[kVectorColumns];
     for (int64_t i = 0; i < rows; ++i) {
-        const int32_t* row_sums = sums + (1 + i) * kTileColumns;
+        const int32_t* row_sums = sums + (1 + i) * kVectorColumns;
         // Unsigned, because what is subtracted may leave int32 before the difference is back in it.
         for (int64_t j = 0; j < columns; ++j)
             values[j] = static_cast<float>(
@@ -175,7 +117,7 @@ LOWBIT_INLINE void write_rows(const ProductJob& job, const int32_t* sums, int64_
 
 // The panels a thread packed last: the tasks it takes one after the other mostly multiply the same ones.
 struct Packed {
-    alignas(64) int8_t panels[kTileColumns * kDepth];
+    alignas(64) int8_t panels[kVectorColumns * kDepth];
     int64_t call, column, depth;  // whose they are; calls count from 1
 };
 thread_local Packed packed;
@@ -189,10 +131,10 @@ void sum_rows(const ProductJob& job, int64_t top, int64_t rows, int64_t column, 
             pack_panels(job.weight + column * job.depth + depth, job.depth, columns, inputs, packed.panels);
             packed.call = job.call, packed.column = column, packed.depth = depth;
         }
-        for (int64_t row = 0; row <= rows; row += kTileRows) {
+        for (int64_t row = 0; row <= rows; row += kVectorRows) {
             Tile tile{{}, packed.panels, kPanelChannels * kStep * blocks(inputs, kStep), inputs,
-                      sums + row * kTileColumns, depth != 0};
-            const int64_t count = smaller(kTileRows, 1 + rows - row);
+                      sums + row * kVectorColumns, depth != 0};
+            const int64_t count = smaller(kVectorRows, 1 + rows - row);
             for (int64_t i = 0; i < count; ++i)
                 tile.x[i] = row + i == 0 ? ones : job.x + (top + row + i - 1) * job.depth + depth;
             kTiles<Dot8>[count - 1][columns / kPanelChannels - 1](tile);
@@ -203,12 +145,12 @@ void sum_rows(const ProductJob& job, int64_t top, int64_t rows, int64_t column, 
 // Tasks [first, last): task t is block t % row_blocks of rows of the group t / row_blocks of four panels.
 template <typename Output>
 void multiply(const ProductJob& job, int64_t first, int64_t last) {
-    alignas(64) int32_t sums[(1 + kLargestRowBlock) * kTileColumns];
+    alignas(64) int32_t sums[(1 + kLargestRowBlock) * kVectorColumns];
     uint8_t ones[kDepth];
     std::memset(ones, 1, sizeof ones);
     for (int64_t task = first; task < last; ++task) {
-        const int64_t column = task / job.row_blocks * kTileColumns;
-        const int64_t columns = smaller(kTileColumns, job.columns - column);
+        const int64_t column = task / job.row_blocks * kVectorColumns;
+        const int64_t columns = smaller(kVectorColumns, job.columns - column);
         const int64_t top = task % job.row_blocks * job.row_block;
         const int64_t rows = smaller(job.row_block, job.rows - top);
         if (job.rows <= kFewRows) sum_few_rows(job, column, columns, sums);

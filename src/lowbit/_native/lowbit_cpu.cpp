@@ -207,7 +207,7 @@ struct UnitJob {
     float *scales, *sums;  // [units][kMostRows], of which the first are those of the codes [2][rows]
 };
 
-constexpr int64_t kMostVectorRows = 256;  // of bfloat16 without AMX, for each 64 of which the weight is decoded
+constexpr int64_t kMostVectorRows = 252;  // of bfloat16 without AMX that a task multiplies, in whole tiles
 
 struct WeightJob {
     const float* x;  // [rows, depth], rows x_stride apart and filled with zeros up to a multiple of 32
@@ -403,6 +403,7 @@ namespace avx512 {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
 #endif
 namespace avx512_vnni {
+#include "vector_tiles.h"
 #include "int8_product.h"
 #include "attention.h"
 #include "attention_float32.h"
@@ -455,6 +456,8 @@ using avx512::store_narrow;
 using avx512::widen;
 #include "bfloat16_rows.h"
 #include "bfloat16_few_rows.h"
+#include "vector_tiles.h"
+#include "bfloat16_product.h"
 #include "bfloat16_kernels.h"
 }
 #if defined(__clang__)
@@ -801,21 +804,38 @@ void multiply_few_rows(const BFloat16Kernels& kernels, TileJob job, int threads)
     run(job.decoder->multiply_few_rows, job, groups, job.columns * job.depth / 8, threads);
 }
 
+void multiply_vector_rows(TileJob job, int threads) {
+    using namespace avx512_bf16;
+    static thread_local std::vector<char> memory;  // kept, as in lowbit_int8_linears
+    if (!are_arranged(job)) {
+        memory.resize(static_cast<size_t>(job.rows * step_bytes_of(job) + 64));
+        job.tiles = reinterpret_cast<uint8_t*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64);
+        run(arrange_rows, job, job.rows, job.rows * job.depth, threads);
+    }
+    const int64_t groups = blocks(job.columns, kVectorColumns), wanted = blocks(4 * threads, groups);
+    job.row_block = smaller(blocks(blocks(job.rows, wanted), kVectorRows) * kVectorRows, kMostVectorRows);
+    job.row_blocks = blocks(job.rows, job.row_block);
+    job.call = ++products;
+    constexpr int64_t kProductsPerElement = 32;  // multiply-adds in the time of one element of the other kernels
+    const int64_t work = job.rows * job.columns * job.depth / 2 / kProductsPerElement;
+    run(multiply_many_rows, job, groups * job.row_blocks, work, threads, groups < 4 * threads ? 1 : job.row_blocks);
+}
+
 // low_rank: only of few rows.
 void run_bfloat16(const BFloat16Kernels& kernels, const void* x, int64_t rows, int64_t depth, int64_t stride, const void* weight,
                   const BFloat16Decoder& decoder, int64_t columns, const float* bias, void* output, int threads,
                   const LowRank& low_rank = {}) {
-    constexpr int64_t kRowsAtOnce = 4096;  // whose tiles are held; each piece reads the whole weight
-    const int64_t rows_at_once = selected_isa == kAmx ? kRowsAtOnce : kMostRows;
-    for (int64_t first = 0; first < rows && columns > 0; first += rows_at_once) {
+    constexpr int64_t kRowsAtOnce = 4096;  // that are held as they are multiplied; each piece reads the whole weight
+    for (int64_t first = 0; first < rows && columns > 0; first += kRowsAtOnce) {
         const auto* part = static_cast<const BFloat16*>(x) + first * stride;
         auto* to = static_cast<BFloat16*>(output) + first * columns;
-        const TileJob job{part, smaller(rows_at_once, rows - first), 2 * depth, 2 * stride, nullptr, nullptr,
+        const TileJob job{part, smaller(kRowsAtOnce, rows - first), 2 * depth, 2 * stride, nullptr, nullptr,
                           {weight, decoder.channel_scale, bias}, {nullptr, nullptr, nullptr}, columns, to, 0, 0, &decoder, 0, low_rank};
         if (job.rows <= avx512_bf16::kMostFewRows) multiply_few_rows(kernels, job, threads);
 #ifdef LOWBIT_AMX
-        else multiply_rows(job, threads);
+        else if (selected_isa == kAmx) multiply_rows(job, threads);
 #endif
+        else multiply_vector_rows(job, threads);
     }
 }
 #endif
@@ -925,11 +945,11 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
         return;
     }
 #endif
-    const int64_t groups = blocks(columns, avx512_vnni::kTileColumns);
+    const int64_t groups = blocks(columns, avx512_vnni::kVectorColumns);
     // Blocks of rows small enough to give every thread several tasks, in whole tiles together with the row of ones.
     const int64_t wanted = blocks(4 * threads, groups);
-    const int64_t tiles = blocks(blocks(rows, wanted) + 1, avx512_vnni::kTileRows);
-    const int64_t most = rows <= kFewRows ? rows : tiles * avx512_vnni::kTileRows - 1;
+    const int64_t tiles = blocks(blocks(rows, wanted) + 1, avx512_vnni::kVectorRows);
+    const int64_t most = rows <= kFewRows ? rows : tiles * avx512_vnni::kVectorRows - 1;
     const int64_t block = smaller(most, kLargestRowBlock);
     const int64_t row_blocks = blocks(rows, block);
     const ProductJob job{x, x_scale, weight, weight_scale, bias, rows, columns, depth, block, row_blocks, output, ++products};
@@ -995,10 +1015,8 @@ LOWBIT_EXPORT void lowbit_int8_linears(const void* x, int element_type, int64_t 
 // Whether what multiplies bfloat16 by AMX runs with the selected instruction set.
 LOWBIT_EXPORT int lowbit_has_amx_products() { return selected_isa == kAmx; }
 
-// Rows of bfloat16 that products with decoded weights take at most with the selected instruction set.
-LOWBIT_EXPORT int64_t lowbit_bfloat16_rows() {
-    return selected_isa == kAmx ? std::numeric_limits<int64_t>::max() : selected_isa == kAvx512BFloat16 ? kMostVectorRows : 0;
-}
+// Whether rows of bfloat16 are multiplied by decoded weights with the selected instruction set.
+LOWBIT_EXPORT int lowbit_multiplies_bfloat16() { return selected_isa >= kAvx512BFloat16; }
 
 // Attention: see AttentionJob. sizes: batch, queries, keys, heads, key_heads, width (at most 256); strides: three each of
 // query, key and value; kind: 0 float32, 1 int8, 2 e4m3, 3 int16, 4 bfloat16. The last
@@ -1059,7 +1077,7 @@ LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_st
     run(selected_weight->multiply[code_type], job, tasks, columns * depth / 4 * (4 + rows) / 4, threads);
 }
 
-// As above, of up to lowbit_bfloat16_rows() rows x [rows, depth] bfloat16, x_stride apart, in their own order; weights are
+// As above, of rows x [rows, depth] bfloat16, x_stride apart, in their own order (lowbit_multiplies_bfloat16); weights are
 // rounded to bfloat16, the output is bfloat16. int8 has zero points, too, if depth and block_columns are multiples of 32. Of
 // up to 64 rows and an even depth low_x [rows, depth], low_x_stride apart, times down [depth, rank], rounded, times the
 // transpose of up [columns, rank], all bfloat16, is added to what is rounded, if rank is not 0; of codes of 4 bits alone, as
@@ -1135,7 +1153,7 @@ LOWBIT_EXPORT int lowbit_gguf_product(const float* x, int64_t rows, int64_t colu
     return 0;
 }
 
-// As above, of up to lowbit_bfloat16_rows() rows x bfloat16; weights are rounded to bfloat16, the output is bfloat16.
+// As above, of rows x bfloat16, which need lowbit_multiplies_bfloat16; weights are rounded to bfloat16, the output is bfloat16.
 LOWBIT_EXPORT int lowbit_gguf_product_bfloat16(const void* x, int64_t rows, int64_t columns, const uint8_t* input, int type,
                                                int64_t features, int64_t row_bytes, const float* bias, void* output,
                                                int threads) {

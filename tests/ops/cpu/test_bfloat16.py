@@ -19,8 +19,8 @@ from tests.ops.cpu.test_four_bits import FORMATS, Layer
 from tests.ops.cpu.test_gguf import random_weight
 from tests.ops.cpu.test_integer_rows import MOST_INTEGER_ROWS, UNIT
 
-# See bfloat16_few_rows.h for what differs by rows; and amx_few_rows.h and amx_product.h.
-ROWS_OF = {"AVX512-BF16": (8, 16, 20, 40, 116), "AMX": (9, 20, 40, 70)}
+# See bfloat16_few_rows.h and bfloat16_product.h for what differs by rows; and amx_few_rows.h and amx_product.h.
+ROWS_OF = {"AVX512-BF16": (8, 16, 20, 40, 70), "AMX": (9, 20, 40, 70)}
 ROWS = pytest.mark.parametrize(
     ("isa", "rows"), [(isa, rows) for isa, counts in ROWS_OF.items() for rows in counts], indirect=["isa"]
 )
@@ -35,11 +35,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     if helper.refusal() is not None:
         pytest.skip(f"native helper {helper.refusal()}")
     yield from selected_isa(request.param)
-
-
-def skip_too_many(rows: int) -> None:
-    if rows > helper.bfloat16_rows():
-        pytest.skip("so many rows are multiplied by AMX alone")
 
 
 def one_input_a_row(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,12 +178,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
         (48, 70, 4700),
         (64, 40, 2048),
         (70, 401, 4700),
+        (260, 70, 2050),
+        (300, 530, 128),
         (4130, 16, 32),
     ],
 )
 @EACH_ISA
 def test_products_agree_with_float64(rows: int, features: int, columns: int, threads: int) -> None:
-    skip_too_many(rows)
     x = torch.randn(rows, columns).bfloat16()
     weight, bias = torch.randn(features, columns).bfloat16(), torch.randn(features)
     for given in (None, bias):
@@ -240,7 +236,6 @@ def test_what_is_not_finite_stays_in_its_row_and_channel() -> None:
 def test_a_low_rank_product_is_added(
     rows: int, features: int, columns: int, rank: int, precision: str, isa: str
 ) -> None:
-    skip_too_many(rows)
     weight, bias = torch.randn(features, columns) * columns**-0.5, torch.randn(features)
     x, unsmoothed = torch.randn(rows, columns).bfloat16(), torch.randn(rows, columns + 8).bfloat16()[:, :columns]
     down, up = (torch.randn(size, rank).mul_(size**-0.5).bfloat16() for size in (columns, features))

@@ -1,12 +1,12 @@
 """Attention on CPUs with AVX512-VNNI by the native helper: in int8, rounded to e4m3, or unquantized.
 
-With AMX unquantized bfloat16 is multiplied as it is, with powers of two rounded to bfloat16, as torch does. Without
-instructions for bfloat16 torch's scaled_dot_product_attention multiplies in float32, 16 numbers at a time.
-Unquantized bfloat16 is multiplied here as 16-bit integers, 32 at a time, summed in int32: queries and keys (less
-their mean, which softmax does not see) with an exponent per token, 14 bits or more, so that by Cauchy's inequality no
-sum overflows; values with 13 bits and an exponent per channel and 64 keys; the softmax with 12 bits relative to its
-highest value of 64 keys. What that loses is less than rounding the result to bfloat16 may. Other dtypes are
-multiplied in float32. FP8 has no instructions on any CPU: there it shows what 8-bit floating point would do to the
+With AMX unquantized bfloat16 is multiplied as it is, with powers of two rounded to bfloat16, as torch does. Elsewhere
+it is multiplied as 16-bit integers, 32 at a time, summed in int32: queries and keys (less their mean, which softmax
+does not see) with an exponent per token, 14 bits or more, so that by Cauchy's inequality no sum overflows; values with
+13 bits and an exponent per channel and 64 keys; the softmax with 12 bits relative to its highest value of 64 keys. What
+that loses is less than rounding the result to bfloat16 may. Where the CPU multiplies bfloat16 32 at a time, too, it is
+faster than torch's scaled_dot_product_attention all the same. Other dtypes are multiplied in float32, unless the CPU
+multiplies them faster. FP8 has no instructions on any CPU: there it shows what 8-bit floating point would do to the
 pictures, at float32's speed.
 """
 
@@ -29,7 +29,7 @@ def supports(problem: AttentionProblem) -> str | None:
     if problem.head_dim is not None and problem.head_dim > native.LARGEST_HEAD_DIM:
         return f"heads are at most {native.LARGEST_HEAD_DIM} wide, not {problem.head_dim}"
     is_fast = fast_matmul_dtype(problem.dtype) != torch.float32
-    if problem.kind == UNQUANTIZED and is_fast and _unquantized_kind(problem.dtype) != "bfloat16":
+    if problem.kind == UNQUANTIZED and is_fast and _unquantized_kind(problem.dtype) == "float32":
         return f"the CPU multiplies {problem.dtype} itself"
     return native.dtype_refusal(problem.dtype)
 

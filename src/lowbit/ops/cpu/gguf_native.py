@@ -2,8 +2,8 @@
 
 With AVX-512, weights are decoded to float32 and multiplied in one pass: of up to four rows in registers, of up to 64 in
 the cache, four output channels at a time; with AVX512-VNNI codes are multiplied with up to four rows of 16 bits as they
-are; for bfloat16 they are decoded to it, with AVX512-BF16 for up to 256 rows, with AMX for any number. With more rows
-elsewhere, blocks of output channels are decoded and handed to torch's product.
+are; for bfloat16 they are decoded to it with AVX512-BF16 or AMX. With more rows elsewhere, blocks of output channels
+are decoded and handed to torch's product.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ _SIGNATURES = {
         *(_pointer, _int, _size, _size, _int, ctypes.c_float, _pointer, _pointer, _size, _size, _pointer, _int),
     ),
     "lowbit_gate": (_pointer, _pointer, _int, _size, _pointer, _int),
-    "lowbit_bfloat16_rows": (),
+    "lowbit_multiplies_bfloat16": (),
     "lowbit_select_isa": (_int,),
     "lowbit_selected_isa": (),
     "lowbit_set_parallel": (_pointer,),
@@ -81,7 +81,7 @@ _RESULTS = {
     "lowbit_gguf_decode": _int,
     "lowbit_gguf_product": _int,
     "lowbit_gguf_product_bfloat16": _int,
-    "lowbit_bfloat16_rows": _size,
+    "lowbit_multiplies_bfloat16": _int,
     "lowbit_select_isa": _int,
     "lowbit_selected_isa": _int,
 }
@@ -143,7 +143,7 @@ def reload() -> None:
     """Look for the helper again at the next use, for instance after a change of ``LOWBIT_NATIVE``."""
     _load.cache_clear()
     has_amx.cache_clear()
-    bfloat16_rows.cache_clear()
+    multiplies_bfloat16.cache_clear()
 
 
 def description() -> str:
@@ -158,7 +158,7 @@ def description() -> str:
 def select_isa(isa: int) -> int:
     """Use the instruction set ``isa`` (index in ``ISA_NAMES``), or the best there is; return the one in use."""
     has_amx.cache_clear()
-    bfloat16_rows.cache_clear()
+    multiplies_bfloat16.cache_clear()
     return int(library().lowbit_select_isa(isa))
 
 
@@ -186,9 +186,6 @@ def has_amx() -> bool:
 
 
 @cache
-def bfloat16_rows() -> int:
-    """Return how many rows of bfloat16 the products with weights take as they are.
-
-    With AMX any number, with AVX512-BF16 256, else none.
-    """
-    return int(library().lowbit_bfloat16_rows()) if available() else 0
+def multiplies_bfloat16() -> bool:
+    """Whether the products with weights take rows of bfloat16 as they are: they need AVX512-BF16 or AMX."""
+    return available() and bool(library().lowbit_multiplies_bfloat16())

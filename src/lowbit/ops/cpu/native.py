@@ -293,8 +293,9 @@ def weight_only_product(
 
     Args:
         x: [M, K] float32, M at most ``MOST_ROWS``; each row followed by zeros up to a multiple of ``ROW_PADDING``. For
-            int4 in the order of ``w4a16.split_pairs``. Or bfloat16, M at most ``bfloat16_rows``, in its own order: then
-            the weight's values are rounded to bfloat16 and the output is bfloat16.
+            int4 in the order of ``w4a16.split_pairs``. Or bfloat16, any M, in its own order, where
+            the helper ``multiplies_bfloat16``: then the weight's values are rounded to bfloat16 and the output is
+            bfloat16.
         weight: dense int8 or e4m3 [N, K]; int4 or e2m1 as uint8 [N, K / 2]: two in a byte, the even input in the lower
             half.
         weight_type: a key of ``WEIGHT_TYPES``.
@@ -404,8 +405,8 @@ def gguf_product(
     Few rows are rounded as ``weight_only_product`` does, if K is a multiple of 128.
 
     Args:
-        x: dense float32 [M, K], K a multiple of 32. Or bfloat16, M at most ``bfloat16_rows``, of any K that the type
-            allows: then the weight's values are rounded to bfloat16 and the output is bfloat16.
+        x: dense float32 [M, K], K a multiple of 32. Or bfloat16, of any K that the type allows, where the helper
+            ``multiplies_bfloat16``: then the weight's values are rounded to bfloat16 and the output is bfloat16.
         raw: dense uint8 [N, bytes per row].
         number: of the type, see ``lowbit.ops.gguf_types``.
         bias: dense float32, one element per output channel, or ``None``.

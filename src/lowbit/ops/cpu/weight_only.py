@@ -2,8 +2,8 @@
 
 Up to four rows of 16-bit activations, with AMX up to 21, the native helper multiplies with codes that are integers as
 such, at the speed at which memory gives them. Up to ``native.MOST_ROWS`` rows it decodes codes and multiplies in
-float32. Rows of bfloat16 on CPUs with AVX512-BF16, and any number of them with AMX, it multiplies with codes decoded
-to bfloat16, in the cache. More rows elsewhere, and no helper: blocks of output channels are decoded into the cache
+float32. Rows of bfloat16, any number of them, it multiplies with codes decoded to bfloat16 in the cache, on CPUs with
+AVX512-BF16 or AMX. More rows elsewhere, and no helper: blocks of output channels are decoded into the cache
 and multiplied by torch in the precision that this CPU is fastest in.
 """
 
@@ -18,8 +18,8 @@ from lowbit.ops.cpu.features import fast_matmul_dtype
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.w4a16 import split_pairs
 
-# From which on bfloat16 is handed to the helper as it is where there is no AMX, which takes any number. Of e4m3, whose
-# codes are no integers, fewer rows are better multiplied in single precision than as eight.
+# From which on bfloat16 is handed to the helper as it is where there is no AMX. Of e4m3, whose codes are no integers,
+# fewer rows are better multiplied in single precision than as eight.
 LEAST_BFLOAT16_ROWS = {"int4": 1, "e2m1": 1, "int8": 1, "e4m3": 3, "gguf": 1}
 
 
@@ -36,7 +36,7 @@ def has_few_rows(x: torch.Tensor, weight_type: str) -> bool:
 def takes_bfloat16(x: torch.Tensor, weight_type: str) -> bool:
     """Tell whether the native helper takes x [M, K] as it is for a weight of a type of ``LEAST_BFLOAT16_ROWS``."""
     least = 1 if helper.has_amx() else LEAST_BFLOAT16_ROWS[weight_type]
-    return x.dtype == torch.bfloat16 and least <= x.shape[0] <= helper.bfloat16_rows()
+    return x.dtype == torch.bfloat16 and x.shape[0] >= least and helper.multiplies_bfloat16()
 
 
 def is_fused(x: torch.Tensor, weight_type: str) -> bool:
