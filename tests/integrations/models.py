@@ -269,5 +269,13 @@ def same_bytes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.T
     )
 
 
+def same_but_for_order(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether results are the same but for the order in which torch adds.
+
+    In float32 and for one row it depends on the address of the weight (MKL on CPUs of AMD), which mapping changes.
+    """
+    return relative_error(found, expected) < 1e-4
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
