@@ -27,7 +27,7 @@ LOWBIT_INLINE __m512i reorder(const BFloat16Decoder* decoder, __m512i inputs) {
 LOWBIT_INLINE void prefetch_lines(const char* from, int64_t bytes) {
     const char* end = from + bytes;
     for (from -= reinterpret_cast<uintptr_t>(from) % 64; from < end; from += 64)
-        __asm__ volatile("prefetcht0 %0" : : "m"(*from));  // the builtin is left out where nothing else is inlined with it
+        __asm__ volatile("prefetcht1 %0" : : "m"(*from));  // the builtin is left out where nothing else is inlined with it
 }
 
 LOWBIT_INLINE int64_t bytes_of(const BFloat16Decoder& decoder, int64_t inputs) { return inputs * decoder.bytes_of_256 / 256; }

@@ -7,7 +7,7 @@
 
 constexpr int64_t kUnit = 128;
 constexpr int64_t kIntegerChannels = 16;  // of a task
-constexpr int64_t kBytesAhead = 2048;     // memory is asked for codes so long before they are used
+constexpr int64_t kBytesAhead = 8192;     // memory is asked for codes so long before they are used
 constexpr int64_t kMostGroups = 4096;     // of a channel, whose scales are held
 
 struct alignas(64) Unit {
@@ -230,25 +230,50 @@ LOWBIT_INLINE void write_result(const IntegerJob& job, int64_t row, int64_t chan
     else narrow(value, static_cast<Half*>(job.output)[at]);
 }
 
+// `kChannels` channels at a time, so that activations are loaded once for them: those of four rows do not fit all first-level
+// caches.
+template <int kRows, int kChannels, typename Weight>
+LOWBIT_INLINE void multiply_channels(const IntegerJob& job, int64_t channel, Weight* weights) {
+    const int64_t units = job.depth / kUnit;
+    __m512 sums[kChannels][kRows];
+    float factors[kChannels];
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) {
+        factors[c] = weights[c].begin(channel + c);
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; ++row) sums[c][row] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < units; ++i) {
+        UnitCodes codes[kChannels];
+#pragma GCC unroll 4
+        for (int c = 0; c < kChannels; ++c) {
+            for (int byte = 0; byte < Weight::unit_bytes; byte += 64)
+                _mm_prefetch(reinterpret_cast<const char*>(weights[c].at(i)) + kBytesAhead + byte, _MM_HINT_T1);
+            codes[c] = weights[c].load(i);
+        }
+#pragma GCC unroll 4
+        for (int64_t row = 0, at = i; row < kRows; ++row, at += units) {
+            const __m512 scale = _mm512_set1_ps(job.unit_scale[at]);
+#pragma GCC unroll 4
+            for (int c = 0; c < kChannels; ++c)
+                sums[c][row] = _mm512_fmadd_ps(Weight::product(codes[c], job.units[at]), scale, sums[c][row]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c)
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; ++row) write_result(job, row, channel + c, _mm512_reduce_add_ps(sums[c][row]) * factors[c]);
+}
+
 // Groups [first, last) of kIntegerChannels.
 template <typename Weight, int kRows>
 void multiply_integers(const IntegerJob& job, int64_t first, int64_t last) {
-    Weight weight(job.weight);
-    const int64_t units = job.depth / kUnit, end = smaller(last * kIntegerChannels, job.columns);
-    for (int64_t channel = first * kIntegerChannels; channel < end; ++channel) {
-        const float factor = weight.begin(channel);
-        __m512 sums[kRows];
-        for (int row = 0; row < kRows; ++row) sums[row] = _mm512_setzero_ps();
-        for (int64_t i = 0; i < units; ++i) {
-            for (int byte = 0; byte < Weight::unit_bytes; byte += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(weight.at(i)) + kBytesAhead + byte, _MM_HINT_T0);
-            const UnitCodes codes = weight.load(i);
-#pragma GCC unroll 4
-            for (int64_t row = 0, at = i; row < kRows; ++row, at += units)
-                sums[row] = _mm512_fmadd_ps(Weight::product(codes, job.units[at]), _mm512_set1_ps(job.unit_scale[at]), sums[row]);
-        }
-        for (int row = 0; row < kRows; ++row) write_result(job, row, channel, _mm512_reduce_add_ps(sums[row]) * factor);
-    }
+    constexpr int kTogether = 2;
+    Weight weights[kTogether] = {Weight(job.weight), Weight(job.weight)};
+    const int64_t end = smaller(last * kIntegerChannels, job.columns);
+    int64_t channel = first * kIntegerChannels;
+    for (; channel + kTogether <= end; channel += kTogether) multiply_channels<kRows, kTogether>(job, channel, weights);
+    for (; channel < end; ++channel) multiply_channels<kRows, 1>(job, channel, weights);
 }
 
 struct IntegerKernels {
