@@ -386,13 +386,45 @@ LOWBIT_INLINE void for_pairs_of_registers(int64_t count, Each each) {
     if (i < count) each(i, __mmask64{0xffffffff});
 }
 
-// E4M3 as it is, for scales of whole channels: the sums are multiplied with them.
-LOWBIT_INLINE void decode_e4m3(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+// Both bytes of the bfloat16 that an integer of up to 7 bits is.
+struct Int8Tables {
+    alignas(64) uint8_t upper[128] = {}, lower[128] = {};
+    constexpr Int8Tables() {
+        for (int i = 1; i < 128; ++i) {
+            int log = 0;
+            while (i >> (log + 1)) ++log;
+            const int bits = (127 + log) << 7 | ((i << (7 - log)) & 0x7f);
+            upper[i] = static_cast<uint8_t>(bits >> 8), lower[i] = static_cast<uint8_t>(bits & 0xff);
+        }
+    }
+};
+constexpr Int8Tables kInt8;
+
+LOWBIT_INLINE __m512i look_up_128(__m512i indices, const uint8_t* table) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), indices, _mm512_load_si512(table + 64));
+}
+
+// 64 int8 -> bfloat16.
+LOWBIT_INLINE void widen_int8(__m512i codes, __m512i (&words)[2]) {
+    codes = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), codes);  // so that pairs of bytes are in order
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80)), magnitude = _mm512_abs_epi8(codes);
+    const __m512i lower = look_up_128(magnitude, kInt8.lower);
+    __m512i upper = look_up_128(magnitude, kInt8.upper);
+    upper = _mm512_mask_mov_epi8(upper, _mm512_cmpeq_epi8_mask(codes, sign), _mm512_set1_epi8(0x43));  // 128, found as 0
+    upper = _mm512_or_si512(upper, _mm512_and_si512(codes, sign));
+    words[0] = _mm512_unpacklo_epi8(lower, upper), words[1] = _mm512_unpackhi_epi8(lower, upper);
+}
+
+// Codes as they are, for scales of whole channels: the sums are multiplied with them.
+template <typename Code>
+LOWBIT_INLINE void decode_unscaled(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     const auto& job = *static_cast<const WeightJob*>(weight);
     const auto* codes = static_cast<const uint8_t*>(job.weight) + channel * job.depth + first;
     for_pairs_of_registers(count, [=](int64_t i, __mmask64 mask) LOWBIT_INLINE_LAMBDA {
         __m512i words[2];
-        widen_e4m3(_mm512_maskz_loadu_epi8(mask, codes + i), words);
+        const __m512i bytes = _mm512_maskz_loadu_epi8(mask, codes + i);
+        if constexpr (std::is_same<Code, Int8>::value) widen_int8(bytes, words);
+        else widen_e4m3(bytes, words);
         _mm512_storeu_si512(output + i, words[0]);
         if (mask >> kWords) _mm512_storeu_si512(output + i + kWords, words[1]);
     });
@@ -408,7 +440,7 @@ struct BlockE4M3 {
         : job(*static_cast<const WeightJob*>(weight)), per_row(blocks(job.depth, kScaledInputs)) {}
 
     void operator()(int64_t channel, int64_t first, int64_t count, BFloat16* output) const {
-        decode_e4m3(&job, channel, first, count, output);
+        decode_unscaled<E4M3>(&job, channel, first, count, output);
     }
 
     float scale(int64_t channel, int64_t input) const {
@@ -476,7 +508,7 @@ ChannelKernels byte_decoder(const WeightJob& job) {
     if (!is_whole) return kKernelsOf<Each<decode_even<Code>>>;
     if (job.zero_point) return kKernelsOf<Each<decode_bytes<Code, true>>>;
     if (std::is_same<Code, E4M3>::value && is_mx) return kKernelsOf<Each<decode_mxfp8>>;
-    if (std::is_same<Code, E4M3>::value && has_channel_scales(job)) return kKernelsOf<Each<decode_e4m3>>;
+    if (has_channel_scales(job)) return kKernelsOf<Each<decode_unscaled<Code>>>;
 #ifdef LOWBIT_TILES
     constexpr int64_t kBlock = BlockE4M3::kScaledInputs;
     const bool are_blocks = job.scale_type == 0 && job.block_columns == kBlock && job.block_rows == kBlock && !job.outer_scale;
@@ -516,7 +548,8 @@ BFloat16Decoder weight_decoder(const WeightJob& job) {
     if constexpr (kBits == 8) kernels = byte_decoder<Code>(job);
     else if (avx512::has_whole_groups<Code>(job)) kernels = group_decoder(Code{}, job), order = kNibbleOrder;
     else kernels = kKernelsOf<Each<decode_any<Code>>>;
-    const bool leaves_scales = kernels.decode == kKernelsOf<Each<decode_e4m3>>.decode;
+    bool leaves_scales = false;
+    if constexpr (kBits == 8) leaves_scales = kernels.decode == kKernelsOf<Each<decode_unscaled<Code>>>.decode;
     return {kernels.decode, kernels.multiply_few_rows, order, job.weight, job.depth * kBits / 8, 32 * kBits,
             leaves_scales ? channel_scales(job) : nullptr};
 }

@@ -3,10 +3,10 @@
 //
 // The sums of a register are those of one channel with 16 rows; a decoded pair is spread over them as it is loaded. Of up to
 // eight rows two pairs are multiplied at once, with two sums for each row. Of 16 channels kFewInputs inputs are decoded into
-// the first-level cache and multiplied, then the next.
+// the first-level cache, of up to 16 rows while those before are multiplied: the units for both are different ones.
 
 struct FewRowsMemory {
-    alignas(64) BFloat16 decoded[kTileChannels][kStride];
+    alignas(64) BFloat16 decoded[2][kTileChannels][kStride];
     alignas(64) float sums[kMostFewRows / kTileRows][kTileRows * kTileChannels];
 };
 
@@ -94,10 +94,11 @@ constexpr StepsKernel kStepsKernels[] = {multiply_steps<1, true>, multiply_steps
                                          multiply_steps<3, false>, multiply_steps<4, false>};
 
 // Adds what the low-rank product adds to the channels from `channel` on.
-LOWBIT_NOINLINE void add_low_rank(const TileJob& job, StepsKernel multiply, int64_t channel, FewRowsMemory& memory) {
+LOWBIT_NOINLINE void add_low_rank(const TileJob& job, StepsKernel multiply, int64_t channel, BFloat16 (&copied)[kTileChannels][kStride],
+                                  FewRowsMemory& memory) {
     for (int64_t step = 0; step * kWords < job.low_rank.rank; ++step) {
-        for (int64_t i = 0; i < kTileChannels; ++i) _mm512_store_si512(memory.decoded[i], low_rank_inputs(job, channel + i, step));
-        multiply(memory.decoded[0], job.low_rank.tiles + step * bytes_of_step(job), 1, true, memory);
+        for (int64_t i = 0; i < kTileChannels; ++i) _mm512_store_si512(copied[i], low_rank_inputs(job, channel + i, step));
+        multiply(copied[0], job.low_rank.tiles + step * bytes_of_step(job), 1, true, memory);
     }
 }
 
@@ -111,30 +112,65 @@ LOWBIT_INLINE void write_sums(const TileJob& job, FewRowsMemory& memory, int64_t
     for (int64_t row = 0; row < job.rows; row += kTileRows) write_transposed(job, memory.sums[row / kTileRows], row, column);
 }
 
+// As multiply_steps with whole chunks of up to 16 rows; `decode` is called for each channel to be decoded meanwhile.
+template <bool kAreHalves, typename Decode>
+LOWBIT_INLINE void multiply_and_decode(const BFloat16* channels, const uint8_t* x, bool accumulate, FewRowsMemory& memory, Decode decode) {
+    constexpr int kRegisters = kAreHalves ? 8 : 16, kPairs = kAreHalves ? 2 : 1, kTogether = kRegisters * kSteps / kTileChannels;
+    __m512 sums[kTileChannels];
+#pragma GCC unroll 16
+    for (int c = 0; c < kTileChannels; ++c) sums[c] = accumulate ? _mm512_load_ps(memory.sums[0] + c * 16) : _mm512_setzero_ps();
+    for (int64_t channel = 0; channel < kTileChannels; ++channel) {
+        decode();
+        for (int r = 0; r < kTogether; ++r, x += kStep, channels += 2 * kPairs) {
+            const __m512i bits = _mm512_load_si512(x);
+#pragma GCC unroll 16
+            for (int c = 0; c < kTileChannels; ++c)
+                sums[c] = _mm512_dpbf16_ps(sums[c], reinterpret_cast<const __m512bh&>(bits), spread<kAreHalves>(channels + c * kStride));
+        }
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < kTileChannels; ++c) _mm512_store_ps(memory.sums[0] + c * 16, sums[c]);
+}
+
 // Groups [first, last) of 16 channels, with all rows. `Channel` decodes inputs of a channel.
 template <typename Channel>
 void multiply_few_rows(const TileJob& job, int64_t first, int64_t last) {
     FewRowsMemory& memory = few_rows_memory();
     const StepsKernel multiply = kStepsKernels[are_halves(job) ? 0 : blocks(job.rows, kTileRows)];
     const Channel decode(job.weight.data);
-    const int64_t step_bytes = bytes_of_step(job), depth = job.depth / 2;
-    for (int64_t column = first * kTileChannels; column < smaller(last * kTileChannels, job.columns); column += kTileChannels) {
-        const int64_t channels = smaller(kTileChannels, job.columns - column);
-        for (int64_t input = 0; input < depth; input += kFewInputs) {
-            const int64_t inputs = smaller(kFewInputs, depth - input);
-            const bool is_last = input + kFewInputs >= depth;
-            const int64_t next = is_last ? 0 : input + kFewInputs, next_bytes = bytes_of(*job.decoder, smaller(kFewInputs, depth - next));
-            const char* codes = codes_at(*job.decoder, is_last ? column + kTileChannels : column, next);
-            for (int64_t i = 0; i < channels; ++i, codes += job.decoder->row_bytes) {
-                prefetch_lines(codes, next_bytes);
-                if (inputs == kFewInputs) decode(column + i, input, kFewInputs, memory.decoded[i]);
-                else job.decoder->decode(job.weight.data, column + i, input, inputs, memory.decoded[i]);
-                for (int64_t rest = inputs; rest % kWords; ++rest) memory.decoded[i][rest].bits = 0;
-            }
-            multiply(memory.decoded[0], job.tiles + input / kWords * step_bytes, blocks(inputs, kWords), input != 0, memory);
+    const int64_t step_bytes = bytes_of_step(job), row_bytes = job.decoder->row_bytes;
+    const int64_t chunk_bytes = bytes_of(*job.decoder, kFewInputs);
+    Chunk chunk{last, 0}, next{first, 0};
+    for (int64_t turn = 0; chunk.group < last || next.group < last; turn ^= 1) {
+        const Chunk after = next_chunk(job, next, last);
+        const int64_t inputs = smaller(kFewInputs, job.depth / 2 - chunk.input), steps = chunk.group < last ? blocks(inputs, kWords) : 0;
+        const Part decoded = part_of(job, next, last, kTileChannels), asked = part_of(job, after, last, kTileChannels);
+        const bool is_whole = decoded.is_whole(kTileChannels) && asked.is_whole(kTileChannels);
+        const char* codes = codes_at(*job.decoder, asked.channel, asked.input);
+        const BFloat16* from = memory.decoded[turn][0];
+        const uint8_t* x = job.tiles + chunk.input / kWords * step_bytes;
+        BFloat16* to = memory.decoded[turn ^ 1][0];
+        int64_t channel = decoded.channel;
+        const auto decode_next = [&]() LOWBIT_INLINE_LAMBDA {
+            prefetch_lines(codes, chunk_bytes);
+            decode(channel++, decoded.input, kFewInputs, to);
+            codes += row_bytes, to += kStride;
+        };
+        const bool accumulate = chunk.input != 0;
+        if (is_whole && steps == kSteps && job.rows <= kTileRows) {
+            if (are_halves(job)) multiply_and_decode<true>(from, x, accumulate, memory, decode_next);
+            else multiply_and_decode<false>(from, x, accumulate, memory, decode_next);
+        } else {
+            if (steps) multiply(from, x, steps, accumulate, memory);
+            if (is_whole)
+                for (int i = 0; i < kTileChannels; ++i) decode_next();
+            else decode_part<Channel>(job, decoded, asked, kTileChannels, to);
         }
-        add_low_rank(job, multiply, column, memory);
-        write_sums(job, memory, column);
+        if (chunk.group < last && next.input == 0) {
+            add_low_rank(job, multiply, chunk.group * kTileChannels, memory.decoded[turn], memory);
+            write_sums(job, memory, chunk.group * kTileChannels);
+        }
+        chunk = next, next = after;
     }
 }
 

@@ -103,3 +103,39 @@ template <typename Channel>
 void decode_channel(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     Channel{weight}(channel, first, count, output);
 }
+
+// Inputs of a group of channels; none of group `last`, where a task ends.
+struct Chunk {
+    int64_t group, input;
+};
+
+LOWBIT_INLINE Chunk next_chunk(const TileJob& job, const Chunk& chunk, int64_t last) {
+    if (chunk.group < last && chunk.input + kFewInputs < job.depth / 2) return {chunk.group, chunk.input + kFewInputs};
+    return {smaller(chunk.group + 1, last), 0};
+}
+
+// Some channels of a chunk: what is decoded, or asked of memory, between two steps.
+struct Part {
+    int64_t channel, last, input, inputs;
+
+    bool is_whole(int64_t channels) const { return last - channel == channels && inputs == kFewInputs; }
+};
+
+LOWBIT_INLINE Part part_of(const TileJob& job, const Chunk& chunk, int64_t last, int64_t channels) {
+    const int64_t channel = chunk.group * channels, end = chunk.group < last ? smaller(channel + channels, job.columns) : channel;
+    return {channel, end, chunk.input, smaller(kFewInputs, job.depth / 2 - chunk.input)};
+}
+
+// At most `channels` of each.
+template <typename Channel>
+LOWBIT_NOINLINE void decode_part(const TileJob& job, const Part& decoded, const Part& asked, int64_t channels, BFloat16* output) {
+    for (int64_t channel = asked.channel; channel < smaller(asked.channel + channels, asked.last); ++channel)
+        prefetch_lines(codes_at(*job.decoder, channel, asked.input), bytes_of(*job.decoder, asked.inputs));
+    for (int64_t channel = decoded.channel; channel < smaller(decoded.channel + channels, decoded.last); ++channel) {
+        decode_channel<Channel>(job.weight.data, channel, decoded.input, decoded.inputs, output);
+        for (int64_t rest = decoded.inputs; rest % kWords; ++rest) output[rest].bits = 0;
+        output += kStride;
+    }
+}
+
+constexpr int64_t kSteps = kFewInputs / kWords;
