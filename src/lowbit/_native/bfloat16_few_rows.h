@@ -2,7 +2,7 @@
 // inputs and adds them to 16 sums.
 //
 // The sums of a register are those of one channel with 16 rows; a decoded pair is spread over them as it is loaded. Of up to
-// eight rows two pairs are multiplied at once, with two sums for each row. Of 16 channels kFewInputs inputs are decoded into
+// eight rows two pairs are multiplied at once, with two sums for each row, of up to four rows four. Of 16 channels kFewInputs inputs are decoded into
 // the first-level cache, of up to 16 rows while those before are multiplied: the units for both are different ones.
 
 struct FewRowsMemory {
@@ -16,47 +16,57 @@ LOWBIT_NOINLINE FewRowsMemory& few_rows_memory() {
     return memory;
 }
 
-LOWBIT_INLINE bool are_halves(const TileJob& job) { return job.rows <= kTileRows / 2; }
+// Pairs that are multiplied at once.
+LOWBIT_INLINE int64_t pairs_at_once(const TileJob& job) { return job.rows <= kTileRows / 4 ? 4 : job.rows <= kTileRows / 2 ? 2 : 1; }
 
 LOWBIT_INLINE int64_t bytes_of_step(const TileJob& job) {
-    return are_halves(job) ? kTileBytes / 2 : blocks(job.rows, kTileRows) * kTileBytes;
+    return blocks(job.rows, kTileRows) * kTileBytes / pairs_at_once(job);
 }
 
-// Steps [first, last) of 32 inputs -> [steps][blocks of 16 rows][16 pairs of inputs][16 rows][2], or of halves
-// [steps][8 times two pairs][8 rows][2 pairs][2].
+// Steps [first, last) of 32 inputs -> [steps][blocks of 16 rows][16 pairs of inputs][16 rows][2], or
+// [steps][16 / pairs at once][16 / pairs at once rows][pairs at once][2].
 void transpose_rows(const TileJob& job, int64_t first, int64_t last) {
     const __m512i both = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i both_halves = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
     uint8_t* to = job.tiles + first * bytes_of_step(job);
     for (int64_t step = first; step < last; ++step) {
         for (int64_t row = 0; row < job.rows; row += kTileRows) {
             alignas(64) int8_t turned[kTileRows * kStep];
             turn_step(job, step, row, turned);
-            const int64_t pairs = are_halves(job) ? 2 : 1;
+            const auto two_pairs = [=](const int8_t* from) LOWBIT_INLINE_LAMBDA {
+                return _mm512_permutex2var_epi32(_mm512_load_si512(from), both, _mm512_load_si512(from + kStep));
+            };
+            const int64_t pairs = pairs_at_once(job);
             for (const int8_t* from = turned; from < turned + sizeof turned; from += pairs * kStep, to += kStep) {
-                __m512i inputs = _mm512_load_si512(from);
-                if (pairs == 2) inputs = _mm512_permutex2var_epi32(inputs, both, _mm512_load_si512(from + kStep));
+                __m512i inputs = pairs == 1 ? _mm512_load_si512(from) : two_pairs(from);
+                if (pairs == 4) inputs = _mm512_permutex2var_epi64(inputs, both_halves, two_pairs(from + 2 * kStep));
                 _mm512_store_si512(to, inputs);
             }
         }
     }
 }
 
-// Adjacent inputs of a channel, in all lanes or, of halves, two pairs in turn.
-template <bool kAreHalves>
+// Adjacent inputs of a channel, one pair in all lanes, or several in turn.
+template <int kPairs>
 LOWBIT_INLINE __m512bh spread(const BFloat16* inputs) {
-    typename std::conditional<kAreHalves, int64_t, int32_t>::type bits;
-    std::memcpy(&bits, inputs, sizeof bits);
-    const __m512i all = kAreHalves ? _mm512_set1_epi64(bits) : _mm512_set1_epi32(static_cast<int32_t>(bits));
+    __m512i all;
+    if constexpr (kPairs == 4) {
+        all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(inputs)));
+    } else {
+        typename std::conditional<kPairs == 2, int64_t, int32_t>::type bits;
+        std::memcpy(&bits, inputs, sizeof bits);
+        all = kPairs == 2 ? _mm512_set1_epi64(bits) : _mm512_set1_epi32(static_cast<int32_t>(bits));
+    }
     return reinterpret_cast<const __m512bh&>(all);
 }
 
 // Adds the products of `steps` steps of 16 decoded channels and all rows to the sums, or to zero.
 using StepsKernel = void (*)(const BFloat16* channels, const uint8_t* x, int64_t steps, bool accumulate, FewRowsMemory& memory);
 
-template <int kBlocks, bool kAreHalves>
+template <int kBlocks, int kPairs>
 LOWBIT_NOINLINE void multiply_steps(const BFloat16* channels, const uint8_t* x, int64_t steps, bool accumulate, FewRowsMemory& memory) {
     constexpr int kTogether = kBlocks == 1 ? 16 : kBlocks == 4 ? 4 : 8;  // as many channels as there are registers for
-    constexpr int kRegisters = kAreHalves ? 8 : 16, kPairs = kAreHalves ? 2 : 1;
+    constexpr int kRegisters = 16 / kPairs;
     for (int64_t channel = 0; channel < kTileChannels; channel += kTogether) {
         __m512 sums[kTogether][kBlocks];
 #pragma GCC unroll 16
@@ -76,7 +86,7 @@ LOWBIT_NOINLINE void multiply_steps(const BFloat16* channels, const uint8_t* x, 
                 }
 #pragma GCC unroll 16
                 for (int c = 0; c < kTogether; ++c) {
-                    const __m512bh pairs = spread<kAreHalves>(weight + c * kStride);
+                    const __m512bh pairs = spread<kPairs>(weight + c * kStride);
 #pragma GCC unroll 4
                     for (int b = 0; b < kBlocks; ++b) sums[c][b] = _mm512_dpbf16_ps(sums[c][b], inputs[b], pairs);
                 }
@@ -89,9 +99,13 @@ LOWBIT_NOINLINE void multiply_steps(const BFloat16* channels, const uint8_t* x, 
     }
 }
 
-// By blocks of 16 rows, from 0 for halves.
-constexpr StepsKernel kStepsKernels[] = {multiply_steps<1, true>, multiply_steps<1, false>, multiply_steps<2, false>,
-                                         multiply_steps<3, false>, multiply_steps<4, false>};
+// By blocks of 16 rows.
+constexpr StepsKernel kStepsKernels[] = {nullptr, multiply_steps<1, 1>, multiply_steps<2, 1>, multiply_steps<3, 1>, multiply_steps<4, 1>};
+
+LOWBIT_INLINE StepsKernel steps_kernel(const TileJob& job) {
+    const int64_t pairs = pairs_at_once(job);
+    return pairs == 4 ? multiply_steps<1, 4> : pairs == 2 ? multiply_steps<1, 2> : kStepsKernels[blocks(job.rows, kTileRows)];
+}
 
 // Adds what the low-rank product adds to the channels from `channel` on.
 LOWBIT_NOINLINE void add_low_rank(const TileJob& job, StepsKernel multiply, int64_t channel, BFloat16 (&copied)[kTileChannels][kStride],
@@ -103,19 +117,22 @@ LOWBIT_NOINLINE void add_low_rank(const TileJob& job, StepsKernel multiply, int6
 }
 
 LOWBIT_INLINE void write_sums(const TileJob& job, FewRowsMemory& memory, int64_t column) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
-    for (int64_t channel = 0; are_halves(job) && channel < kTileChannels; ++channel) {
+    const int64_t pairs = pairs_at_once(job);
+    const __m512i firsts = _mm512_mullo_epi32(lane_numbers(), _mm512_set1_epi32(static_cast<int>(pairs)));  // the index wraps
+    for (int64_t channel = 0; pairs > 1 && channel < kTileChannels; ++channel) {
         float* sums = memory.sums[0] + channel * 16;
-        const __m512 apart = _mm512_load_ps(sums), both = _mm512_add_ps(apart, _mm512_permute_ps(apart, 0xb1));
-        _mm512_store_ps(sums, _mm512_permutexvar_ps(even, both));
+        __m512 all = _mm512_load_ps(sums);
+        all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xb1));
+        if (pairs == 4) all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4e));
+        _mm512_store_ps(sums, _mm512_permutexvar_ps(firsts, all));
     }
     for (int64_t row = 0; row < job.rows; row += kTileRows) write_transposed(job, memory.sums[row / kTileRows], row, column);
 }
 
 // As multiply_steps with whole chunks of up to 16 rows; `decode` is called for each channel to be decoded meanwhile.
-template <bool kAreHalves, typename Decode>
+template <int kPairs, typename Decode>
 LOWBIT_INLINE void multiply_and_decode(const BFloat16* channels, const uint8_t* x, bool accumulate, FewRowsMemory& memory, Decode decode) {
-    constexpr int kRegisters = kAreHalves ? 8 : 16, kPairs = kAreHalves ? 2 : 1, kTogether = kRegisters * kSteps / kTileChannels;
+    constexpr int kTogether = 16 / kPairs * kSteps / kTileChannels;
     __m512 sums[kTileChannels];
 #pragma GCC unroll 16
     for (int c = 0; c < kTileChannels; ++c) sums[c] = accumulate ? _mm512_load_ps(memory.sums[0] + c * 16) : _mm512_setzero_ps();
@@ -125,7 +142,7 @@ LOWBIT_INLINE void multiply_and_decode(const BFloat16* channels, const uint8_t* 
             const __m512i bits = _mm512_load_si512(x);
 #pragma GCC unroll 16
             for (int c = 0; c < kTileChannels; ++c)
-                sums[c] = _mm512_dpbf16_ps(sums[c], reinterpret_cast<const __m512bh&>(bits), spread<kAreHalves>(channels + c * kStride));
+                sums[c] = _mm512_dpbf16_ps(sums[c], reinterpret_cast<const __m512bh&>(bits), spread<kPairs>(channels + c * kStride));
         }
     }
 #pragma GCC unroll 16
@@ -136,7 +153,7 @@ LOWBIT_INLINE void multiply_and_decode(const BFloat16* channels, const uint8_t* 
 template <typename Channel>
 void multiply_few_rows(const TileJob& job, int64_t first, int64_t last) {
     FewRowsMemory& memory = few_rows_memory();
-    const StepsKernel multiply = kStepsKernels[are_halves(job) ? 0 : blocks(job.rows, kTileRows)];
+    const StepsKernel multiply = steps_kernel(job);
     const Channel decode(job.weight.data);
     const int64_t step_bytes = bytes_of_step(job), row_bytes = job.decoder->row_bytes;
     const int64_t chunk_bytes = bytes_of(*job.decoder, kFewInputs);
@@ -158,8 +175,10 @@ void multiply_few_rows(const TileJob& job, int64_t first, int64_t last) {
         };
         const bool accumulate = chunk.input != 0;
         if (is_whole && steps == kSteps && job.rows <= kTileRows) {
-            if (are_halves(job)) multiply_and_decode<true>(from, x, accumulate, memory, decode_next);
-            else multiply_and_decode<false>(from, x, accumulate, memory, decode_next);
+            const int64_t pairs = pairs_at_once(job);
+            if (pairs == 4) multiply_and_decode<4>(from, x, accumulate, memory, decode_next);
+            else if (pairs == 2) multiply_and_decode<2>(from, x, accumulate, memory, decode_next);
+            else multiply_and_decode<1>(from, x, accumulate, memory, decode_next);
         } else {
             if (steps) multiply(from, x, steps, accumulate, memory);
             if (is_whole)

@@ -450,6 +450,7 @@ constexpr AttentionKernels attentions[kAttentionKinds] = {
 #endif
 namespace avx512_bf16 {
 using avx512_vnni::kStep;
+using avx512_vnni::lane_numbers;
 using avx512_vnni::pack_step;
 using avx512_vnni::present;
 using avx512::store_narrow;

@@ -178,7 +178,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     ("rows", "features", "columns"),
     [
         (1, 1, 1),
+        (2, 70, 770),
         (3, 40, 544),
+        (4, 50, 1024),
         (5, 33, 64),
         (8, 35, 330),
         (15, 17, 96),
