@@ -509,11 +509,9 @@ ChannelKernels byte_decoder(const WeightJob& job) {
     if (job.zero_point) return kKernelsOf<Each<decode_bytes<Code, true>>>;
     if (std::is_same<Code, E4M3>::value && is_mx) return kKernelsOf<Each<decode_mxfp8>>;
     if (has_channel_scales(job)) return kKernelsOf<Each<decode_unscaled<Code>>>;
-#ifdef LOWBIT_TILES
     constexpr int64_t kBlock = BlockE4M3::kScaledInputs;
     const bool are_blocks = job.scale_type == 0 && job.block_columns == kBlock && job.block_rows == kBlock && !job.outer_scale;
     if (std::is_same<Code, E4M3>::value && are_blocks) return {kKernelsOf<Each<decode_bytes<Code, false>>>.decode, multiply_few_rows<BlockE4M3>};
-#endif
     return kKernelsOf<Each<decode_bytes<Code, false>>>;
 }
 

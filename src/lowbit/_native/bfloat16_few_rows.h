@@ -2,12 +2,16 @@
 // inputs and adds them to 16 sums.
 //
 // The sums of a register are those of one channel with 16 rows; a decoded pair is spread over them as it is loaded. Of up to
-// eight rows two pairs are multiplied at once, with two sums for each row, of up to four rows four. Of 16 channels kFewInputs inputs are decoded into
-// the first-level cache, of up to 16 rows while those before are multiplied: the units for both are different ones.
+// eight rows two pairs are multiplied at once, with two sums for each row, of up to four rows four. Of 16 channels kFewInputs
+// inputs are decoded into the first-level cache, for up to 16 rows while those before are multiplied: the units for both are
+// different ones.
+
+using Sums = float[kMostFewRows / kTileRows][kTileRows * kTileChannels];
 
 struct FewRowsMemory {
     alignas(64) BFloat16 decoded[2][kTileChannels][kStride];
-    alignas(64) float sums[kMostFewRows / kTileRows][kTileRows * kTileChannels];
+    alignas(64) Sums sums;
+    alignas(64) Sums scaled;
 };
 
 // Not inlined: compilers look up the thread's own again for each use.
@@ -116,22 +120,34 @@ LOWBIT_NOINLINE void add_low_rank(const TileJob& job, StepsKernel multiply, int6
     }
 }
 
-LOWBIT_INLINE void write_sums(const TileJob& job, FewRowsMemory& memory, int64_t column) {
+// Adds what was summed of each 16 rows, times its scale, to what was before, or to zero.
+LOWBIT_INLINE void add_scaled(FewRowsMemory& memory, int64_t row_blocks, float scale, bool accumulate) {
+    const float* from = memory.sums[0];
+    float* to = memory.scaled[0];
+    for (int64_t i = 0; i < row_blocks * kTileRows * kTileChannels; i += 16) {
+        const __m512 before = accumulate ? _mm512_load_ps(to + i) : _mm512_setzero_ps();
+        _mm512_store_ps(to + i, _mm512_fmadd_ps(_mm512_load_ps(from + i), _mm512_set1_ps(scale), before));
+    }
+}
+
+LOWBIT_INLINE void write_sums(const TileJob& job, Sums& all_sums, int64_t column) {
     const int64_t pairs = pairs_at_once(job);
     const __m512i firsts = _mm512_mullo_epi32(lane_numbers(), _mm512_set1_epi32(static_cast<int>(pairs)));  // the index wraps
     for (int64_t channel = 0; pairs > 1 && channel < kTileChannels; ++channel) {
-        float* sums = memory.sums[0] + channel * 16;
+        float* sums = all_sums[0] + channel * 16;
         __m512 all = _mm512_load_ps(sums);
         all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xb1));
         if (pairs == 4) all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4e));
         _mm512_store_ps(sums, _mm512_permutexvar_ps(firsts, all));
     }
-    for (int64_t row = 0; row < job.rows; row += kTileRows) write_transposed(job, memory.sums[row / kTileRows], row, column);
+    for (int64_t row = 0; row < job.rows; row += kTileRows) write_transposed(job, all_sums[row / kTileRows], row, column);
 }
 
-// As multiply_steps with whole chunks of up to 16 rows; `decode` is called for each channel to be decoded meanwhile.
-template <int kPairs, typename Decode>
-LOWBIT_INLINE void multiply_and_decode(const BFloat16* channels, const uint8_t* x, bool accumulate, FewRowsMemory& memory, Decode decode) {
+// As multiply_steps with whole chunks of up to 16 rows; `decode` is called for each channel to be decoded meanwhile, `scale` with
+// the sums of each kScaled inputs, if it is not 0.
+template <int kPairs, int64_t kScaled, typename Decode, typename Scale>
+LOWBIT_INLINE void multiply_and_decode(const BFloat16* channels, const uint8_t* x, bool accumulate, FewRowsMemory& memory, Decode decode,
+                                       Scale scale) {
     constexpr int kTogether = 16 / kPairs * kSteps / kTileChannels;
     __m512 sums[kTileChannels];
 #pragma GCC unroll 16
@@ -144,7 +160,18 @@ LOWBIT_INLINE void multiply_and_decode(const BFloat16* channels, const uint8_t* 
             for (int c = 0; c < kTileChannels; ++c)
                 sums[c] = _mm512_dpbf16_ps(sums[c], reinterpret_cast<const __m512bh&>(bits), spread<kPairs>(channels + c * kStride));
         }
+        if constexpr (kScaled > 0) {
+            constexpr int64_t kChannelsOfScale = kTileChannels * kScaled / kFewInputs;
+            if ((channel + 1) % kChannelsOfScale) continue;
+#pragma GCC unroll 16
+            for (int c = 0; c < kTileChannels; ++c) {
+                _mm512_store_ps(memory.sums[0] + c * 16, sums[c]);
+                sums[c] = _mm512_setzero_ps();
+            }
+            scale(channel / kChannelsOfScale * kScaled);
+        }
     }
+    if constexpr (kScaled > 0) return;
 #pragma GCC unroll 16
     for (int c = 0; c < kTileChannels; ++c) _mm512_store_ps(memory.sums[0] + c * 16, sums[c]);
 }
@@ -152,6 +179,7 @@ LOWBIT_INLINE void multiply_and_decode(const BFloat16* channels, const uint8_t* 
 // Groups [first, last) of 16 channels, with all rows. `Channel` decodes inputs of a channel.
 template <typename Channel>
 void multiply_few_rows(const TileJob& job, int64_t first, int64_t last) {
+    constexpr int64_t kScaled = Channel::kScaledInputs;
     FewRowsMemory& memory = few_rows_memory();
     const StepsKernel multiply = steps_kernel(job);
     const Channel decode(job.weight.data);
@@ -173,21 +201,30 @@ void multiply_few_rows(const TileJob& job, int64_t first, int64_t last) {
             decode(channel++, decoded.input, kFewInputs, to);
             codes += row_bytes, to += kStride;
         };
-        const bool accumulate = chunk.input != 0;
+        const auto scale = [&](int64_t input) LOWBIT_INLINE_LAMBDA {
+            input += chunk.input;
+            if constexpr (kScaled > 0)
+                add_scaled(memory, blocks(job.rows, kTileRows), decode.scale(chunk.group * kTileChannels, input), input > 0);
+        };
+        const bool accumulate = !kScaled && chunk.input != 0;
         if (is_whole && steps == kSteps && job.rows <= kTileRows) {
             const int64_t pairs = pairs_at_once(job);
-            if (pairs == 4) multiply_and_decode<4>(from, x, accumulate, memory, decode_next);
-            else if (pairs == 2) multiply_and_decode<2>(from, x, accumulate, memory, decode_next);
-            else multiply_and_decode<1>(from, x, accumulate, memory, decode_next);
+            if (pairs == 4) multiply_and_decode<4, kScaled>(from, x, accumulate, memory, decode_next, scale);
+            else if (pairs == 2) multiply_and_decode<2, kScaled>(from, x, accumulate, memory, decode_next, scale);
+            else multiply_and_decode<1, kScaled>(from, x, accumulate, memory, decode_next, scale);
         } else {
-            if (steps) multiply(from, x, steps, accumulate, memory);
+            constexpr int64_t kTogether = kScaled ? kScaled / kWords : kSteps;
+            for (int64_t step = 0; step < steps; step += kTogether) {
+                multiply(from + step * kWords, x + step * step_bytes, smaller(kTogether, steps - step), accumulate, memory);
+                scale(step * kWords);
+            }
             if (is_whole)
                 for (int i = 0; i < kTileChannels; ++i) decode_next();
             else decode_part<Channel>(job, decoded, asked, kTileChannels, to);
         }
         if (chunk.group < last && next.input == 0) {
             add_low_rank(job, multiply, chunk.group * kTileChannels, memory.decoded[turn], memory);
-            write_sums(job, memory, chunk.group * kTileChannels);
+            write_sums(job, kScaled ? memory.scaled : memory.sums, chunk.group * kTileChannels);
         }
         chunk = next, next = after;
     }

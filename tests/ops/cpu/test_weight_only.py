@@ -72,7 +72,7 @@ def check(layer: Layer, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tenso
     assert result.dtype == x.dtype
     exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     size = x.double().abs() @ weight.double().abs().t() + (0 if bias is None else bias.double().abs())
-    in_own_dtype = x.dtype != torch.float32 and not weight_only.has_few_rows(x, "int4")  # of all types the first
+    in_own_dtype = x.dtype != torch.float32 and not weight_only.has_few_rows(x)
     summing = 2e-6 if not in_own_dtype or weight_only.fast_matmul_dtype(x.dtype) != x.dtype else ROUNDING[x.dtype]
     assert ((result.double() - exact).abs() <= ROUNDING[x.dtype] * exact.abs() + summing * size + 1e-7).all()
 

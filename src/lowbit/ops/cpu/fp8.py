@@ -61,7 +61,7 @@ def fp8_weight_only_mm(
 ) -> torch.Tensor:
     """Return ``x @ (packed * weight_scale).T + bias`` [M, N] in the dtype of ``x`` [M, K]."""
     weight_scale = weight_scale.contiguous()
-    if is_fused(x, "e4m3"):
+    if is_fused(x):
         return multiply_fused(x, packed, "e4m3", weight_scale, bias, _block(packed, weight_scale, weight_block_size))
 
     def decode(first: int, weight: torch.Tensor) -> None:

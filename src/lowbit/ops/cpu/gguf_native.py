@@ -37,7 +37,7 @@ def multiply_native(
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K]."""
     output = torch.empty((x.shape[0], packed.shape[0]), dtype=x.dtype)
     number = block_type(weight_type).number
-    if takes_bfloat16(x, "gguf"):
+    if takes_bfloat16(x):
         native.gguf_product(x.contiguous(), packed, number, None if bias is None else bias.float(), output)
         return output
     if x.shape[0] > FUSED_ROWS or x.shape[1] % 32 or not helper.multiplies_gguf():

@@ -13,7 +13,7 @@ def int8_weight_only_mm(
 ) -> torch.Tensor:
     """Multiply as ``lowbit.ops.int8_weight_only.int8_weight_only_mm`` does, with sums in float32."""
     weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
-    if is_fused(x, "int8"):
+    if is_fused(x):
         return multiply_fused(x, weight, "int8", weight_scale, bias, (1, weight.shape[1]))
 
     def decode(first: int, output: torch.Tensor) -> None:

@@ -53,7 +53,7 @@ def mx_weight_only_mm(
 ) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K], for a weight as ``decode_rows`` takes it."""
     weight_type = "e4m3" if packed.dtype == E4M3 else "e2m1"
-    if is_fused(x, weight_type):
+    if is_fused(x):
         outer, columns = (None, 0) if dual_scale is None else (dual_scale.contiguous(), mx.DUAL_GROUP_SIZE)
         scale, block = weight_scale.contiguous(), (1, mx.GROUP_SIZE)
         return multiply_fused(x, packed, weight_type, scale, bias, block, outer_scale=outer, outer_columns=columns)

@@ -24,7 +24,7 @@ def nvfp4_weight_only_mm(
     global_scale: torch.Tensor,
 ) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` [M, N] in the dtype of ``x`` [M, K]; the weight as in ``ops.nvfp4.linear``."""
-    if is_fused(x, "e2m1"):
+    if is_fused(x):
         block = (1, nvfp4.GROUP_SIZE)
         return multiply_fused(x, packed, "e2m1", weight_scale.contiguous(), bias, block, outer_scale=global_scale)
 

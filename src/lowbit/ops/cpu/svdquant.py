@@ -21,7 +21,7 @@ def svdquant_weight_only_mm(
 ) -> torch.Tensor:
     """Multiply as ``lowbit.ops.svdquant.svdquant_weight_only_mm`` does; of few rows the result is rounded once."""
     weight_type = "int4" if global_scale is None else "e2m1"
-    if not (0 < x.shape[0] <= native.MOST_ROWS and x.shape[1] and takes_bfloat16(x, weight_type)):
+    if not (0 < x.shape[0] <= native.MOST_ROWS and x.shape[1] and takes_bfloat16(x)):
         return svdquant.svdquant_weight_only_mm(
             x, packed, weight_scale, global_scale, unsmoothed, proj_down, proj_up, bias
         )

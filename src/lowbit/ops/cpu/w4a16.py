@@ -26,7 +26,7 @@ def w4a16_mm(
     zero_point = None if zero_point is None else zero_point.contiguous()
     group_size = x.shape[1] // weight_scale.shape[1]
     is_native = helper.available() and x.numel() > 0
-    if is_native and is_fused(x, "int4"):
+    if is_native and is_fused(x):
         return multiply_fused(x, packed, "int4", weight_scale, bias, (1, group_size), zero_point)
     if is_native:
         x = w4a16.split_pairs(x)

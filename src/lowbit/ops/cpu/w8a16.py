@@ -26,9 +26,9 @@ def w8a16_mm(
         return int8_weight_only_mm(x, packed, weight_scale, bias)
     packed, weight_scale = packed.contiguous(), weight_scale.contiguous()
     group_size = x.shape[1] // weight_scale.shape[1]
-    if zero_point is None and is_fused(x, "int8"):
+    if zero_point is None and is_fused(x):
         return multiply_fused(x, packed, "int8", weight_scale, bias, (1, group_size))
-    if zero_point is not None and _are_native(zero_point, group_size) and takes_bfloat16(x, "int8"):
+    if zero_point is not None and _are_native(zero_point, group_size) and takes_bfloat16(x):
         return multiply_fused(x, packed, "int8", weight_scale, bias, (1, group_size), zero_point.contiguous())
     if zero_point is not None and helper.available() and x.shape[0] <= native.MOST_ROWS:
         return _few_rows(x, packed, weight_scale, bias, zero_point)

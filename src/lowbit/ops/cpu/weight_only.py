@@ -18,30 +18,25 @@ from lowbit.ops.cpu.features import fast_matmul_dtype
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.w4a16 import split_pairs
 
-# From which on bfloat16 is handed to the helper as it is where there is no AMX. Of e4m3, whose codes are no integers,
-# fewer rows are better multiplied in single precision than as eight.
-LEAST_BFLOAT16_ROWS = {"int4": 1, "e2m1": 1, "int8": 1, "e4m3": 3, "gguf": 1}
-
 
 def supports(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
     return native.dtype_refusal(problem.dtype)
 
 
-def has_few_rows(x: torch.Tensor, weight_type: str) -> bool:
+def has_few_rows(x: torch.Tensor) -> bool:
     """Tell whether ``multiply_fused`` takes x [M, K] in float32."""
-    return helper.available() and x.shape[0] <= native.MOST_ROWS and not takes_bfloat16(x, weight_type)
+    return helper.available() and x.shape[0] <= native.MOST_ROWS and not takes_bfloat16(x)
 
 
-def takes_bfloat16(x: torch.Tensor, weight_type: str) -> bool:
-    """Tell whether the native helper takes x [M, K] as it is for a weight of a type of ``LEAST_BFLOAT16_ROWS``."""
-    least = 1 if helper.has_amx() else LEAST_BFLOAT16_ROWS[weight_type]
-    return x.dtype == torch.bfloat16 and x.shape[0] >= least and helper.multiplies_bfloat16()
+def takes_bfloat16(x: torch.Tensor) -> bool:
+    """Tell whether the native helper takes x [M, K] as it is."""
+    return x.dtype == torch.bfloat16 and x.shape[0] > 0 and helper.multiplies_bfloat16()
 
 
-def is_fused(x: torch.Tensor, weight_type: str) -> bool:
+def is_fused(x: torch.Tensor) -> bool:
     """Tell whether ``multiply_fused`` is there and the best for x [M, K]."""
-    return takes_bfloat16(x, weight_type) or has_few_rows(x, weight_type)
+    return takes_bfloat16(x) or has_few_rows(x)
 
 
 def multiply_fused(
@@ -59,7 +54,7 @@ def multiply_fused(
     """Return ``native.weight_only_product`` [M, N] in the dtype of ``x`` [M, K]; ``low_rank`` only of bfloat16."""
     output = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     bias = None if bias is None else bias.float().contiguous()
-    if takes_bfloat16(x, weight_type):
+    if takes_bfloat16(x):
         values = x if x.stride(1) == 1 else x.contiguous()
     else:
         values = _padded(split_pairs(x) if weight_type == "int4" else x)
