@@ -3,6 +3,7 @@
 
 constexpr int64_t kFloatRows = 96;
 
+// As Tile of vector_tiles.h, with strides of its own: as variables there they took 5% of the integer products' time.
 struct FloatTile {
     const float* x;          // rows, x_stride apart
     const float* weight;     // [depth] steps of 16 columns a panel
