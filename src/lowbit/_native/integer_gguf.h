@@ -273,7 +273,7 @@ struct WeightIQ4_XS : LargeBlockWeight<avx512::BlockIQ4_XS> {
 
 struct GgufIntegers {
     int number;  // ggml's, of the type
-    const IntegerKernels* kernels;
+    const UnitRowsKernels* kernels;
 };
 
 constexpr GgufIntegers kGgufIntegers[] = {
@@ -292,7 +292,7 @@ constexpr GgufIntegers kGgufIntegers[] = {
 };
 
 // The kernels for a weight, or null where there are none.
-const IntegerKernels* kernels_for(const GgufRows& rows, int64_t depth) {
+const UnitRowsKernels* kernels_for(const GgufRows& rows, int64_t depth) {
     for (const GgufIntegers& known : kGgufIntegers)
         if (known.number == rows.kernels->number && depth % kUnit == 0) return known.kernels;
     return nullptr;

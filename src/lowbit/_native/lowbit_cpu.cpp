@@ -166,6 +166,31 @@ struct LowRank {
     uint8_t* tiles;    // the same as TileJob's tiles
 };
 
+constexpr int64_t kUnit = 128;         // inputs
+constexpr int64_t kUnitChannels = 16;  // of a task
+
+// Up to kFewRows rows times a weight that is multiplied as it is read (unit_rows.h).
+struct UnitRowsJob {
+    const void* weight;  // what the kernels' weight is made of
+    const void* x;       // [rows, depth], x_stride elements apart
+    int64_t rows, x_stride, depth, columns;
+    void* units;         // [rows, depth / kUnit] of what `arrange` makes of the activations
+    float* unit_floats;  // likewise, some for each; apart, so that units leave more of the first-level cache
+    const float* bias;   // [columns], or null
+    void* output;        // [rows, columns]
+    int element_type;
+    LowRank low_rank;  // its hidden [rows, rank] and up are used
+};
+
+using UnitRowsKernel = void (*)(const UnitRowsJob&, int64_t, int64_t);
+
+struct UnitRowsKernels {
+    // Of float32 in the order of split activations, and as they are: float32, bfloat16. Only the last may be there.
+    UnitRowsKernel arrange[3];
+    const UnitRowsKernel* multiply;  // by the number of rows, less one
+    int64_t unit_bytes, unit_floats;
+};
+
 // Scales, and zero points, of groups of a weight's inputs, and of UnitJob's units.
 struct GroupScales {
     const void *scales, *zero_points;         // [channels][groups]; the second may be null
@@ -453,6 +478,7 @@ using avx512_vnni::kStep;
 using avx512_vnni::lane_numbers;
 using avx512_vnni::pack_step;
 using avx512_vnni::present;
+using avx512::narrow;
 using avx512::store_narrow;
 using avx512::widen;
 #include "bfloat16_rows.h"
@@ -460,6 +486,7 @@ using avx512::widen;
 #include "vector_tiles.h"
 #include "bfloat16_product.h"
 #include "bfloat16_kernels.h"
+#include "bfloat16_units.h"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -640,19 +667,17 @@ std::atomic<int64_t> products{0};  // multiplied so far
 bool has_vnni() { return selected_isa >= kAvx512 && __builtin_cpu_supports("avx512vnni"); }
 
 // Multiplies by a weight, or returns false where there are no kernels for it or the rows, or results are not of 16 bits.
-// `input_type` is an index of IntegerKernels::round.
-bool run_integers(const avx512_vnni::IntegerKernels* kernels, avx512_vnni::IntegerJob job, int input_type, int64_t most_rows,
-                  int threads) {
+// `input_type` is an index of UnitRowsKernels::arrange.
+bool run_units(const UnitRowsKernels* kernels, UnitRowsJob job, int input_type, int64_t most_rows, int threads) {
     if (!kernels || job.rows <= 0 || job.rows > most_rows || job.columns <= 0 || job.element_type == 0) return false;
-    const int64_t units = job.rows * job.depth / avx512_vnni::kUnit;
-    static thread_local std::vector<avx512_vnni::Unit> memory;
-    static thread_local std::vector<float> scales;
-    memory.resize(static_cast<size_t>(units));
-    scales.resize(static_cast<size_t>(units));
-    job.units = memory.data(), job.unit_scale = scales.data();
-    run(kernels->round[input_type], job, units, job.rows * job.depth, threads);
-    const int64_t tasks = blocks(job.columns, avx512_vnni::kIntegerChannels);
-    run(kernels->multiply[job.rows - 1], job, tasks, job.columns * job.depth / 4, threads);
+    const int64_t units = job.rows * job.depth / kUnit;
+    static thread_local std::vector<char> memory;  // kept, as in lowbit_int8_linears
+    static thread_local std::vector<float> floats;
+    memory.resize(static_cast<size_t>(units * kernels->unit_bytes + 64));
+    floats.resize(static_cast<size_t>(units * kernels->unit_floats));
+    job.units = reinterpret_cast<void*>(blocks(reinterpret_cast<uintptr_t>(memory.data()), 64) * 64), job.unit_floats = floats.data();
+    run(kernels->arrange[input_type], job, units, job.rows * job.depth, threads);
+    run(kernels->multiply[job.rows - 1], job, blocks(job.columns, kUnitChannels), job.columns * job.depth / 4, threads);
     return true;
 }
 #endif
@@ -729,7 +754,6 @@ bool are_grouped_rows(const WeightJob& weight, const amx::RowRange& range, int64
 // Few rows of bfloat16 with weights of int8 or int4 in groups. Returns whether it was done.
 bool multiply_few_grouped(const WeightJob& weight, bool is_int4, const void* x, int64_t rows, int64_t stride, const float* bias,
                           void* output, int threads) {
-    constexpr int64_t kUnit = avx512_vnni::kUnit;
     if (!are_grouped_rows(weight, is_int4 ? amx::kRowsOfInt4 : amx::kRowsOfInt8, rows)) return false;
     const int64_t split_rows = amx::kBytesOfAUnit * rows, inputs = smaller(weight.block_columns, weight.depth);
     const int64_t unit = inputs % kUnit ? amx::kStep : kUnit, floats = blocks(weight.depth, unit) * kMostRows;
@@ -765,8 +789,14 @@ const BFloat16Kernels* bfloat16_kernels() {
     return selected_isa == kAvx512BFloat16 ? &avx512_bf16::bfloat16_kernels : nullptr;
 }
 
+// The kernels for up to most_unit_rows() rows of bfloat16, or null.
+const UnitRowsKernels* unit_rows_kernels(const WeightJob& weight, int code_type) {
+    const UnitRowsKernels* words = selected_isa == kAvx512BFloat16 ? avx512_bf16::kernels_for(weight, code_type) : nullptr;
+    return words ? words : avx512_vnni::kernels_for(weight, code_type);
+}
+
 // Of more rows decoding takes less time than multiplying integers, of which tiles make less.
-int64_t most_integer_rows() { return selected_isa == kAmx ? 2 : kFewRows; }
+int64_t most_unit_rows() { return selected_isa == kAmx ? 2 : kFewRows; }
 
 // Finds the hidden rows of job.low_rank; of `job` only the rows and the depth are used besides.
 void project_low_rank(const BFloat16Kernels& kernels, TileJob& job, int threads) {
@@ -1070,8 +1100,8 @@ LOWBIT_EXPORT void lowbit_weight_only(const float* x, int64_t rows, int64_t x_st
                   output,      element_type,  code_type == kInt4};
 #ifdef LOWBIT_X86
     const auto* kernels = has_vnni() ? avx512_vnni::kernels_for(job, code_type) : nullptr;
-    const avx512_vnni::IntegerJob few{&job, x, rows, x_stride, depth, columns, nullptr, nullptr, bias, output, element_type};
-    if (run_integers(kernels, few, job.is_split ? 0 : 1, kFewRows, threads)) return;
+    const UnitRowsJob few{&job, x, rows, x_stride, depth, columns, nullptr, nullptr, bias, output, element_type};
+    if (run_units(kernels, few, job.is_split ? 0 : 1, kFewRows, threads)) return;
 #endif
     if (code_type == kE2M1) selected_weight->split(job);
     const int64_t tasks = blocks(columns, selected_weight->task_channels);
@@ -1102,12 +1132,12 @@ LOWBIT_EXPORT void lowbit_weight_only_bfloat16(const void* x, int64_t rows, int6
         if (multiply_few_grouped(job, code_type == kInt4, x, rows, x_stride, bias, output, threads)) return;
     }
 #endif
-    const auto* kernels = avx512_vnni::kernels_for(job, code_type);
+    const UnitRowsKernels* kernels = unit_rows_kernels(job, code_type);
     TileJob projected{};
     projected.rows = rows, projected.depth = 2 * depth, projected.low_rank = low_rank;
-    if (kernels && rank && rows <= most_integer_rows()) project_low_rank(products, projected, threads);
-    const avx512_vnni::IntegerJob few{&job, x, rows, x_stride, depth, columns, nullptr, nullptr, bias, output, 1, projected.low_rank};
-    if (run_integers(kernels, few, 2, most_integer_rows(), threads)) return;
+    if (kernels && rank && rows <= most_unit_rows()) project_low_rank(products, projected, threads);
+    const UnitRowsJob few{&job, x, rows, x_stride, depth, columns, nullptr, nullptr, bias, output, 1, projected.low_rank};
+    if (run_units(kernels, few, 2, most_unit_rows(), threads)) return;
     run_bfloat16(products, x, rows, depth, x_stride, &job, products.weight_decoders[code_type](job), columns, bias, output, threads,
                  low_rank);
 #endif
@@ -1146,8 +1176,8 @@ LOWBIT_EXPORT int lowbit_gguf_product(const float* x, int64_t rows, int64_t colu
 #ifdef LOWBIT_X86
     const GgufRows weight{kernels, input, row_bytes};
     const auto* integer_kernels = has_vnni() ? avx512_vnni::kernels_for(weight, columns) : nullptr;
-    const avx512_vnni::IntegerJob few{&weight, x, rows, columns, columns, features, nullptr, nullptr, bias, output, element_type};
-    if (run_integers(integer_kernels, few, 1, kFewRows, threads)) return 0;
+    const UnitRowsJob few{&weight, x, rows, columns, columns, features, nullptr, nullptr, bias, output, element_type};
+    if (run_units(integer_kernels, few, 1, kFewRows, threads)) return 0;
 #endif
     const GgufProductJob job{x, rows, columns, features, input, bias, output};
     run(kernels->multiply[element_type], job, blocks(features, 4), features * columns, threads);
@@ -1163,8 +1193,8 @@ LOWBIT_EXPORT int lowbit_gguf_product_bfloat16(const void* x, int64_t rows, int6
 #ifdef LOWBIT_BFLOAT16
     const BFloat16Kernels& products = *bfloat16_kernels();
     const GgufRows weight{kernels, input, row_bytes};
-    const avx512_vnni::IntegerJob few{&weight, x, rows, columns, columns, features, nullptr, nullptr, bias, output, 1};
-    if (run_integers(avx512_vnni::kernels_for(weight, columns), few, 2, most_integer_rows(), threads)) return 0;
+    const UnitRowsJob few{&weight, x, rows, columns, columns, features, nullptr, nullptr, bias, output, 1};
+    if (run_units(avx512_vnni::kernels_for(weight, columns), few, 2, most_unit_rows(), threads)) return 0;
     run_bfloat16(products, x, rows, columns, columns, &weight, products.gguf_decoder(weight), features, bias, output, threads);
 #endif
     return 0;
