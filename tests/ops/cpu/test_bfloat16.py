@@ -93,7 +93,7 @@ def test_eight_bits_with_scales_of_any_shape(columns: int, rows: int) -> None:
 
 @ROWS
 def test_every_code_of_int8(rows: int) -> None:
-    codes = (torch.arange(256)[:, None] + torch.arange(1248)).to(torch.int8)  # all of them of each input
+    codes = (torch.arange(256)[:, None] + torch.arange(1280)).to(torch.int8)  # all of them of each input
     scale = torch.rand(256, 1) + 0.1
     x, inputs = one_input_a_row(rows, codes.shape[1])
     result = int8_weight_only.int8_weight_only_mm(x, codes, scale, None)
@@ -110,6 +110,16 @@ def test_eight_bits_with_zero_points(group_size: int, rows: int) -> None:
     x, inputs = one_input_a_row(rows, columns)
     decoded = w8a16.dequantize_int8_groups(codes, scale, zero).bfloat16()
     assert torch.equal(cpu_w8a16.w8a16_mm(x, codes, scale, None, zero), decoded[:, inputs].t())
+
+
+@ROWS
+def test_every_code_of_e4m3(rows: int) -> None:
+    codes = (torch.arange(256)[:, None] + torch.arange(1280)).to(torch.uint8)  # all of them of each input
+    values = torch.where(codes % 128 == 127, 8, codes).view(torch.float8_e4m3fn)
+    scale = torch.rand(256, 1) + 0.1
+    x, inputs = one_input_a_row(rows, codes.shape[1])
+    result = cpu_fp8.fp8_weight_only_mm(x, values, scale, None, None)
+    assert torch.equal(result, fp8.dequantize_fp8(values, scale, None).bfloat16()[:, inputs].t())
 
 
 @ROWS
