@@ -98,33 +98,37 @@ struct Dot16 {
     static __m512i multiply(__m512i sums, __m512i x, __m512i weights) { return _mm512_dpwssd_epi32(sums, x, weights); }
 };
 
-// sums [1 + rows][64], the first of them the weights' own -> rows of the output.
+// Sums [rows][64] of a group of panels, and the weights' own [64] -> rows of the output.
 template <typename Output, bool HasBias>
-LOWBIT_INLINE void write_rows(const ProductJob& job, const int32_t* sums, int64_t row, int64_t rows, int64_t column,
+LOWBIT_INLINE void write_rows(const ProductJob& job, const int32_t* own, const int32_t* sums, int64_t row, int64_t rows, int64_t column,
                               int64_t columns) {
-    float values[kVectorColumns];
-    for (int64_t i = 0; i < rows; ++i) {
-        const int32_t* row_sums = sums + (1 + i) * kVectorColumns;
-        // Unsigned, because what is subtracted may leave int32 before the difference is back in it.
-        for (int64_t j = 0; j < columns; ++j)
-            values[j] = static_cast<float>(
-                static_cast<int32_t>(static_cast<uint32_t>(row_sums[j]) - 128u * static_cast<uint32_t>(sums[j])));
-        avx512::scale_row<Output, true, HasBias>(values, columns, job.x_scale[row + i], job.weight_scale + column,
-                                                 job.bias + (HasBias ? column : 0),
-                                                 static_cast<Output*>(job.output) + (row + i) * job.columns + column);
+    for (int64_t panel = 0; panel < columns; panel += kPanelChannels) {
+        const __m512i added = _mm512_slli_epi32(_mm512_load_si512(own + panel), 7);
+        const __m512 scale = _mm512_loadu_ps(job.weight_scale + column + panel);
+        const __m512 bias = HasBias ? _mm512_loadu_ps(job.bias + column + panel) : _mm512_setzero_ps();
+        Output* to = static_cast<Output*>(job.output) + row * job.columns + column + panel;
+        for (int64_t i = 0; i < rows; ++i, to += job.columns) {
+            // Wraps, because what is subtracted may leave int32 before the difference is back in it.
+            const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + i * kVectorColumns + panel), added);
+            const __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(job.x_scale[row + i])), scale);
+            avx512::store_narrow(to, 0xffff, HasBias ? _mm512_add_ps(value, bias) : value);
+        }
     }
 }
 
-// The panels a thread packed last: the tasks it takes one after the other mostly multiply the same ones.
+// The panels a thread packed last: the tasks it takes one after the other mostly multiply the same ones. And what it sums.
 struct Packed {
     alignas(64) int8_t panels[kVectorColumns * kDepth];
+    alignas(64) int32_t sums[(1 + kLargestRowBlock) * kVectorColumns];
     int64_t call, column, depth;  // whose they are; calls count from 1
 };
 thread_local Packed packed;
 
-// The sums [1 + rows][64] of rows from `top` on with one group of panels.
-void sum_rows(const ProductJob& job, int64_t top, int64_t rows, int64_t column, int64_t columns,
-              const uint8_t* ones, int32_t* sums) {
+// Rows from `top` on with one group of panels.
+template <typename Output, bool HasBias>
+LOWBIT_INLINE void multiply_group(const ProductJob& job, int64_t top, int64_t rows, int64_t column, int64_t columns,
+                                  const uint8_t* ones) {
+    int32_t* sums = packed.sums;
     for (int64_t depth = 0; depth < job.depth; depth += kDepth) {
         const int64_t inputs = smaller(kDepth, job.depth - depth);
         if (packed.call != job.call || packed.column != column || packed.depth != depth) {
@@ -138,14 +142,16 @@ void sum_rows(const ProductJob& job, int64_t top, int64_t rows, int64_t column, 
             for (int64_t i = 0; i < count; ++i)
                 tile.x[i] = row + i == 0 ? ones : job.x + (top + row + i - 1) * job.depth + depth;
             kTiles<Dot8>[count - 1][columns / kPanelChannels - 1](tile);
+            if (depth + inputs < job.depth) continue;
+            const int64_t first = row == 0 ? 1 : row;  // behind the row of ones
+            write_rows<Output, HasBias>(job, sums, sums + first * kVectorColumns, top + first - 1, row + count - first, column, columns);
         }
     }
 }
 
 // Tasks [first, last): task t is block t % row_blocks of rows of the group t / row_blocks of four panels.
-template <typename Output>
-void multiply(const ProductJob& job, int64_t first, int64_t last) {
-    alignas(64) int32_t sums[(1 + kLargestRowBlock) * kVectorColumns];
+template <typename Output, bool HasBias>
+LOWBIT_INLINE void multiply_tasks(const ProductJob& job, int64_t first, int64_t last) {
     uint8_t ones[kDepth];
     std::memset(ones, 1, sizeof ones);
     for (int64_t task = first; task < last; ++task) {
@@ -153,11 +159,20 @@ void multiply(const ProductJob& job, int64_t first, int64_t last) {
         const int64_t columns = smaller(kVectorColumns, job.columns - column);
         const int64_t top = task % job.row_blocks * job.row_block;
         const int64_t rows = smaller(job.row_block, job.rows - top);
-        if (job.rows <= kFewRows) sum_few_rows(job, column, columns, sums);
-        else sum_rows(job, top, rows, column, columns, ones, sums);
-        if (job.bias) write_rows<Output, true>(job, sums, top, rows, column, columns);
-        else write_rows<Output, false>(job, sums, top, rows, column, columns);
+        if (job.rows > kFewRows) {
+            multiply_group<Output, HasBias>(job, top, rows, column, columns, ones);
+            continue;
+        }
+        int32_t* sums = packed.sums;
+        sum_few_rows(job, column, columns, sums);
+        write_rows<Output, HasBias>(job, sums, sums + kVectorColumns, top, rows, column, columns);
     }
+}
+
+template <typename Output>
+void multiply(const ProductJob& job, int64_t first, int64_t last) {
+    if (job.bias) multiply_tasks<Output, true>(job, first, last);
+    else multiply_tasks<Output, false>(job, first, last);
 }
 
 constexpr void (*multiplications[3])(const ProductJob&, int64_t, int64_t) = {multiply<float>, multiply<BFloat16>,

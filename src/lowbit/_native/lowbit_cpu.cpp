@@ -121,7 +121,7 @@ struct ElementwiseKernels {  // by element type
 };
 
 constexpr int64_t kPanelChannels = 16;
-constexpr int64_t kLargestRowBlock = 251;  // with the row of ones in whole tiles; the sums take 63 KiB of stack
+constexpr int64_t kLargestRowBlock = 1151;  // with the row of ones in whole tiles; a thread's sums take 288 KiB
 
 constexpr int64_t kMostExactInputs = int64_t{1} << 17;  // of which no sum of products of int8 leaves int32
 constexpr int64_t kFewRows = 4;  // are multiplied along the inputs by vectors; of more, packing costs less than it saves
