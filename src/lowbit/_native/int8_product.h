@@ -1,7 +1,7 @@
 // The product of uint8 activations (int8 + 128) and int8 weights with AVX512-VNNI, scaled while it is in the cache.
 //
 // Weights are read as they are in a checkpoint, [channel][input], so that a mapped file is multiplied with as it is. For
-// more than kFewRows rows, 64 channels of up to kDepth inputs are rearranged into panels of 16 channels that stay in the
+// more than kMostRowsAlong rows, 64 channels of up to kDepth inputs are rearranged into panels of 16 channels that stay in the
 // second-level cache: groups of 64 bytes, [channel][4 consecutive inputs], as one VNNI instruction reads them. Rows pass
 // by six at a time (vector_tiles.h). The first of the rows is all ones and gives the sum of each channel's weights; 128
 // times it is what the 128 in the activations has added to every other row. A few rows are multiplied along the inputs
@@ -9,7 +9,7 @@
 
 constexpr int64_t kDepth = 4096;
 constexpr int64_t kStep = 64;    // inputs that a register holds of one channel
-constexpr int kDotChannels = 4;  // at a time; with kFewRows rows and the row of ones 20 accumulators
+constexpr int64_t kBytesAhead = 8192;  // memory is asked for weights so long before they are used
 
 // Inputs that are there of those from `input` on.
 LOWBIT_INLINE __mmask64 present(int64_t input, int64_t depth) {
@@ -46,48 +46,88 @@ LOWBIT_INLINE void pack_step(const int8_t* from, int64_t stride, __mmask64 mask,
     }
 }
 
-// Panels of `columns` channels of `depth` inputs; `to` holds a multiple of 64 inputs of each.
+// Panels of `columns` channels of `depth` inputs; `to` holds a multiple of 64 inputs of each. Memory is asked for the panel that
+// follows, if only in the next group: of 16 streams at once hardware foresees little.
 void pack_panels(const int8_t* from, int64_t stride, int64_t columns, int64_t depth, int8_t* to) {
-    for (int64_t column = 0; column < columns; column += kPanelChannels)
-        for (int64_t input = 0; input < depth; input += kStep, to += kPanelChannels * kStep)
-            pack_step(from + column * stride + input, stride, present(input, depth), to);
+    for (int64_t column = 0; column < columns; column += kPanelChannels, from += kPanelChannels * stride)
+        for (int64_t input = 0; input < depth; input += kStep, to += kPanelChannels * kStep) {
+            for (int64_t channel = kPanelChannels; channel < 2 * kPanelChannels; ++channel)
+                _mm_prefetch(reinterpret_cast<const char*>(from + channel * stride + input), _MM_HINT_T1);
+            pack_step(from + input, stride, present(input, depth), to);
+        }
 }
 
-// sums [1 + Rows][64] of four channels with Rows rows; the first row of sums is the weights' own.
-template <int Rows>
-void multiply_along(const uint8_t* x, const int8_t* weight, int64_t depth, int32_t* sums) {
-    __m512i totals[1 + Rows][kDotChannels];
-#pragma GCC unroll 8
-    for (int row = 0; row <= Rows; ++row)
-#pragma GCC unroll 8
-        for (int channel = 0; channel < kDotChannels; ++channel) totals[row][channel] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < depth; i += kStep) {
-        const __mmask64 mask = present(i, depth);
-        __m512i weights[kDotChannels];
-#pragma GCC unroll 8
-        for (int channel = 0; channel < kDotChannels; ++channel)
-            weights[channel] = _mm512_maskz_loadu_epi8(mask, weight + channel * depth + i);
-#pragma GCC unroll 8
-        for (int row = 0; row <= Rows; ++row) {
-            const __m512i activations =
-                row == 0 ? _mm512_set1_epi8(1) : _mm512_maskz_loadu_epi8(mask, x + (row - 1) * depth + i);
-#pragma GCC unroll 8
-            for (int channel = 0; channel < kDotChannels; ++channel)
+// What rows with one channel have after the last 64 inputs. Masked loads would take several times as long as others.
+LOWBIT_INLINE int32_t multiply_rest(const uint8_t* x, const int8_t* weight, int64_t first, int64_t depth) {
+    int32_t sum = 0;
+    for (int64_t i = first; i < depth; ++i) sum += (x ? x[i] : 1) * weight[i];
+    return sum;
+}
+
+// Sums [Rows][64] of some channels with Rows rows; and the weights' own, if they are wanted. Only then is memory asked for what
+// follows: otherwise this has been read before.
+template <int Rows, int Channels, bool HasOwn>
+void multiply_along(const uint8_t* x, const int8_t* weight, int64_t depth, int32_t* own, int32_t* sums) {
+    __m512i totals[Rows + HasOwn][Channels];
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows + HasOwn; ++row)
+#pragma GCC unroll 4
+        for (int channel = 0; channel < Channels; ++channel) totals[row][channel] = _mm512_setzero_si512();
+    const int64_t whole = depth / kStep * kStep;
+    for (int64_t i = 0; i < whole; i += kStep) {
+        __m512i weights[Channels];
+#pragma GCC unroll 4
+        for (int channel = 0; channel < Channels; ++channel) {
+            const int8_t* from = weight + channel * depth + i;
+            if (HasOwn) _mm_prefetch(reinterpret_cast<const char*>(from) + kBytesAhead, _MM_HINT_T1);
+            weights[channel] = _mm512_loadu_si512(from);
+        }
+#pragma GCC unroll 16
+        for (int row = 0; row < Rows + HasOwn; ++row) {
+            const __m512i activations = row == Rows ? _mm512_set1_epi8(1) : _mm512_loadu_si512(x + row * depth + i);
+#pragma GCC unroll 4
+            for (int channel = 0; channel < Channels; ++channel)
                 totals[row][channel] = _mm512_dpbusd_epi32(totals[row][channel], activations, weights[channel]);
         }
     }
-    for (int row = 0; row <= Rows; ++row)
-        for (int channel = 0; channel < kDotChannels; ++channel)
-            sums[row * kVectorColumns + channel] = _mm512_reduce_add_epi32(totals[row][channel]);
+#pragma GCC unroll 4
+    for (int channel = 0; channel < Channels; ++channel) {
+        const int8_t* from = weight + channel * depth;
+        if (HasOwn) own[channel] = _mm512_reduce_add_epi32(totals[Rows + HasOwn - 1][channel]) + multiply_rest(nullptr, from, whole, depth);
+#pragma GCC unroll 16
+        for (int row = 0; row < Rows; ++row)
+            sums[row * kVectorColumns + channel] =
+                _mm512_reduce_add_epi32(totals[row][channel]) + multiply_rest(x + row * depth, from, whole, depth);
+    }
 }
 
-using MultiplyAlong = void (*)(const uint8_t*, const int8_t*, int64_t, int32_t*);
-constexpr MultiplyAlong kAlong[kFewRows] = {multiply_along<1>, multiply_along<2>, multiply_along<3>, multiply_along<4>};
+using MultiplyAlong = void (*)(const uint8_t*, const int8_t*, int64_t, int32_t*, int32_t*);
+
+// Rows that are multiplied at once, and channels: as many as there are registers for.
+struct Along {
+    MultiplyAlong multiply;
+    int64_t channels;
+};
+
+template <int Rows>
+constexpr int kChannelsAlong = Rows <= 5 ? 4 : 2;
+template <int Rows, bool HasOwn>
+constexpr Along kAlongOf = {multiply_along<Rows, kChannelsAlong<Rows>, HasOwn>, kChannelsAlong<Rows>};
+template <bool HasOwn>
+constexpr Along kAlong[] = {kAlongOf<1, HasOwn>, kAlongOf<2, HasOwn>, kAlongOf<3, HasOwn>, kAlongOf<4, HasOwn>,
+                            kAlongOf<5, HasOwn>, kAlongOf<6, HasOwn>, kAlongOf<7, HasOwn>, kAlongOf<8, HasOwn>};
+constexpr int64_t kRowsAlong = 8;
 
 // The sums [1 + rows][64] of one group of panels with all rows, of which there are few.
 void sum_few_rows(const ProductJob& job, int64_t column, int64_t columns, int32_t* sums) {
-    for (int64_t channel = 0; channel < columns; channel += kDotChannels)
-        kAlong[job.rows - 1](job.x, job.weight + (column + channel) * job.depth, job.depth, sums + channel);
+    for (int64_t panel = 0; panel < columns; panel += kPanelChannels)
+        for (int64_t row = 0; row < job.rows; row += kRowsAlong) {
+            const int64_t rows = smaller(kRowsAlong, job.rows - row);
+            const Along& along = row == 0 ? kAlong<true>[rows - 1] : kAlong<false>[rows - 1];
+            for (int64_t channel = panel; channel < panel + kPanelChannels; channel += along.channels)
+                along.multiply(job.x + row * job.depth, job.weight + (column + channel) * job.depth, job.depth, sums + channel,
+                               sums + (1 + row) * kVectorColumns + channel);
+        }
 }
 
 struct Dot8 {
@@ -159,7 +199,7 @@ LOWBIT_INLINE void multiply_tasks(const ProductJob& job, int64_t first, int64_t 
         const int64_t columns = smaller(kVectorColumns, job.columns - column);
         const int64_t top = task % job.row_blocks * job.row_block;
         const int64_t rows = smaller(job.row_block, job.rows - top);
-        if (job.rows > kFewRows) {
+        if (job.rows > kMostRowsAlong) {
             multiply_group<Output, HasBias>(job, top, rows, column, columns, ones);
             continue;
         }

@@ -124,7 +124,8 @@ constexpr int64_t kPanelChannels = 16;
 constexpr int64_t kLargestRowBlock = 1151;  // with the row of ones in whole tiles; a thread's sums take 288 KiB
 
 constexpr int64_t kMostExactInputs = int64_t{1} << 17;  // of which no sum of products of int8 leaves int32
-constexpr int64_t kFewRows = 4;  // are multiplied along the inputs by vectors; of more, packing costs less than it saves
+constexpr int64_t kMostRowsAlong = 12;  // of int8 that are multiplied along the inputs; of more, packing costs less than it saves
+constexpr int64_t kFewRows = 4;         // of floating point
 
 struct ProductJob {
     const uint8_t* x;      // [rows, depth], int8 + 128
@@ -474,6 +475,7 @@ constexpr AttentionKernels attentions[kAttentionKinds] = {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512bf16,prefer-vector-width=512")
 #endif
 namespace avx512_bf16 {
+using avx512_vnni::kBytesAhead;
 using avx512_vnni::kStep;
 using avx512_vnni::lane_numbers;
 using avx512_vnni::pack_step;
@@ -980,12 +982,12 @@ LOWBIT_EXPORT void lowbit_int8_product(const uint8_t* x, int64_t rows, int64_t d
     // Blocks of rows small enough to give every thread several tasks, in whole tiles together with the row of ones.
     const int64_t wanted = blocks(4 * threads, groups);
     const int64_t tiles = blocks(blocks(rows, wanted) + 1, avx512_vnni::kVectorRows);
-    const int64_t most = rows <= kFewRows ? rows : tiles * avx512_vnni::kVectorRows - 1;
+    const int64_t most = rows <= kMostRowsAlong ? rows : tiles * avx512_vnni::kVectorRows - 1;
     const int64_t block = smaller(most, kLargestRowBlock);
     const int64_t row_blocks = blocks(rows, block);
     const ProductJob job{x, x_scale, weight, weight_scale, bias, rows, columns, depth, block, row_blocks, output, ++products};
     constexpr int64_t kProductsPerElement = 64;  // multiply-adds in the time of one element of the other kernels
-    const int64_t work = rows * columns * depth / kProductsPerElement;
+    const int64_t work = columns * depth / 4 + rows * columns * depth / kProductsPerElement;
     // All rows of a group of panels are one thread's where there are groups enough: then it alone packs them.
     const int64_t unit = groups < 4 * threads ? 1 : row_blocks;
     run(avx512_vnni::multiplications[element_type], job, groups * row_blocks, work, threads, unit);

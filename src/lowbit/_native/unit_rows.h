@@ -4,7 +4,6 @@
 // Those define Unit, of activations, UnitCodes, of a channel, kUnitFloats and add_products; a weight has `begin`, which returns what
 // all sums of a channel are to be multiplied with, `at`, where the codes of a unit are, and `load`, which reads them.
 
-constexpr int64_t kBytesAhead = 8192;  // memory is asked for codes so long before they are used
 constexpr int64_t kMostGroups = 4096;  // of a channel, whose scales are held
 
 LOWBIT_INLINE float low_rank_product(const LowRank& low_rank, int64_t row, int64_t channel) {

@@ -39,7 +39,7 @@ def test_equals_the_reference_with_any_rest_of_rows_and_panels(
     weight, scale = quantized_layer(features, 100)
     packed = int8_native.pack_weight(weight)
     bias = torch.randn(features).to(dtype) if has_bias else None
-    for rows in (1, 2, 3, 4, 5, 6, 7, 16, 17, 23, 32, 33, 48, 49, 64, 65, 300):
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 23, 32, 33, 48, 49, 64, 65, 300):
         x = awkward(rows, 100, dtype)
         assert same(int8_native.linear(x, packed, scale, bias), int8.linear(x, weight, scale, bias))
 
