@@ -1,10 +1,10 @@
 // Up to four rows of bfloat16 times weights of 8 and 4 bits that are looked up in registers and multiplied there, by AVX512-BF16:
-// half the instructions that integers of 16 bits take (integer_rows.h), and nothing is written between.
+// without what integers of 16 bits take beside products (integer_rows.h), and nothing is written between.
 //
 // A register of codes becomes words of bfloat16, exactly, in the order that costs least, and the activations are brought to it.
 // Scales are multiplied with the sums.
 
-constexpr int64_t kUnitWords = 4;   // registers of words that a unit becomes
+constexpr int64_t kUnitWords = 4;    // registers of words that a unit becomes
 constexpr int64_t kUnitFloats = 16;  // for zero points: what codes of 1 would give
 
 struct alignas(64) Unit {

@@ -57,7 +57,8 @@ void pack_panels(const int8_t* from, int64_t stride, int64_t columns, int64_t de
         }
 }
 
-// What rows with one channel have after the last 64 inputs. Masked loads would take several times as long as others.
+// What rows with one channel have after the last 64 inputs. With masked loads for all inputs eight rows would take almost
+// twice as long on a Zen 4.
 LOWBIT_INLINE int32_t multiply_rest(const uint8_t* x, const int8_t* weight, int64_t first, int64_t depth) {
     int32_t sum = 0;
     for (int64_t i = first; i < depth; ++i) sum += (x ? x[i] : 1) * weight[i];
