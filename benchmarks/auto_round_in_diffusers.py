@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.timing import write
 from lowbit import Omni
-from lowbit.benchmarking.inputs import Workload, step_inputs
-from lowbit.benchmarking.transformers import random_transformer
+from lowbit.bench.inputs import Workload, step_inputs
+from lowbit.bench.transformers import random_transformer
 from lowbit.quantization import build_quant_config, quantize_model
 from lowbit.quantization.plan import quantized_layers
 

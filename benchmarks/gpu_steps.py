@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.gpu_timing import Context, captured, describe, seconds_of, synchronize
 from benchmarks.published_models import MODELS, PublishedModel
-from lowbit.integrations.fused import fuse_elementwise
+from lowbit.hosts.fused import fuse_elementwise
 from lowbit.quantization import QuantizedLinear, quantize_model
 from lowbit.quantization.manifest import Manifest
 
@@ -147,7 +147,7 @@ def with_torchao(model: PublishedModel, context: Context) -> Iterator[Row]:
     except ImportError:
         context.notes.append("torchao is not installed")
         return
-    from lowbit.quantization.int8 import Int8Config
+    from lowbit.quantization.methods.int8 import Int8Config
     from lowbit.quantization.plan import plan_layers
 
     transformer = materialize(model, context.device, context.few_layers)

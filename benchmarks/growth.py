@@ -25,10 +25,10 @@ from torch import nn
 
 from benchmarks.performance_page import growth
 from benchmarks.timing import alternate, machine, summary, write
-from lowbit.benchmarking.inputs import Workload, step_inputs
-from lowbit.benchmarking.transformers import random_transformer, share
-from lowbit.integrations.attention import speed_up_attention
-from lowbit.integrations.fused import fuse_elementwise
+from lowbit.bench.inputs import Workload, step_inputs
+from lowbit.bench.transformers import random_transformer, share
+from lowbit.hosts.attention import speed_up_attention
+from lowbit.hosts.fused import fuse_elementwise
 from lowbit.models.published import published_transformer
 from lowbit.quantization.plan import quantize_model
 

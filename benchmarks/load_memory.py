@@ -154,8 +154,8 @@ def run_worker(folder: Path, method: str, options: argparse.Namespace) -> dict[s
 
 
 def write_gguf(folder: Path) -> None:
-    from lowbit.integrations.gguf_export import export_gguf
-    from lowbit.quantization.gguf import GgufConfig
+    from lowbit.checkpoints.gguf.write import export_gguf
+    from lowbit.quantization.methods.gguf import GgufConfig
 
     export_gguf(folder, "ZImageTransformer2DModel", GgufConfig(gguf_type="Q8_0"), folder / GGUF_FILE)
 
@@ -166,11 +166,11 @@ def load(folder: Path, method: str) -> Any:
     from diffusers import ZImageTransformer2DModel
 
     import lowbit  # noqa: F401 - a quantized checkpoint is read by it
-    from lowbit.integrations.foreign import load_component
+    from lowbit.checkpoints.external import load_component
     from lowbit.quantization import build_quant_config
 
     if method == GGUF:
-        from lowbit.quantization.gguf import GgufConfig
+        from lowbit.quantization.methods.gguf import GgufConfig
 
         file = GgufConfig(gguf_model=str(folder / GGUF_FILE))
         kind = ZImageTransformer2DModel.__name__
@@ -231,8 +231,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from diffusers import ZImageTransformer2DModel  # noqa: F401
 
     import lowbit  # noqa: F401
-    from lowbit.integrations.attention import speed_up_attention
-    from lowbit.integrations.fused import fuse_elementwise
+    from lowbit.hosts.attention import speed_up_attention
+    from lowbit.hosts.fused import fuse_elementwise
 
     preparing = time.perf_counter()
     if method in ("int8", "fp8") and not options.cold_memory:

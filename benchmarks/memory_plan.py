@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from benchmarks.published_models import MODELS, Component, PublishedModel
+from lowbit.checkpoints import component as loading
 from lowbit.engine.placement import find_embedding, find_layer
-from lowbit.integrations import loading
 from lowbit.models.unused import UNUSED_LAYERS
-from lowbit.quantization.int8 import Int8Config
 from lowbit.quantization.manifest import Manifest
+from lowbit.quantization.methods.int8 import Int8Config
 from lowbit.quantization.plan import make_manifest
 
 # What is quantized, besides the transformers.
@@ -34,7 +34,7 @@ def quantized(component: Component) -> tuple[nn.Module, Manifest]:
     model = component.build()
     kept = {}
     if component.library == "transformers":
-        from lowbit.integrations.transformers import kept_by_model
+        from lowbit.hosts.transformers import kept_by_model
 
         kept = kept_by_model(model)
     preparation = loading.prepare(model, Int8Config(), torch.bfloat16, kept=kept)

@@ -291,7 +291,7 @@ def quantized_inputs(model: PublishedModel, method: str = "int8") -> Counter[tup
 
 def weight_only_weights(model: PublishedModel) -> int:
     """Return the number of weights in the layers whose weights alone are quantized."""
-    from lowbit.quantization.int8 import Int8Config
+    from lowbit.quantization.methods.int8 import Int8Config
 
     transformer = model.components["transformer"].build()
     plan = plan_layers(transformer, Int8Config())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowbit.benchmarking.machine import machine, write_results
-from lowbit.benchmarking.timing import alternate, summary
+from lowbit.bench.machine import machine, write_results
+from lowbit.bench.timing import alternate, summary
 
 __all__ = ["alternate", "machine", "summary", "write"]
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import write
-from lowbit.benchmarking.peers import PEERS
-from lowbit.benchmarking.steps import (
+from lowbit.bench.peers import PEERS
+from lowbit.bench.steps import (
     COMPILED,
     DEFAULT_ALLOCATOR,
     KEPT_ALLOCATOR,
@@ -31,7 +31,7 @@ from lowbit.benchmarking.steps import (
     table,
     time_variants,
 )
-from lowbit.benchmarking.transformers import find_subject
+from lowbit.bench.transformers import find_subject
 from lowbit.models.published import PUBLISHED
 
 ALLOCATORS = {"default": (DEFAULT_ALLOCATOR,), "kept": (KEPT_ALLOCATOR,), "both": (DEFAULT_ALLOCATOR, KEPT_ALLOCATOR)}

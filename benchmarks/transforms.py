@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from benchmarks.timing import alternate, summary, write
-from lowbit.quantization.int8 import Int8Config
+from lowbit.quantization.calibration.smoothing import smoothing_scale
+from lowbit.quantization.methods.int8 import Int8Config
 from lowbit.quantization.plan import quantize_layer
-from lowbit.quantization.smoothing import smoothing_scale
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import alternate, summary, write
-from lowbit.benchmarking.limits import gemm_limits
+from lowbit.bench.limits import gemm_limits
 from lowbit.ops import fp8, int8, int8_weight_only, mx, w4a16
 from lowbit.ops.cpu import fp8 as cpu_fp8
 from lowbit.ops.cpu import mx as cpu_mx

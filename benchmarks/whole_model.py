@@ -71,9 +71,9 @@ def measure(method: str, options: argparse.Namespace) -> dict[str, Any]:
     """Make the model in this process, compute, and return what it took."""
     import torch
 
-    from lowbit.benchmarking.compilation import compilation_allowed, compile_blocks, warm_up
-    from lowbit.benchmarking.inputs import step_inputs
-    from lowbit.benchmarking.transformers import find_subject
+    from lowbit.bench.compilation import compilation_allowed, compile_blocks, warm_up
+    from lowbit.bench.inputs import step_inputs
+    from lowbit.bench.transformers import find_subject
     from lowbit.engine.memory import PeakMemory, status_bytes
     from lowbit.ops.cpu.memory import keep_freed_memory
 
@@ -118,9 +118,9 @@ def make_model(class_name: str, config: dict[str, Any], method: str) -> tuple[An
     import torch
     from torch import nn
 
-    from lowbit.benchmarking.transformers import fill, hollow_transformer, random_noise
-    from lowbit.integrations.attention import speed_up_attention
-    from lowbit.integrations.fused import fuse_elementwise
+    from lowbit.bench.transformers import fill, hollow_transformer, random_noise
+    from lowbit.hosts.attention import speed_up_attention
+    from lowbit.hosts.fused import fuse_elementwise
     from lowbit.quantization.factory import build_quant_config
     from lowbit.quantization.plan import make_manifest, plan_layers, quantize_layer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from lowbit.integrations import registration
+from lowbit.hosts import registration
 
 __version__ = "0.1.0"
 

@@ -11,10 +11,10 @@ import torch
 from benchmarks import growth, performance_page, transformer_step
 from benchmarks.timing import machine
 from benchmarks.whole_model import make_model
-from lowbit.benchmarking.steps import check_precisions
-from lowbit.benchmarking.transformers import random_transformer
+from lowbit.bench.steps import check_precisions
+from lowbit.bench.transformers import random_transformer
 from lowbit.quantization.plan import quantize_model
-from tests.benchmarking.models import SMALL
+from tests.bench.models import SMALL
 
 ROWS = [
     {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.benchmarking import limits
+from lowbit.bench import limits
 from lowbit.cli.main import main
 
 

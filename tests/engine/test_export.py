@@ -23,7 +23,7 @@ from lowbit.engine.partial_folder import STATE, partial_folder, partial_path
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models.embedded import embedded_model
 from lowbit.models.generation_defaults import FILE_NAME
-from lowbit.quantization.calibration import static_layers, uncalibrated_layers
+from lowbit.quantization.calibration.static import static_layers, uncalibrated_layers
 from lowbit.quantization.manifest import Manifest
 from tests.integrations.models import same_bytes, save_pipeline
 

@@ -11,8 +11,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
-from lowbit.integrations.ascend import described
-from lowbit.integrations.foreign import load_component
+from lowbit.checkpoints.external import load_component
+from lowbit.checkpoints.msmodelslim.read import described
 from lowbit.quantization import ComfyUiConfig
 from lowbit.quantization.base import QuantizationConfig
 from tests.integrations import ascend_files, comfyui_files

@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from lowbit.quantization import Fp8Config, Int8Config, QuantizationConfig, build_quant_config, quantize_model
-from lowbit.quantization.calibration import calibration
-from lowbit.quantization.smoothing import watched_inputs
+from lowbit.quantization.calibration.smoothing import watched_inputs
+from lowbit.quantization.calibration.static import calibration
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from diffusers import ZImageTransformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 
-from lowbit.integrations.foreign import load_component
-from lowbit.integrations.nunchaku_names import LAYOUTS
-from lowbit.integrations.reference_names import names_of
+from lowbit.checkpoints.external import load_component
+from lowbit.models.nunchaku_names import LAYOUTS
+from lowbit.models.reference_names import names_of
 from lowbit.ops.e2m1 import E2M1_VALUES
 from lowbit.quantization import SvdQuantConfig
 from tests import nunchaku_packer as packer

@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lowbit.checkpoints.external import load_component
+from lowbit.checkpoints.msmodelslim.read import described, open_weights
 from lowbit.engine.config import OmniDiffusionConfig
 from lowbit.engine.loading import load_pipeline
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
-from lowbit.integrations.ascend import described, open_weights
-from lowbit.integrations.foreign import load_component
-from lowbit.integrations.reference_names import LAYOUTS, reference_tensors
 from lowbit.models.embedded import embedded_model
+from lowbit.models.reference_names import LAYOUTS, reference_tensors
 from lowbit.ops.e2m1 import decode_e2m1_pairs
 from lowbit.ops.int8 import quantize_int8_per_token
 from lowbit.quantization import AscendConfig, build_quant_config

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from lowbit.errors import ConfigError
-from lowbit.integrations import attention
-from lowbit.integrations.attention import (
+from lowbit.hosts import attention
+from lowbit.hosts.attention import (
     attention_record,
     check_attention,
     quantize_attention,

@@ -14,9 +14,9 @@ from lowbit.cli.info import info
 from lowbit.cli.quantize import refuse_other_backends
 from lowbit.engine.loading import read_components, resolve_model
 from lowbit.errors import ConfigError, UnsupportedError
+from lowbit.hosts import other_quantizers as backends
+from lowbit.hosts.routing import claims
 from lowbit.inputs.data import OmniDiffusionSamplingParams
-from lowbit.integrations import backends
-from lowbit.integrations.dispatch import claims
 from lowbit.quantization import ComponentQuantizationConfig
 from lowbit.quantization.backends import BACKENDS, BackendConfig
 from tests.quantization.toy import ToyConfig

@@ -8,9 +8,9 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
+from lowbit.checkpoints.checks import read_headers, weight_files
 from lowbit.errors import CheckpointError
-from lowbit.integrations.checks import read_headers, weight_files
-from lowbit.integrations.preflight import check_component
+from lowbit.hosts.preflight import check_component
 from lowbit.quantization import Int8Config
 from tests.integrations.models import Family, save
 

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lowbit.checkpoints.comfyui.write import export_comfyui
+from lowbit.checkpoints.external import load_component
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
-from lowbit.integrations.comfyui_export import export_comfyui
-from lowbit.integrations.foreign import load_component
 from lowbit.ops import nvfp4
 from lowbit.ops.comfyui import comfyui_dequantize
 from lowbit.ops.fp8 import E4M3

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowbit.integrations import fused
-from lowbit.integrations.fused import fuse_elementwise, unfuse_elementwise
+from lowbit.hosts import fused
+from lowbit.hosts.fused import fuse_elementwise, unfuse_elementwise
 from lowbit.ops.cpu import elementwise
 from lowbit.quantization import quantize_model
 from tests.integrations.models import FAMILIES

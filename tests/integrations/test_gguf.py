@@ -22,12 +22,12 @@ from diffusers import (
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_functions
 
+from lowbit.checkpoints.external import load_component
+from lowbit.checkpoints.gguf import read as gguf_reader
+from lowbit.checkpoints.gguf.write import FILE_TYPES, export_gguf
+from lowbit.containers.gguf import open_gguf
+from lowbit.containers.gguf_writer import TensorToWrite, write_gguf
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
-from lowbit.formats.gguf import open_gguf
-from lowbit.formats.gguf_writer import TensorToWrite, write_gguf
-from lowbit.integrations import gguf as gguf_reader
-from lowbit.integrations.foreign import load_component
-from lowbit.integrations.gguf_export import FILE_TYPES, export_gguf
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
 from lowbit.quantization import GgufConfig, QuantizedLinear, quantize_model
 from tests.integrations.models import FAMILIES, same_but_for_order, save, stored_config, tensors

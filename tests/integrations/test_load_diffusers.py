@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.ops.cpu.memory import mapped_ranges
 from lowbit.quantization import Fp8Config, Int8Config, QuantizationConfig, QuantizedLinear, quantize_model
-from lowbit.quantization.calibration import calibration
+from lowbit.quantization.calibration.static import calibration
 from tests.integrations.models import FAMILIES, Family, relative_error, save, stored_config, tensors
 
 BF16 = torch.bfloat16
@@ -311,7 +311,7 @@ def test_progress_counts_the_bytes_that_were_read(checkpoint: Path, monkeypatch:
             super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
             bars.append(self)
 
-    monkeypatch.setattr("lowbit.integrations.diffusers.diffusers_logging.tqdm", Bar)
+    monkeypatch.setattr("lowbit.hosts.diffusers.diffusers_logging.tqdm", Bar)
     model = ZImageTransformer2DModel.from_pretrained(checkpoint, torch_dtype=BF16, quantization_config=Int8Config())
     (bar,) = bars
     assert bar.total == sum(record.bytes_before for record in model.lowbit_manifest.quantized)

@@ -8,9 +8,9 @@ import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig, ZImagePipeline
 
 from lowbit import Omni
+from lowbit.checkpoints.component import manifests
 from lowbit.errors import CheckpointError, ConfigError
-from lowbit.integrations.loading import manifests
-from lowbit.integrations.preflight import check_pipeline
+from lowbit.hosts.preflight import check_pipeline
 from lowbit.quantization import Fp8Config, Int8Config, QuantizedLinear, build_quant_config
 from tests.integrations.models import relative_error, save_pipeline
 

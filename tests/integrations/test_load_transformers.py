@@ -28,7 +28,7 @@ from lowbit.quantization import (
     build_quant_config,
     quantize_model,
 )
-from lowbit.quantization.calibration import calibration
+from lowbit.quantization.calibration.static import calibration
 from tests.integrations.models import (
     METHODS,
     STATIC,

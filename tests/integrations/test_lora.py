@@ -11,8 +11,8 @@ import torch
 from diffusers import FluxPipeline, QwenImagePipeline, ZImagePipeline
 from safetensors.torch import save_file
 
+from lowbit.checkpoints import component as loading
 from lowbit.errors import UnsupportedError
-from lowbit.integrations import loading
 from lowbit.quantization import QuantizedLinear
 from lowbit.quantization.plan import quantized_layers
 from tests.integrations.foreign_models import FOREIGN, foreign_model

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lowbit.checkpoints.external import load_component
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
-from lowbit.integrations.foreign import load_component
 from lowbit.quantization import QuantizedLinear, SvdQuantConfig
 from tests.integrations.models import FAMILIES, relative_error, save
 from tests.integrations.nunchaku_files import MAKERS, Written

@@ -21,7 +21,7 @@ import importlib, sys
 from diffusers.quantizers import auto as d
 from transformers.quantizers import auto as t
 from lowbit.quantization import Fp8Config, Int8Config
-from lowbit.integrations import registration
+from lowbit.hosts import registration
 
 def check():
     for config in (Int8Config(), Fp8Config()):
@@ -36,7 +36,7 @@ check()
 importlib.reload(d)
 importlib.reload(t)
 check()
-assert sum(type(finder).__module__ == "lowbit.integrations.registration" for finder in sys.meta_path) == 1
+assert sum(type(finder).__module__ == "lowbit.hosts.registration" for finder in sys.meta_path) == 1
 """
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
-from lowbit.integrations.dispatch import claims
-from lowbit.integrations.preflight import check_component
+from lowbit.hosts.preflight import check_component
+from lowbit.hosts.routing import claims
 from lowbit.ops.auto_round import auto_round_dequantize
 from lowbit.quantization import AutoRoundConfig, build_quant_config, quantize_model
 from lowbit.quantization.plan import quantized_layers

@@ -6,7 +6,7 @@ from torch import nn
 
 from lowbit.errors import ConfigError
 from lowbit.quantization import Fp8Config, quantize_model
-from lowbit.quantization.calibration import calibration, static_layers, uncalibrated_layers
+from lowbit.quantization.calibration.static import calibration, static_layers, uncalibrated_layers
 
 
 def static_model() -> nn.Sequential:

@@ -7,7 +7,7 @@ from torch import nn
 from lowbit.errors import ConfigError, UnsupportedError
 from lowbit.ops.gguf import gguf_dequantize, gguf_quantize
 from lowbit.quantization import GgufConfig, QuantizedLinear, build_quant_config, quantize_model
-from lowbit.quantization.gguf import fitting_type
+from lowbit.quantization.methods.gguf import fitting_type
 
 
 @pytest.mark.parametrize(

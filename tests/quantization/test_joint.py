@@ -12,11 +12,11 @@ from lowbit.ops.cpu import int8_native
 from lowbit.ops.dispatch import AUTO, Problem
 from lowbit.quantization import QuantizedLinear, quantize_model
 from lowbit.quantization.base import LinearMethod
-from lowbit.quantization.comfyui import ComfyUiFp8LinearMethod
-from lowbit.quantization.fp8 import Fp8LinearMethod
-from lowbit.quantization.int8 import Int8LinearMethod
 from lowbit.quantization.joint import gated_linear, linears
-from lowbit.quantization.modelopt import ModelOptFp8LinearMethod
+from lowbit.quantization.methods.comfyui import ComfyUiFp8LinearMethod
+from lowbit.quantization.methods.fp8 import Fp8LinearMethod
+from lowbit.quantization.methods.int8 import Int8LinearMethod
+from lowbit.quantization.methods.modelopt import ModelOptFp8LinearMethod
 
 METHODS: dict[str, LinearMethod] = {
     "int8": Int8LinearMethod(AUTO),

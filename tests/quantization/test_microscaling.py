@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import CheckpointError, ConfigError
-from lowbit.integrations.dispatch import claims
+from lowbit.hosts.routing import claims
 from lowbit.ops import mx, nvfp4
 from lowbit.ops.e2m1 import decode_e2m1, unpack_nibbles
 from lowbit.quantization import Mxfp4DualScaleConfig, build_quant_config, quantize_model

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
-from lowbit.integrations.dispatch import claims
-from lowbit.integrations.preflight import check_component
+from lowbit.hosts.preflight import check_component
+from lowbit.hosts.routing import claims
 from lowbit.quantization import ModelOptConfig, QuantizedLinear, build_quant_config, quantize_model
-from lowbit.quantization.calibration import calibration
+from lowbit.quantization.calibration.static import calibration
 from lowbit.quantization.plan import quantized_layers
 from tests.integrations.models import FAMILIES, save, stored_config, tensors
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lowbit.errors import ConfigError
 from lowbit.quantization import Fp8Config, Int8Config, QuantizedLinear, plan_layers, quantize_model
-from lowbit.quantization.mxfp8 import Mxfp8Config
+from lowbit.quantization.methods.mxfp8 import Mxfp8Config
 from tests.quantization.models import run_transformer, small_transformer
 
 

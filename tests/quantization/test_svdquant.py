@@ -10,8 +10,8 @@ from torch import nn
 
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.quantization import NvFp4Config, QuantizedLinear, SvdQuantConfig, build_quant_config, quantize_model
+from lowbit.quantization.calibration.smoothing import watched_inputs
 from lowbit.quantization.plan import quantize_layer
-from lowbit.quantization.smoothing import watched_inputs
 from tests.integrations.models import FAMILIES, relative_error, save, stored_config, tensors
 from tests.quantization.models import run_transformer, small_transformer
 

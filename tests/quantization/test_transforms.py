@@ -15,8 +15,8 @@ from lowbit import Omni
 from lowbit.errors import ConfigError
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.quantization import Fp8Config, Int8Config, quantize_model
+from lowbit.quantization.calibration.smoothing import SeenInput, smooth, smoothing_scale, squared_error, watched_inputs
 from lowbit.quantization.plan import quantize_layer
-from lowbit.quantization.smoothing import SeenInput, smooth, smoothing_scale, squared_error, watched_inputs
 from lowbit.quantization.transforms import ROTATIONS, hadamard, rotate, rotation_group
 from tests.integrations.models import FAMILIES, relative_error
 

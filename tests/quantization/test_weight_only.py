@@ -12,8 +12,8 @@ from diffusers import QwenImageTransformer2DModel
 from lowbit.errors import ConfigError
 from lowbit.quantization import build_quant_config, quantize_model
 from lowbit.quantization.base import QuantizationConfig
+from lowbit.quantization.calibration.smoothing import SeenInput
 from lowbit.quantization.plan import plan_layers, quantized_layers
-from lowbit.quantization.smoothing import SeenInput
 
 MODULATION = {f"transformer_blocks.{block}.{stream}.1" for block in range(2) for stream in ("img_mod", "txt_mod")}
 

@@ -12,11 +12,11 @@ from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lowbit.checkpoints.external import load_component
+from lowbit.checkpoints.msmodelslim.read import described
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
-from lowbit.integrations import dispatch
-from lowbit.integrations.ascend import described
-from lowbit.integrations.foreign import load_component
-from lowbit.integrations.preflight import check_component
+from lowbit.hosts import routing as dispatch
+from lowbit.hosts.preflight import check_component
 from lowbit.quantization import ComfyUiConfig, SvdQuantConfig
 from lowbit.quantization.base import QuantizationConfig
 from tests.integrations import ascend_files, comfyui_files

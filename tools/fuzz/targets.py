@@ -10,9 +10,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quant_shape_to_byte_shape
 
+from lowbit.containers.gguf import open_gguf
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
-from lowbit.formats.gguf import open_gguf
-from lowbit.integrations.preflight import check_component
+from lowbit.hosts.preflight import check_component
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize
 from tools.fuzz.mutations import Target, edit, refused
 from tools.fuzz.readers import (

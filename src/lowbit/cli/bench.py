@@ -15,7 +15,7 @@ from lowbit.models.published import published_transformer
 if TYPE_CHECKING:
     import torch
 
-    from lowbit.benchmarking.transformers import Subject
+    from lowbit.bench.transformers import Subject
 
 EXAMPLES = """Examples:
 
@@ -81,8 +81,8 @@ def bench(
     With --shapes nothing is downloaded and no model is made: each distinct linear layer is timed by itself, compared
     with the fastest matrix product this machine makes, and the times are added up to a step.
     """
-    from lowbit.benchmarking.steps import check_precisions
-    from lowbit.benchmarking.transformers import find_subject
+    from lowbit.bench.steps import check_precisions
+    from lowbit.bench.transformers import find_subject
     from lowbit.engine.config import parse_device, parse_dtype
     from lowbit.evaluation import comparison
 
@@ -104,7 +104,7 @@ def bench(
         timing = {"repetitions": repetitions, "budget": budget, "keep": keep_freed_memory}
         found = _steps(subject, variants, parse_dtype(dtype), chosen, timing)
     if path:
-        from lowbit.benchmarking.machine import write_results
+        from lowbit.bench.machine import write_results
 
         write_results(path, found)
         typer.echo(f"wrote {path}")
@@ -142,7 +142,7 @@ def _steps(
 ) -> dict[str, Any]:
     import torch
 
-    from lowbit.benchmarking import steps
+    from lowbit.bench import steps
 
     base = subject.load(torch.bfloat16 if subject.source is None else dtype, device)
     about = {**_describe(subject), "parameters": sum(tensor.numel() for tensor in base.parameters())}
@@ -164,7 +164,7 @@ def _title(subject: Subject, rest: str) -> str:
 def _shapes(
     subject: Subject, methods: list[str], device: torch.device, repetitions: int, budget: float
 ) -> dict[str, Any]:
-    from lowbit.benchmarking.shapes import measure_shapes
+    from lowbit.bench.shapes import measure_shapes
 
     found = measure_shapes(subject, methods, device, repetitions=repetitions, budget=budget)
     share = found["quantized_weights"] / found["weights"]

@@ -94,7 +94,7 @@ def _show_machine() -> None:
 
 
 def _show_backends() -> None:
-    from lowbit.integrations.backends import is_installed
+    from lowbit.hosts.other_quantizers import is_installed
 
     typer.echo("\nother libraries, through diffusers and transformers:")
     for backend in BACKENDS:
@@ -122,8 +122,8 @@ def _version(package: str) -> str:
 
 def _show_model(model: str, spec: Any) -> None:
     from lowbit.engine.loading import read_components, resolve_model, route
-    from lowbit.integrations.dispatch import method_of
-    from lowbit.integrations.inspection import files_on_disk, own_config, stored_config
+    from lowbit.hosts.inspect import files_on_disk, own_config, stored_config
+    from lowbit.hosts.routing import method_of
 
     source = resolve_model(model)
     components = read_components(source)
@@ -149,8 +149,8 @@ def _show_model(model: str, spec: Any) -> None:
 
 
 def _show_component(source: str, name: str, entry: tuple[str, str], config: QuantizationConfig | BackendConfig) -> None:
-    from lowbit.integrations.inspection import inspect_component
-    from lowbit.integrations.skeleton import empty_component
+    from lowbit.checkpoints.skeleton import empty_component
+    from lowbit.hosts.inspect import inspect_component
 
     weights: Mapping[str, int]
     if isinstance(config, BackendConfig):
@@ -185,7 +185,7 @@ def _show_layers(
 
 def _fates_elsewhere(skeleton: torch.nn.Module, config: BackendConfig) -> dict[str, tuple[str, str]]:
     """Return linear layer -> (method of another library, reason to keep it); one of them is empty."""
-    from lowbit.integrations.backends import kept_by_name, route_of
+    from lowbit.hosts.other_quantizers import kept_by_name, route_of
 
     through = route_of(type(skeleton).__module__.split(".", maxsplit=1)[0])
     return {

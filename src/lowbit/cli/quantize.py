@@ -16,16 +16,16 @@ from lowbit.errors import ConfigError
 from lowbit.evaluation.model_card import model_card, read_validation
 from lowbit.quantization.backends import BackendConfig
 from lowbit.quantization.base import QuantizationConfig
-from lowbit.quantization.comfyui import ComfyUiConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
 from lowbit.quantization.factory import build_quant_config
-from lowbit.quantization.gguf import GgufConfig
 from lowbit.quantization.manifest import Manifest
+from lowbit.quantization.methods.comfyui import ComfyUiConfig
+from lowbit.quantization.methods.gguf import GgufConfig
 
 # Suffix -> the method that writes such files, and the module and the function that do.
 _SINGLE_FILES: dict[str, tuple[type[QuantizationConfig], str, str]] = {
-    ".gguf": (GgufConfig, "lowbit.integrations.gguf_export", "export_gguf"),
-    ".safetensors": (ComfyUiConfig, "lowbit.integrations.comfyui_export", "export_comfyui"),
+    ".gguf": (GgufConfig, "lowbit.checkpoints.gguf.write", "export_gguf"),
+    ".safetensors": (ComfyUiConfig, "lowbit.checkpoints.comfyui.write", "export_comfyui"),
 }
 
 EXAMPLES = """Examples:

@@ -13,15 +13,15 @@ import torch
 import transformers
 
 import lowbit
+from lowbit.checkpoints.component import manifests
+from lowbit.checkpoints.parts import parts_class
+from lowbit.containers.json_file import read_json
 from lowbit.engine.config import OmniDiffusionConfig
 from lowbit.engine.loading import PipelineLoader, local_pipeline, read_components, resolve_model, route, routed
 from lowbit.engine.omni import Omni, check_prompts, missing_scales
 from lowbit.engine.partial_folder import PartialFolder, partial_folder
-from lowbit.formats.json_file import read_json
-from lowbit.integrations.loading import manifests
-from lowbit.integrations.parts import parts_class
 from lowbit.models.generation_defaults import FILE_NAME, generation_defaults_text, read_generation_defaults
-from lowbit.quantization.calibration import uncalibrated_layers
+from lowbit.quantization.calibration.static import uncalibrated_layers
 from lowbit.quantization.manifest import LayerRecord, Manifest
 
 # Of files of weights: what diffusers takes where nothing else is said; transformers would write larger ones.

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowbit.containers.json_file import read_json
 from lowbit.engine.config import OmniDiffusionConfig, parse_attention
 from lowbit.errors import CheckpointError, ConfigError
-from lowbit.formats.json_file import read_json
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
 from lowbit.quantization.backends import BackendConfig
@@ -22,7 +22,7 @@ from lowbit.quantization.component import ComponentQuantizationConfig
 from lowbit.quantization.factory import AnyQuantizationConfig
 
 if TYPE_CHECKING:
-    from lowbit.integrations import backends
+    from lowbit.hosts import other_quantizers as backends
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -62,8 +62,8 @@ class PipelineLoader:
             ConfigError: there is no such model, or the quantization names components it lacks or contradicts it.
             CheckpointError: files or tensors are missing, damaged or of the wrong shape.
         """
-        from lowbit.integrations import backends
-        from lowbit.integrations.preflight import check_pipeline
+        from lowbit.hosts import other_quantizers as backends
+        from lowbit.hosts.preflight import check_pipeline
 
         source = resolve_model(config.model)
         components = read_components(source)
@@ -91,8 +91,8 @@ class PipelineLoader:
         from diffusers import DiffusionPipeline
         from diffusers.quantizers import PipelineQuantizationConfig
 
-        from lowbit.integrations import backends
-        from lowbit.integrations.parts import parts_class
+        from lowbit.checkpoints.parts import parts_class
+        from lowbit.hosts import other_quantizers as backends
 
         kind = DiffusionPipeline if names is None else parts_class(names)
         wanted = set(self.components if names is None else names)
@@ -117,7 +117,7 @@ class PipelineLoader:
 
     def _load_foreign(self, wanted: Collection[str]) -> dict[str, Any]:
         """Load the components whose weights are not in their own folders; their folders' weights are not needed."""
-        from lowbit.integrations.foreign import load_component
+        from lowbit.checkpoints.external import load_component
 
         dtype, device = self.config.dtype, str(self.config.device or "cpu")
         assert isinstance(dtype, torch.dtype)
@@ -146,7 +146,7 @@ def _described(
     folder: Path, components: ComponentIndex, asked: Mapping[str, QuantizationConfig | BackendConfig]
 ) -> dict[str, QuantizationConfig]:
     """Return the configurations of components whose weights lie beside a description of msModelSlim's."""
-    from lowbit.integrations.ascend import described
+    from lowbit.checkpoints.msmodelslim.read import described
 
     found = {name: described(folder / name, asked.get(name)) for name in components}
     return {name: config for name, config in found.items() if config is not None}
@@ -154,8 +154,8 @@ def _described(
 
 def _separate_configs(folder: Path, chosen: Mapping[str, QuantizationConfig]) -> dict[str, QuantizationConfig]:
     """Return the configurations of components that have theirs in ``hf_quant_config.json``, which diffusers ignores."""
-    from lowbit.integrations.checks import separate_config
-    from lowbit.integrations.dispatch import merge_configs
+    from lowbit.checkpoints.checks import separate_config
+    from lowbit.hosts.routing import merge_configs
 
     found = {}
     for name in read_components(str(folder)):

@@ -16,25 +16,25 @@ import torch
 
 from lowbit.cache import build_cache
 from lowbit.cache.base import Skips
+from lowbit.checkpoints.component import manifests
 from lowbit.engine.config import OmniDiffusionConfig, merge_quantization
 from lowbit.engine.loading import load_pipeline, resolve_model, route_attention, routed
 from lowbit.engine.memory import PeakMemory
 from lowbit.engine.placement import keep_embeddings_on_host, set_aside
 from lowbit.engine.sizes import check_size
 from lowbit.errors import ConfigError
+from lowbit.hosts.attention import AttentionRecord, quantize_attention, speed_up_attention
+from lowbit.hosts.fused import fuse_elementwise
 from lowbit.inputs.data import OmniDiffusionSamplingParams
-from lowbit.integrations.attention import AttentionRecord, quantize_attention, speed_up_attention
-from lowbit.integrations.fused import fuse_elementwise
-from lowbit.integrations.loading import manifests
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME
 from lowbit.models.generation_defaults import FILE_NAME, generation_defaults_text, read_generation_defaults
 from lowbit.outputs import OmniRequestOutput
-from lowbit.quantization.calibration import calibration, uncalibrated_layers
+from lowbit.quantization.calibration.smoothing import watched_inputs
+from lowbit.quantization.calibration.static import calibration, uncalibrated_layers
 from lowbit.quantization.factory import QuantizationSpec
 from lowbit.quantization.manifest import Manifest
 from lowbit.quantization.plan import quantize_model
-from lowbit.quantization.smoothing import watched_inputs
 
 logger = logging.getLogger(__name__)
 

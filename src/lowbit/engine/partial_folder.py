@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lowbit.containers.atomic import replace_when_written
 from lowbit.errors import ConfigError
-from lowbit.formats.atomic import replace_when_written
 
 try:
     import fcntl

@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from lowbit.cache import build_cache
+from lowbit.checkpoints.skeleton import empty_component
 from lowbit.engine.config import parse_attention
 from lowbit.engine.loading import ComponentIndex, read_components, resolve_model, route, route_attention
 from lowbit.errors import ConfigError
 from lowbit.evaluation.layers import Watch, block_errors, blocks, layer_errors, linear_layers, probe_steps
+from lowbit.hosts.attention import check_attention
+from lowbit.hosts.other_quantizers import kept_by_name
 from lowbit.inputs.data import OmniDiffusionSamplingParams
-from lowbit.integrations.attention import check_attention
-from lowbit.integrations.backends import kept_by_name
-from lowbit.integrations.skeleton import empty_component
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME
 from lowbit.ops.cpu.features import processor_name

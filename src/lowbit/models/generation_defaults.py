@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowbit.containers.json_file import read_json
 from lowbit.errors import CheckpointError
-from lowbit.formats.json_file import read_json
 
 FILE_NAME = "generation_defaults.json"
 _WHOLE = ("height", "width", "num_inference_steps")

@@ -1,49 +1,47 @@
-"""What to compute: the quantization methods, their configuration, and applying them to models."""
+"""What to compute: the quantization methods, their configuration, and applying them to models.
 
-from lowbit.quantization.ascend import AscendConfig
-from lowbit.quantization.auto_round import AutoRoundConfig
-from lowbit.quantization.base import LinearMethod, QuantizationConfig
-from lowbit.quantization.comfyui import ComfyUiConfig
-from lowbit.quantization.component import ComponentQuantizationConfig
-from lowbit.quantization.factory import (
-    SUPPORTED_QUANTIZATION_METHODS,
-    build_quant_config,
-    register_quantization_method,
-)
-from lowbit.quantization.fp8 import Fp8Config
-from lowbit.quantization.gguf import GgufConfig
-from lowbit.quantization.int8 import Int8Config
-from lowbit.quantization.linear import QuantizedLinear
-from lowbit.quantization.manifest import LayerRecord, Manifest
-from lowbit.quantization.modelopt import ModelOptConfig
-from lowbit.quantization.mxfp4 import Mxfp4Config, Mxfp4DualScaleConfig
-from lowbit.quantization.mxfp8 import Mxfp8Config
-from lowbit.quantization.nvfp4 import NvFp4Config
-from lowbit.quantization.plan import plan_layers, quantize_model
-from lowbit.quantization.svdquant import SvdQuantConfig
+A name is imported when it is first used: naming one method does not import the others.
+"""
 
-__all__ = [
-    "SUPPORTED_QUANTIZATION_METHODS",
-    "AscendConfig",
-    "AutoRoundConfig",
-    "ComfyUiConfig",
-    "ComponentQuantizationConfig",
-    "Fp8Config",
-    "GgufConfig",
-    "Int8Config",
-    "LayerRecord",
-    "LinearMethod",
-    "Manifest",
-    "ModelOptConfig",
-    "Mxfp4Config",
-    "Mxfp4DualScaleConfig",
-    "Mxfp8Config",
-    "NvFp4Config",
-    "QuantizationConfig",
-    "QuantizedLinear",
-    "SvdQuantConfig",
-    "build_quant_config",
-    "plan_layers",
-    "quantize_model",
-    "register_quantization_method",
-]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "AscendConfig": "lowbit.quantization.methods.ascend",
+    "AutoRoundConfig": "lowbit.quantization.methods.auto_round",
+    "ComfyUiConfig": "lowbit.quantization.methods.comfyui",
+    "ComponentQuantizationConfig": "lowbit.quantization.component",
+    "Fp8Config": "lowbit.quantization.methods.fp8",
+    "GgufConfig": "lowbit.quantization.methods.gguf",
+    "Int8Config": "lowbit.quantization.methods.int8",
+    "LayerRecord": "lowbit.quantization.manifest",
+    "LinearMethod": "lowbit.quantization.base",
+    "Manifest": "lowbit.quantization.manifest",
+    "ModelOptConfig": "lowbit.quantization.methods.modelopt",
+    "Mxfp4Config": "lowbit.quantization.methods.mxfp4",
+    "Mxfp4DualScaleConfig": "lowbit.quantization.methods.mxfp4",
+    "Mxfp8Config": "lowbit.quantization.methods.mxfp8",
+    "NvFp4Config": "lowbit.quantization.methods.nvfp4",
+    "QuantizationConfig": "lowbit.quantization.base",
+    "QuantizedLinear": "lowbit.quantization.linear",
+    "SUPPORTED_QUANTIZATION_METHODS": "lowbit.quantization.factory",
+    "SvdQuantConfig": "lowbit.quantization.methods.svdquant",
+    "build_quant_config": "lowbit.quantization.factory",
+    "plan_layers": "lowbit.quantization.plan",
+    "quantize_model": "lowbit.quantization.plan",
+    "register_quantization_method": "lowbit.quantization.factory",
+}
+
+__all__ = [*_PUBLIC]  # noqa: PLE0604, the table above holds strings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -10,7 +10,7 @@ import torch
 
 from lowbit.errors import ConfigError
 
-# Named as diffusers' backends are; ``integrations.backends`` knows what becomes of their options.
+# Named as diffusers' backends are; ``hosts.other_quantizers`` knows what becomes of their options.
 BACKENDS: tuple[str, ...] = ("bitsandbytes", "torchao", "quanto", "sdnq")
 
 

@@ -18,18 +18,18 @@ logger = logging.getLogger(__name__)
 
 # Method -> (module, configuration class), imported when asked for; or the class, of a method added while running.
 _METHODS: dict[str, tuple[str, str] | type[QuantizationConfig]] = {
-    "int8": ("lowbit.quantization.int8", "Int8Config"),
-    "fp8": ("lowbit.quantization.fp8", "Fp8Config"),
-    "gguf": ("lowbit.quantization.gguf", "GgufConfig"),
-    "mxfp8": ("lowbit.quantization.mxfp8", "Mxfp8Config"),
-    "mxfp4": ("lowbit.quantization.mxfp4", "Mxfp4Config"),
-    "mxfp4_dualscale": ("lowbit.quantization.mxfp4", "Mxfp4DualScaleConfig"),
-    "nvfp4": ("lowbit.quantization.nvfp4", "NvFp4Config"),
-    "svdquant": ("lowbit.quantization.svdquant", "SvdQuantConfig"),
-    "comfyui": ("lowbit.quantization.comfyui", "ComfyUiConfig"),
-    "modelopt": ("lowbit.quantization.modelopt", "ModelOptConfig"),
-    "auto-round": ("lowbit.quantization.auto_round", "AutoRoundConfig"),
-    "ascend": ("lowbit.quantization.ascend", "AscendConfig"),
+    "int8": ("lowbit.quantization.methods.int8", "Int8Config"),
+    "fp8": ("lowbit.quantization.methods.fp8", "Fp8Config"),
+    "gguf": ("lowbit.quantization.methods.gguf", "GgufConfig"),
+    "mxfp8": ("lowbit.quantization.methods.mxfp8", "Mxfp8Config"),
+    "mxfp4": ("lowbit.quantization.methods.mxfp4", "Mxfp4Config"),
+    "mxfp4_dualscale": ("lowbit.quantization.methods.mxfp4", "Mxfp4DualScaleConfig"),
+    "nvfp4": ("lowbit.quantization.methods.nvfp4", "NvFp4Config"),
+    "svdquant": ("lowbit.quantization.methods.svdquant", "SvdQuantConfig"),
+    "comfyui": ("lowbit.quantization.methods.comfyui", "ComfyUiConfig"),
+    "modelopt": ("lowbit.quantization.methods.modelopt", "ModelOptConfig"),
+    "auto-round": ("lowbit.quantization.methods.auto_round", "AutoRoundConfig"),
+    "ascend": ("lowbit.quantization.methods.ascend", "AscendConfig"),
 }
 # Other names of methods.
 _ALIASES = {"inc": "auto-round"}

@@ -15,10 +15,10 @@ from lowbit.errors import ConfigError
 from lowbit.models import kept_layers, weight_only_layers
 from lowbit.models.patterns import matches, matches_any
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
+from lowbit.quantization.calibration.smoothing import SeenInput, smooth
 from lowbit.quantization.factory import build_quant_config
 from lowbit.quantization.linear import QuantizedLinear
 from lowbit.quantization.manifest import LayerRecord, Manifest
-from lowbit.quantization.smoothing import SeenInput, smooth
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,14 @@ class Decision:
 
 Plan = Mapping[str, Decision]
 
-# Called with a model after it was quantized in memory. The integrations add what lets a model's own library save it.
+# Called with a model after it was quantized in memory. The hosts add what lets a model's own library save it.
 AFTER_QUANTIZING: list[Callable[[nn.Module], None]] = []
+
+
+def announce(model: nn.Module) -> None:
+    """Tell the hosts that ``model`` has been quantized or loaded outside of their ``from_pretrained``."""
+    for hook in AFTER_QUANTIZING:
+        hook(model)
 
 
 def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
@@ -156,7 +162,7 @@ def quantize_model(
         quantization: a method's name, a dictionary with ``method``, or a configuration.
         progress: called with (layers done, layers to do).
         seen_inputs: for ``smoothing``: linear layer's name -> what its input was like on representative prompts
-            (``lowbit.quantization.smoothing.watched_inputs`` keeps it).
+            (``lowbit.quantization.calibration.smoothing.watched_inputs`` keeps it).
         options: of the method, such as ``ignored_layers=["img_mlp"]``.
 
     Returns:
@@ -187,8 +193,7 @@ def quantize_model(
     manifest = make_manifest(model, plan)
     model.lowbit_manifest = manifest  # type: ignore[assignment]
     model.lowbit_config = config  # type: ignore[assignment]
-    for hook in AFTER_QUANTIZING:
-        hook(model)
+    announce(model)
     logger.info("%s", manifest.summary())
     return manifest
 

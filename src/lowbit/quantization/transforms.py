@@ -5,7 +5,7 @@ so are the weight's columns: ``(x H) (W H)^T = x W^T``. An outlier channel is sp
 integers; floating-point formats such as e4m3 hold outliers at no cost and lose by it.
 
 *Smoothing* (SmoothQuant, Xiao et al., 2023): channel j of the input is multiplied by ``mul_scale[j]``, and column j of
-the weight divided by it. ``lowbit.quantization.smoothing`` finds the scales.
+the weight divided by it. ``lowbit.quantization.calibration.smoothing`` finds the scales.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TransformableConfig(QuantizationConfig):
 
     Attributes:
         smoothing: 0 to 1: how much of the difference between an input's channels goes to the weight, found on
-            calibration prompts; ``None``: nothing. See ``lowbit.quantization.smoothing``.
+            calibration prompts; ``None``: nothing. See ``lowbit.quantization.calibration.smoothing``.
         rotation: multiply groups of this many channels by a Hadamard matrix; ``None``: don't.
         method_name: as the user spells it.
         serialized_flag: the option that says of a checkpoint that its weights are quantized already.

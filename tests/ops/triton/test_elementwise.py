@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lowbit.integrations import fused
+from lowbit.hosts import fused
 from lowbit.ops import elementwise as reference
 from lowbit.ops.triton import elementwise
 from tests.integrations.models import FAMILIES

@@ -1,0 +1,1 @@
+"""How fast: what ``lowbit bench`` needs."""

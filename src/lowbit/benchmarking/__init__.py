@@ -1,1 +1,0 @@
-"""Measuring speed: steps of a transformer beside other libraries, linear layers beside the machine's limit."""

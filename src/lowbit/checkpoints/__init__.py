@@ -1,0 +1,1 @@
+"""Checkpoints of other tools and lowbit's own: read, checked and written."""

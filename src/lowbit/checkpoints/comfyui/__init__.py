@@ -1,0 +1,1 @@
+"""ComfyUI's single files."""

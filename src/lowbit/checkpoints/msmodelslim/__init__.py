@@ -1,0 +1,1 @@
+"""msModelSlim's checkpoints for Ascend."""

@@ -1,0 +1,1 @@
+"""nunchaku's single files."""

@@ -1,0 +1,1 @@
+"""Files as containers: GGUF, safetensors, JSON; every offset checked, every write atomic."""

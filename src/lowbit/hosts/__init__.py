@@ -1,0 +1,1 @@
+"""lowbit inside diffusers and transformers: quantizers, routing, attention."""

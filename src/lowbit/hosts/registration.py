@@ -1,0 +1,96 @@
+"""Registering lowbit with diffusers, transformers, accelerate and peft once they are imported, without importing them.
+
+The first two keep their quantizers in a module ``<library>.quantizers.auto``. If that module is there already, lowbit
+registers at once; if not, a finder on ``sys.meta_path`` waits for it and registers when it has been executed. The same
+goes for the modules that bring adapters to layers, that move layers' parameters and that tell a model's dtype.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# The library's module -> ours, whose register(module) does the work.
+_PLUGINS = {
+    "diffusers.quantizers.auto": "lowbit.hosts.diffusers",
+    "transformers.quantizers.auto": "lowbit.hosts.transformers",
+    "diffusers.models.modeling_utils": "lowbit.compat.dtypes",
+    "diffusers.loaders.lora_pipeline": "lowbit.compat.lora",
+    "diffusers.loaders.peft": "lowbit.compat.lora",
+    "peft.tuners.lora.layer": "lowbit.compat.lora",
+    "peft.tuners.lycoris_utils": "lowbit.compat.lora",
+    "accelerate.hooks": "lowbit.compat.offloading",
+    "diffusers.hooks.group_offloading": "lowbit.compat.offloading",
+}
+
+
+def install() -> None:
+    """Register with the libraries that are imported, and arrange for it with those that may be later.
+
+    Calling it again changes nothing.
+    """
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    for name in _PLUGINS:
+        module = sys.modules.get(name)
+        if module is not None and not _is_initializing(module):
+            _register(module)
+
+
+def _register(module: ModuleType) -> None:
+    ours = importlib.import_module(_PLUGINS[module.__name__])
+    if hasattr(ours, "register"):  # or it is being imported, and installs at its end
+        ours.register(module)
+
+
+def _is_initializing(module: ModuleType) -> bool:
+    # A module that is being imported at this moment (by another thread, say) still lacks its tables.
+    return bool(getattr(module.__spec__, "_initializing", False))
+
+
+class _Finder(MetaPathFinder):
+    """Finds the libraries' modules as the other finders do, and adds the registration to their execution."""
+
+    def __init__(self) -> None:
+        self._searching: set[str] = set()
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec of a module that lowbit waits for, ``None`` for all others."""
+        if name not in _PLUGINS or name in self._searching:
+            return None
+        self._searching.add(name)
+        try:
+            spec = _ask_other_finders(name, path, target)
+        finally:
+            self._searching.discard(name)
+        if spec is not None and spec.loader is not None:
+            _register_after_execution(spec)
+        return spec
+
+
+def _ask_other_finders(name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+    for finder in sys.meta_path:
+        if not isinstance(finder, _Finder):
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                return spec
+    return None
+
+
+def _register_after_execution(spec: ModuleSpec) -> None:
+    # Every search makes a loader of its own, so that importlib.reload registers again, once.
+    loader = spec.loader
+    assert loader is not None
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        _register(module)
+
+    loader.exec_module = exec_module  # type: ignore[method-assign]

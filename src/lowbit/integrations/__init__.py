@@ -1,1 +1,0 @@
-"""lowbit as a quantizer of diffusers and of transformers."""

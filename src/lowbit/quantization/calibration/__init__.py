@@ -1,0 +1,1 @@
+"""Watching an unquantized model: static scales and smoothing."""
