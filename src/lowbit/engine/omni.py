@@ -17,6 +17,7 @@ import torch
 from lowbit.cache import build_cache
 from lowbit.cache.base import Skips
 from lowbit.checkpoints.component import manifests
+from lowbit.compat.convolution import convolve_in_float32, has_convolution
 from lowbit.engine.config import OmniDiffusionConfig, merge_quantization
 from lowbit.engine.loading import load_pipeline, resolve_model, route_attention, routed
 from lowbit.engine.memory import PeakMemory
@@ -116,6 +117,7 @@ class Omni:
         self.pipeline = load_pipeline(self.config)
         self.attention = self._choose_attention()
         self.fused = self._fuse()
+        self._widen_convolutions()
         self._smooth(self.config.calibration_prompts)
         self.load_time_s = time.perf_counter() - start
         self.load_peak_memory_mb = peak.megabytes()
@@ -278,6 +280,14 @@ class Omni:
         setting: dict[str, Any] = {"device": self.device, "dtype": self.config.dtype}
         counts = {name: fuse_elementwise(part, **setting) for name, part in self._quantized_transformers().items()}
         return {name: count for name, count in counts.items() if count}
+
+    def _widen_convolutions(self) -> None:
+        assert isinstance(self.config.dtype, torch.dtype)
+        if self.device.type != "cpu" or has_convolution(self.config.dtype):
+            return
+        for name, part in self.modules().items():
+            if count := convolve_in_float32(part):
+                logger.info("%s: %d convolutions in float32, this CPU has none in %s", name, count, self.config.dtype)
 
     def _quantized_transformers(self) -> dict[str, Any]:
         quantized = {*self.manifests, *routed(self.config)}
