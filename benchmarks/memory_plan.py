@@ -1,4 +1,4 @@
-"""Compute what the weights of published models take, in BF16, Int8 and Int8 with the text encoder quantized too.
+"""Compute the bytes of published models' weights: BF16, Int8 and 4 bits, with and without quantized text encoders.
 
     python -m benchmarks.memory_plan --output benchmarks/results/memory_plan.json
 
@@ -21,23 +21,31 @@ from benchmarks.published_models import MODELS, Component, PublishedModel
 from lowbit.checkpoints import component as loading
 from lowbit.engine.placement import find_embedding, find_layer
 from lowbit.models.unused import UNUSED_LAYERS
+from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.manifest import Manifest
+from lowbit.quantization.methods.gguf import GgufConfig
 from lowbit.quantization.methods.int8 import Int8Config
 from lowbit.quantization.plan import make_manifest
 
-# What is quantized, besides the transformers.
-PLANS = {"bf16": None, "int8": (), "int8 + text encoder": ("text_encoder", "text_encoder_2")}
+INT8, Q4_K = Int8Config(), GgufConfig(gguf_type="Q4_K")
+# Plan -> configuration of the transformers and of the text encoders.
+PLANS: dict[str, tuple[QuantizationConfig | None, QuantizationConfig | None]] = {
+    "bf16": (None, None),
+    "int8": (INT8, None),
+    "int8 + text encoder": (INT8, INT8),
+    "Q4_K + int8 text encoder": (Q4_K, INT8),
+}
 
 
-def quantized(component: Component) -> tuple[nn.Module, Manifest]:
-    """Return what loading ``component`` in Int8 would leave."""
+def quantized(component: Component, config: QuantizationConfig) -> tuple[nn.Module, Manifest]:
+    """Return the model and the manifest that loading ``component`` with ``config`` would give."""
     model = component.build()
     kept = {}
     if component.library == "transformers":
         from lowbit.hosts.transformers import kept_by_model
 
         kept = kept_by_model(model)
-    preparation = loading.prepare(model, Int8Config(), torch.bfloat16, kept=kept)
+    preparation = loading.prepare(model, config, torch.bfloat16, kept=kept)
     for layer in preparation.layers.values():
         layer.method.create_weights(layer)  # as loaded: until then the unquantized weight's place is held
     return model, make_manifest(model, preparation.plan)
@@ -56,21 +64,28 @@ def held_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def config_of(plan: str, component: str) -> QuantizationConfig | None:
+    """Return the configuration that ``plan`` gives to a component."""
+    transformers, text_encoders = PLANS[plan]
+    if component.startswith("transformer"):
+        return transformers
+    return text_encoders if component.startswith("text_encoder") else None
+
+
 def plan_model(model: PublishedModel) -> dict[str, Any]:
     """Return bytes per component and plan: of lowbit's, those on the device."""
     unused = UNUSED_LAYERS.get(model.pipeline, {})
-    built = {name: component.build() for name, component in model.components.items()}
-    before = {name: held_bytes(part) for name, part in built.items()}
-    chosen = [name for name in model.components if name.startswith(("transformer", "text_encoder"))]
-    after = {name: quantized(model.components[name]) for name in chosen}
-    plans = {}
-    for plan, extra in PLANS.items():
-        parts = dict(before)
-        for name in built if extra is not None else ():
-            is_quantized = name.startswith("transformer") or name in (extra or ())
-            parts[name] = device_bytes(after[name][0] if is_quantized else built[name], unused.get(name, ()))
+    plans, summaries = {}, {}
+    for plan in PLANS:
+        parts = {}
+        for name, component in model.components.items():
+            config = config_of(plan, name)
+            built = component.build()
+            if config is not None:
+                built, manifest = quantized(component, config)
+                summaries[f"{plan}: {name}"] = manifest.summary()
+            parts[name] = held_bytes(built) if plan == "bf16" else device_bytes(built, unused.get(name, ()))
         plans[plan] = {"total": sum(parts.values()), **parts}
-    summaries = {name: manifest.summary() for name, (_, manifest) in after.items()}
     return {"title": model.title, "bytes": plans, "manifests": summaries}
 
 
