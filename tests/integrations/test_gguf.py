@@ -11,6 +11,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -29,8 +30,10 @@ from lowbit.containers.gguf import open_gguf
 from lowbit.containers.gguf_writer import TensorToWrite, write_gguf
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
+from lowbit.ops.gguf_decode_small import SMALL_DECODERS
 from lowbit.quantization import GgufConfig, QuantizedLinear, quantize_model
 from tests.integrations.models import FAMILIES, same_but_for_order, save, stored_config, tensors
+from tests.ops.cpu.test_gguf import random_weight
 
 package = pytest.importorskip("gguf")
 
@@ -128,6 +131,30 @@ def decoded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(layer, QuantizedLinear):
             found[f"{name}.weight"] = layer.method.dequantize_weight(layer)
     return found
+
+
+@pytest.mark.parametrize("kind", SMALL_DECODERS)
+def test_types_below_four_bits_are_read(kind: str, tmp_path: Path) -> None:
+    exported = Exported("wide-qwen-image", tmp_path)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    columns = open_gguf(exported.path).tensors[name].shape[1]
+    raw = random_weight(kind, 256, columns)
+    raw[(~gguf_dequantize(raw, kind).isfinite()).any(1)] = 0
+
+    def change(tensors: dict[str, TensorToWrite]) -> None:
+        assert tensors[name].shape == (256, columns)
+        tensors[name] = TensorToWrite(name, kind, (256, columns), lambda: raw)
+
+    model = exported.load(exported.rewrite(change))
+    layer = model.get_submodule(name.removesuffix(".weight"))
+    assert layer.method.name == f"gguf {kind}"
+    if kind != "Q1_0":  # which the package does not decode
+        expected = package.quants.dequantize(raw.numpy(), package.GGMLQuantizationType[kind])
+        assert np.array_equal(layer.method.dequantize_weight(layer).numpy(), expected)
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved").get_submodule(name.removesuffix(".weight"))
+    x = torch.randn(3, columns)
+    assert torch.equal(again(x), layer(x))
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lowbit.ops.gguf_decode_small import SMALL_DECODERS
+
 # ggml's kvalues_iq4nl: the 16 values of IQ4_NL and IQ4_XS.
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -184,4 +186,5 @@ DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Q6_K": decode_q6_k,
     "IQ4_NL": decode_iq4_nl,
     "IQ4_XS": decode_iq4_xs,
+    **SMALL_DECODERS,
 }

@@ -75,6 +75,18 @@ _ALL = (
     BlockType("Q6_K", 14, 256, 210),
     BlockType("IQ4_NL", 20, 32, 18),
     BlockType("IQ4_XS", 23, 256, 136),
+    BlockType("MXFP4", 39, 32, 17),
+    BlockType("NVFP4", 40, 64, 36),
+    BlockType("IQ3_S", 21, 256, 110),
+    BlockType("IQ3_XXS", 18, 256, 98),
+    BlockType("IQ2_S", 22, 256, 82),
+    BlockType("IQ2_XS", 17, 256, 74),
+    BlockType("IQ2_XXS", 16, 256, 66),
+    BlockType("IQ1_M", 29, 256, 56),
+    BlockType("IQ1_S", 19, 256, 50),
+    BlockType("TQ2_0", 35, 256, 66),
+    BlockType("TQ1_0", 34, 256, 54),
+    BlockType("Q1_0", 41, 128, 18),
 )
 
 BLOCK_TYPES: Mapping[str, BlockType] = {kind.name: kind for kind in _ALL}
@@ -84,22 +96,11 @@ BY_NUMBER: Mapping[int, BlockType] = {kind.number: kind for kind in _ALL}
 OTHER_TYPES: Mapping[int, str] = {
     9: "Q8_1",
     15: "Q8_K",
-    16: "IQ2_XXS",
-    17: "IQ2_XS",
-    18: "IQ3_XXS",
-    19: "IQ1_S",
-    21: "IQ3_S",
-    22: "IQ2_S",
     24: "I8",
     25: "I16",
     26: "I32",
     27: "I64",
     28: "F64",
-    29: "IQ1_M",
-    34: "TQ1_0",
-    35: "TQ2_0",
-    39: "MXFP4",
-    40: "NVFP4",
 }
 
 

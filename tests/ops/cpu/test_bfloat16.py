@@ -13,10 +13,10 @@ from lowbit.ops.cpu import gguf_native, helper, int8_weight_only, native, weight
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.cpu import w8a16 as cpu_w8a16
 from lowbit.ops.gguf import gguf_dequantize
-from lowbit.ops.gguf_types import BLOCK_TYPES, block_type
+from lowbit.ops.gguf_types import block_type
 from tests.ops.cpu.conftest import selected_isa
 from tests.ops.cpu.test_four_bits import FORMATS, Layer
-from tests.ops.cpu.test_gguf import random_weight
+from tests.ops.cpu.test_gguf import NATIVE_TYPES, random_weight
 from tests.ops.cpu.test_integer_rows import MOST_INTEGER_ROWS, UNIT
 
 # See bfloat16_units.h, bfloat16_few_rows.h and bfloat16_product.h for what differs by rows; and amx_few_rows.h and
@@ -166,7 +166,7 @@ def test_four_bits_in_groups(group_size: int, symmetric: bool, scale_dtype: torc
 
 
 @ROWS
-@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("kind", NATIVE_TYPES)
 def test_gguf_is_decoded_as_by_the_reference(kind: str, rows: int) -> None:
     columns = 2304  # more than is packed at once
     x, inputs = one_input_a_row(rows, columns)

@@ -10,8 +10,11 @@ from lowbit.ops.cpu import gguf as blocked
 from lowbit.ops.cpu import gguf_native, helper, native
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
+from lowbit.ops.gguf_decode_small import SMALL_DECODERS
 from tests.ops.cpu.conftest import at_the_end_of_memory
 from tests.ops.test_gguf import random_blocks, same_bits
+
+NATIVE_TYPES = [kind for kind in BLOCK_TYPES if kind not in SMALL_DECODERS]
 
 needs_native = pytest.mark.skipif(not helper.available(), reason=f"native helper {helper.refusal()}")
 
@@ -26,7 +29,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @needs_native
-@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("kind", NATIVE_TYPES)
 @pytest.mark.parametrize("dtype", native.ELEMENT_TYPES)
 def test_native_decoding_is_exact(kind: str, dtype: torch.dtype, instruction_set: int) -> None:
     raw = random_blocks(kind, 400)
@@ -70,7 +73,7 @@ def random_weight(kind: str, features: int, columns: int) -> torch.Tensor:
 
 
 @needs_native
-@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("kind", NATIVE_TYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
 def test_products_of_few_rows(kind: str, rows: int) -> None:
     """Features that are no whole task, inputs of several pieces, and scales of any size, not finite ones too."""
@@ -134,7 +137,7 @@ def test_float64_is_refused() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("kind", NATIVE_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_read_beyond_a_weight(kind: str, dtype: torch.dtype, wide_isa: str) -> None:
     raw = random_weight(kind, 7, 768)
@@ -143,3 +146,22 @@ def test_nothing_is_read_beyond_a_weight(kind: str, dtype: torch.dtype, wide_isa
     for rows in (1, 3, 7, 9, 70):
         x = torch.randn(rows, 768).to(dtype)
         assert same_bits(gguf_native.linear(x, last, kind, None), gguf_native.linear(x, raw, kind, None))
+
+
+@pytest.mark.parametrize("kind", SMALL_DECODERS)
+@pytest.mark.parametrize("rows", [1, 5, 130])
+def test_types_that_only_torch_decodes(kind: str, rows: int) -> None:
+    """The native kernel says that it can't; the blocked one decodes with torch."""
+    pytest.importorskip("gguf")
+    problem = Problem(torch.device("cpu"), torch.float32, 71, 768, weight_format=kind)
+    assert gguf_native.supports(problem) is not None
+    assert blocked.supports(problem) is None
+    torch.manual_seed(rows)
+    x, raw, bias = torch.randn(rows, 768), random_weight(kind, 71, 768), torch.randn(71)
+    decoded = gguf_dequantize(raw, kind).double()
+    finite = decoded.isfinite().all(dim=1)
+    expected = x.double() @ decoded.t() + bias.double()
+    bound = x.double().abs() @ decoded.abs().t() + bias.double().abs()
+    error = (blocked.linear(x, raw, kind, bias).double() - expected).abs()
+    assert finite.any()
+    assert (error <= 1e-6 * bound)[:, finite].all()

@@ -15,7 +15,7 @@ from lowbit.ops.cpu import w8a16 as cpu_w8a16
 from lowbit.ops.gguf import gguf_dequantize
 from lowbit.ops.gguf_types import BLOCK_TYPES
 from tests.ops.cpu.test_four_bits import Layer
-from tests.ops.cpu.test_gguf import random_weight
+from tests.ops.cpu.test_gguf import NATIVE_TYPES, random_weight
 
 pytestmark = pytest.mark.skipif(
     not helper.available() or not helper.multiplies_int8(), reason="the CPU has no AVX512-VNNI"
@@ -26,7 +26,7 @@ UNIT = 128  # activations with one scale
 MOST_INTEGER_ROWS = {"AVX-512": 4, "AVX512-BF16": 4, "AMX": 2}  # of bfloat16
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 DTYPES = pytest.mark.parametrize("dtype", ROUNDING)
-GGUF_TYPES = [name for name, kind in BLOCK_TYPES.items() if kind.elements > 1]
+GGUF_TYPES = [name for name in NATIVE_TYPES if BLOCK_TYPES[name].elements > 1]
 GROUPS = [f"{kind} {size}" for size in (32, 64, 128, 0) for kind in ("symmetric", "asymmetric")]
 KINDS = [
     "int8",

@@ -15,6 +15,7 @@ from lowbit.ops.cpu.blocked import Decode, finish, multiply, multiply_float32
 from lowbit.ops.cpu.features import fast_matmul_dtype
 from lowbit.ops.cpu.weight_only import supports
 from lowbit.ops.cpu.workspace import scratch
+from lowbit.ops.gguf_decode_small import SMALL_DECODERS
 from lowbit.ops.gguf_types import block_type
 from lowbit.ops.library import define_operator
 
@@ -25,10 +26,15 @@ MANY_ROWS = 128
 DECODED_BYTES = 64 << 20
 
 
+def helper_decodes(weight_type: str) -> bool:
+    """Tell whether the native helper decodes the type; plain torch decodes FP4 and what is below four bits."""
+    return weight_type not in SMALL_DECODERS and helper.available()
+
+
 def gguf_dequantize(raw: torch.Tensor, weight_type: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Decode rows of blocks; arguments and result as in ``lowbit.ops.gguf``."""
     kind = block_type(weight_type)
-    if not helper.available() or dtype not in native.ELEMENT_TYPES or raw.dtype != torch.uint8 or raw.ndim != 2:
+    if not helper_decodes(kind.name) or dtype not in native.ELEMENT_TYPES or raw.dtype != torch.uint8 or raw.ndim != 2:
         return gguf.gguf_dequantize(raw, weight_type, dtype)
     result = torch.empty((raw.shape[0], kind.columns(raw.shape[1])), dtype=dtype)
     native.gguf_decode(raw.contiguous(), kind.number, result)
@@ -38,7 +44,7 @@ def gguf_dequantize(raw: torch.Tensor, weight_type: str, dtype: torch.dtype = to
 def decode_rows(packed: torch.Tensor, weight_type: str, first: int, output: torch.Tensor) -> None:
     """Write rows of ``packed``, from ``first`` on, to ``output``, dense [rows, K] float32, bfloat16 or float16."""
     rows = packed[first : first + output.shape[0]]
-    if helper.available():
+    if helper_decodes(weight_type):
         native.gguf_decode(rows, block_type(weight_type).number, output)
     else:
         output.copy_(gguf.gguf_dequantize(rows, weight_type, output.dtype))

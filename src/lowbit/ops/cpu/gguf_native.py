@@ -15,6 +15,7 @@ from lowbit.ops.cpu.gguf import _fake_mm, multiply_blocked, pack_weight, unpack_
 from lowbit.ops.cpu.gguf import supports as supported_by_torch
 from lowbit.ops.cpu.weight_only import takes_bfloat16
 from lowbit.ops.dispatch import Problem
+from lowbit.ops.gguf_decode_small import SMALL_DECODERS
 from lowbit.ops.gguf_types import block_type
 from lowbit.ops.library import define_operator
 
@@ -28,6 +29,8 @@ def supports(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
     if not helper.available():
         return f"native helper {helper.refusal()}"
+    if problem.weight_format in SMALL_DECODERS:
+        return f"does not decode {problem.weight_format}"
     return supported_by_torch(problem)
 
 
