@@ -202,8 +202,8 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters can be trained on top: no gradients pass through the quantized products."""
-        return False
+        """Whether adapters can be trained on top: yes, gradients pass through the dequantized weights."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -27,6 +27,7 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -196,11 +197,34 @@ def _fake(
     return query.new_empty(query.shape)
 
 
+class StraightThroughAttention(torch.autograd.Function):
+    """Attention by any kernel forward, the gradient of torch's unquantized attention backward."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        """Compute ``_run``."""
+        query, key, value, mask, scale, is_causal, *_ = arguments
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.setting = (scale, is_causal)
+        return _run(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of query, key and value: torch's attention is computed once more."""
+        *inputs, mask = ctx.saved_tensors
+        scale, is_causal = ctx.setting
+        with torch.enable_grad():
+            query, key, value = leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+            result = _run(query, key, value, mask, scale, is_causal, UNQUANTIZED, TORCH)
+            return *torch.autograd.grad(result, leaves, grad), *[None] * 5
+
+
 attention_operator = define_operator(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool is_causal, str kind,"
     " str kernel) -> Tensor",
     _run,
     _fake,
+    differentiable=StraightThroughAttention.apply,
 )
 
 

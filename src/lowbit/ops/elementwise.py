@@ -76,9 +76,12 @@ def _fake_gate(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 normalize_operator = define_operator(
-    "normalize(Tensor x, float? epsilon, Tensor? weight, Tensor? frequencies) -> Tensor", normalize, _fake_normalize
+    "normalize(Tensor x, float? epsilon, Tensor? weight, Tensor? frequencies) -> Tensor",
+    normalize,
+    _fake_normalize,
+    differentiable=normalize,
 )
-gate_operator = define_operator("gate(Tensor x, Tensor value) -> Tensor", gate, _fake_gate)
+gate_operator = define_operator("gate(Tensor x, Tensor value) -> Tensor", gate, _fake_gate, differentiable=gate)
 
 for _name in ("normalize", "gate"):
     register_kernel_lazily(_name, "CPU", "lowbit.ops.cpu.elementwise")

@@ -13,13 +13,22 @@ NAMESPACE = "lowbit"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def define_operator(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define_operator(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiable: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Define ``lowbit::<name>`` with its reference for every device and its shape function.
+
+    Where autograd would record a call, an operator without ``differentiable`` raises ``RuntimeError``: its result would
+    have no gradient. ``lowbit.quantization.autograd`` differentiates whole layers.
 
     Args:
         schema: e.g. ``"int8_scaled_mm(Tensor x, ...) -> Tensor"``.
         reference: plain-torch implementation, the definition of the operator's numbers.
         fake: computes the results' shapes and dtypes without data (meta tensors, ``torch.compile``).
+        differentiable: takes the place of the operator where autograd records: plain torch with the same arguments.
 
     Returns:
         The operator's default overload, callable.
@@ -29,7 +38,31 @@ def define_operator(schema: str, reference: Callable[..., Any], fake: Callable[.
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     operator: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _library.impl(name, _recorded(name, operator, differentiable), "Autograd", with_keyset=True)
     return operator
+
+
+def _recorded(name: str, operator: Callable[..., Any], differentiable: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return what dispatch calls first for tensors that may require gradients."""
+    redispatch, below = operator.redispatch, torch._C._after_autograd_keyset  # type: ignore[attr-defined]
+
+    def recorded(keys: Any, *args: Any) -> Any:
+        if not torch.is_grad_enabled() or not any(map(_requires_grad, args)):
+            return redispatch(keys & below, *args)
+        if differentiable is None:
+            raise RuntimeError(
+                f"{NAMESPACE}::{name} has no gradient: detach its inputs or call it under torch.no_grad(). Quantized"
+                " layers have gradients"
+            )
+        return differentiable(*args)
+
+    return recorded
+
+
+def _requires_grad(argument: Any) -> bool:
+    if isinstance(argument, list | tuple):
+        return any(map(_requires_grad, argument))
+    return isinstance(argument, torch.Tensor) and argument.requires_grad
 
 
 def register_kernel(name: str, dispatch_key: str, kernel: Callable[..., Any]) -> None:

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from lowbit.ops.elementwise import gate_operator
+from lowbit.quantization.autograd import needs_gradient
 from lowbit.quantization.linear import QuantizedLinear
 
 
 def linears(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
     """Return each layer's result for x [..., K]: [..., N] of its own N."""
-    kernel = _joint_kernel(layers)
+    kernel = _joint_kernel(layers, x)
     if kernel is None or not hasattr(kernel, "linears"):
         return [layer(x) for layer in layers]
     results: list[torch.Tensor] = kernel.linears(x, *_tensors(layers))
@@ -23,7 +24,7 @@ def linears(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
 
 def gated_linear(gate: nn.Module, value: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate(x)) * value(x)`` for x [..., K]: [..., N], the N of both."""
-    kernel = _joint_kernel((gate, value))
+    kernel = _joint_kernel((gate, value), x)
     if kernel is None or not hasattr(kernel, "gated_linear"):
         result: torch.Tensor = gate_operator(*linears((gate, value), x))
         return result
@@ -36,8 +37,13 @@ def _tensors(layers: Sequence[nn.Module]) -> tuple[list[Any], list[Any], list[An
     return weights, scales, [layer.bias for layer in layers]
 
 
-def _joint_kernel(layers: Sequence[nn.Module]) -> Any:
-    """Return the kernel that computes all layers and nothing else does, ``None`` where there is none."""
+def _joint_kernel(layers: Sequence[nn.Module], x: torch.Tensor) -> Any:
+    """Return the kernel that computes all layers and nothing else does, ``None`` where there is none.
+
+    Where autograd records, each layer computes by itself: joint kernels have no gradients.
+    """
+    if any(needs_gradient(x, layer.bias) for layer in layers if isinstance(layer, nn.Linear)):
+        return None
     kernels = {_kernel_alone(layer) for layer in layers}
     return kernels.pop() if len(kernels) == 1 else None
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowbit.ops.dispatch import Implementation
+from lowbit.quantization.autograd import StraightThroughLinear, needs_gradient
 from lowbit.quantization.base import LinearMethod
 
 
@@ -28,7 +29,8 @@ class QuantizedLinear(nn.Linear):
         implementation: the table's entry of its kernel, ``None`` before the first use on a device.
         kernel: the module of that implementation.
         kernel_device: that the kernel was chosen for.
-        is_packed: the weight is in the kernel's layout and not in the checkpoint's.
+        is_packed: the weight is in the kernel's layout.
+        has_own_layout: the kernel's layout is not the checkpoint's.
         is_offloaded: others (hooks that offload) put the parameters in place and take them away: they stay in the
             checkpoint's layout, and a kernel with another one packs at every use.
         expected: shape and dtype of each of the checkpoint's tensors.
@@ -67,7 +69,7 @@ class QuantizedLinear(nn.Linear):
         self.implementation: Implementation | None = None
         self.kernel: ModuleType | None = None
         self.kernel_device: torch.device | None = None
-        self.is_packed = self.is_offloaded = False
+        self.is_packed = self.is_offloaded = self.has_own_layout = False
         self.packed_layout = torch.strided
         self.owns_weight = False
         self.awaits_unquantized = self.awaits_tensors = False
@@ -177,6 +179,7 @@ class QuantizedLinear(nn.Linear):
             if packed is not weight:
                 self.replace_tensor("weight", packed)
             self.is_packed, self.packed_layout = True, packed.layout
+            self.has_own_layout = packed is not weight
         self.implementation, self.kernel, self.kernel_device = implementation, kernel, weight.device
 
     def leave_kernel(self) -> None:
@@ -201,7 +204,24 @@ class QuantizedLinear(nn.Linear):
             self.owns_weight = self.owns_weight and self.kernel is None  # what others put here may be theirs
             self.method.restore_weights(self)
             self.method.process_weights_after_loading(self)
-        return self._compute_offloaded(x) if self.is_offloaded else self.method.apply(self, x, self._parameters["bias"])
+        bias = self._parameters["bias"]
+        if needs_gradient(x, bias):
+            result: torch.Tensor = StraightThroughLinear.apply(x, bias, self)  # type: ignore[no-untyped-call]
+            return result
+        return self.compute(x, bias)
+
+    def compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Compute x [..., K] -> [..., N] by the kernel; autograd records nothing of use."""
+        return self._compute_offloaded(x, bias) if self.is_offloaded else self.method.apply(self, x, bias)
+
+    @torch.no_grad()
+    def dequantized(self) -> torch.Tensor:
+        """Return the float32 weight [N, K] for the input as it enters the layer, whatever layout the kernel reads."""
+        canonical = self
+        if self.is_packed and self.has_own_layout:
+            canonical = QuantizedLinear.__new__(QuantizedLinear)
+            canonical.__dict__.update(self.__getstate__())
+        return self.method.dequantize_weight(canonical)
 
     def plain_kernel(self) -> ModuleType | None:
         """Return the kernel, where calling the layer does nothing else than to compute with it; else ``None``."""
@@ -221,7 +241,7 @@ class QuantizedLinear(nn.Linear):
         # A kernel whose layout is not the checkpoint's packs to another shape, dtype or kind of tensor.
         return weight.layout == torch.strided and (tuple(weight.shape), weight.dtype) == self.expected["weight"]
 
-    def _compute_offloaded(self, x: torch.Tensor) -> torch.Tensor:
+    def _compute_offloaded(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Compute with a weight packed for this use alone; what others put in place stays as it is."""
         assert self.kernel is not None
         parameter = self._parameters["weight"]
@@ -229,10 +249,10 @@ class QuantizedLinear(nn.Linear):
         weight = parameter.data
         packed = self.kernel.pack_weight(weight)
         if packed is weight:
-            return self.method.apply(self, x, self.bias)
+            return self.method.apply(self, x, bias)
         self.replace_tensor("weight", packed)
         try:
-            return self.method.apply(self, x, self.bias)
+            return self.method.apply(self, x, bias)
         finally:
             self._parameters["weight"] = parameter
 
