@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -86,15 +87,15 @@ class PipelineLoader:
             names: load these components only, as a pipeline of nothing else; ``None`` for all.
 
         Raises:
-            CheckpointError: tensors are not what a component needs.
+            CheckpointError: tensors are not what a component needs, or a component that was asked for is not in the
+                pipeline or was not quantized.
         """
-        from diffusers import DiffusionPipeline
         from diffusers.quantizers import PipelineQuantizationConfig
 
         from lowbit.checkpoints.parts import parts_class
         from lowbit.hosts import other_quantizers as backends
 
-        kind = DiffusionPipeline if names is None else parts_class(names)
+        kind = pipeline_class(self.source) if names is None else parts_class(names)
         wanted = set(self.components if names is None else names)
         others = {name: request for name, request in self.others.items() if name in wanted}
         mapping: dict[str, Any] = {name: config for name, config in self.chosen.items() if name in wanted}
@@ -110,9 +111,11 @@ class PipelineLoader:
         if device is not None and str(device) != "cpu":
             # each tensor goes to the device by itself, not the model through memory
             arguments["device_map"] = str(device)
-        arguments.update(self._load_foreign(wanted))
-        pipeline = kind.from_pretrained(self.source, **arguments)
+        loaded = self._load_foreign(wanted)
+        pipeline = kind.from_pretrained(self.source, **arguments, **loaded)
+        check_components(pipeline, loaded, [*self.chosen.keys() & wanted, *loaded])
         backends.record(pipeline, others)
+        check_components(pipeline, {}, others)
         return pipeline
 
     def _load_foreign(self, wanted: Collection[str]) -> dict[str, Any]:
@@ -126,6 +129,44 @@ class PipelineLoader:
             for name, found in self.foreign.items()
             if name in wanted
         }
+
+
+def pipeline_class(source: str) -> Any:
+    """Return the class that ``model_index.json`` names: diffusers' own, else ``DiffusionPipeline``, which finds it.
+
+    ``DiffusionPipeline.from_pretrained`` drops components that it is given and that the class calls optional.
+    """
+    import diffusers
+
+    name = diffusers.DiffusionPipeline.load_config(source).get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    is_pipeline = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
+    return found if is_pipeline else diffusers.DiffusionPipeline
+
+
+def check_components(pipeline: Any, given: Mapping[str, Any], quantized: Iterable[str]) -> None:
+    """Check that a loaded pipeline has the components that were asked for.
+
+    Args:
+        pipeline: of diffusers.
+        given: component -> the object that the pipeline must hold.
+        quantized: names of components that must have a manifest.
+
+    Raises:
+        CheckpointError: names those that are missing, others than the given, or not quantized.
+    """
+    parts = pipeline.components
+    problems = [f"{name} is not the one that was loaded" for name in given if parts.get(name) is not given[name]]
+    problems += [
+        f"{name} is {'not quantized' if parts.get(name) is not None else 'missing'}"
+        for name in quantized
+        if not hasattr(parts.get(name), "lowbit_manifest")
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{type(pipeline).__name__} did not take what was asked for: {', '.join(problems)}. A pipeline's own code"
+            " or model_index.json leaves these components out"
+        )
 
 
 def _check_places(foreign: Mapping[str, QuantizationConfig]) -> None:
@@ -259,7 +300,8 @@ def route(
     A plain method, and the default of a configuration per component, go to the diffusion transformers.
 
     Raises:
-        ConfigError: a component the pipeline lacks, or a method and no component to apply it to.
+        ConfigError: a component that the pipeline lacks or that is no model, or a method and no component to apply it
+            to.
     """
     if config is None:
         return {}
@@ -272,7 +314,8 @@ def route(
                 f"The quantization configuration names parts of components: {', '.join(inner)}. Name components, and"
                 " keep layers of theirs with ignored_layers"
             )
-        named = {name for name in components if name in config.component_configs}
+        named = {name for name in components if config.component_configs.get(name) is not None}
+        _refuse_no_models(named, components)
         resolved = {name: config.resolve(name) for name in [*transformers, *named]}
         return {name: found for name, found in resolved.items() if found is not None}
     if not transformers:
@@ -281,6 +324,24 @@ def route(
             f" {{component: {config.get_name()!r}}} with one of {', '.join(components)}"
         )
     return dict.fromkeys(transformers, config)
+
+
+def _refuse_no_models(names: Collection[str], components: ComponentIndex) -> None:
+    """Raise ``ConfigError`` for components that are no models, such as a scheduler."""
+    wrong = sorted(name for name in names if is_model(*components[name]) is False)
+    if wrong:
+        models = [name for name in components if is_model(*components[name])]
+        raise ConfigError(
+            f"The quantization configuration names components that are no models: {', '.join(wrong)}. Models are:"
+            f" {', '.join(models)}"
+        )
+
+
+def is_model(library: str, class_name: str) -> bool | None:
+    """Tell whether an entry of ``model_index.json`` is a model; ``None`` if its class is not known here."""
+    module = importlib.import_module(library) if library in ("diffusers", "transformers") else None
+    kind = getattr(module, class_name, None)
+    return issubclass(kind, torch.nn.Module) if isinstance(kind, type) else None
 
 
 def route_attention(
