@@ -24,3 +24,17 @@ def override(owner: Any, name: str, ours: Callable[..., Any]) -> None:
     replacement._lowbit_original = original  # type: ignore[attr-defined]
     unbound = isinstance(inspect.getattr_static(owner, name), classmethod | staticmethod)
     setattr(owner, name, staticmethod(replacement) if unbound else replacement)
+
+
+def override_property(owner: type, name: str, ours: Callable[..., Any]) -> None:
+    """Replace the property ``owner.name`` by ``ours``, which gets its original getter first and the object; once."""
+    original = next(vars(base)[name] for base in owner.__mro__ if name in vars(base))
+    if hasattr(original.fget, "_lowbit_original"):
+        return
+
+    @functools.wraps(original.fget)
+    def replacement(self: Any) -> Any:
+        return ours(original.fget, self)
+
+    replacement._lowbit_original = original.fget  # type: ignore[attr-defined]
+    setattr(owner, name, property(replacement))

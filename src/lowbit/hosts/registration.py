@@ -19,6 +19,7 @@ _PLUGINS = {
     "diffusers.quantizers.auto": "lowbit.hosts.diffusers",
     "transformers.quantizers.auto": "lowbit.hosts.transformers",
     "diffusers.models.modeling_utils": "lowbit.compat.dtypes",
+    "transformers.modeling_utils": "lowbit.compat.dtypes",
     "diffusers.loaders.lora_pipeline": "lowbit.compat.lora",
     "diffusers.loaders.peft": "lowbit.compat.lora",
     "peft.tuners.lora.layer": "lowbit.compat.lora",

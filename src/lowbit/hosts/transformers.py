@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -105,7 +106,9 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         refuse_pickles(files)
         headers = read_headers(file for file in files if str(file).endswith(".safetensors"))
         self.files, self.location = files, str(Path(files[0]).parent) if files else ""
-        config = for_base_model(self.quantization_config.of_checkpoint(headers), model)
+        name_of = Names.of(model)
+        names = {name_of(stored)[0]: header for stored, header in headers.items()}
+        config = for_base_model(self.quantization_config.of_checkpoint(names), model)
         self.quantization_config, self.pre_quantized = config, config.is_serialized
         self.preparation = loading.prepare(
             model,
@@ -256,6 +259,51 @@ def kept_by_model(model: Any) -> dict[str, list[str]]:
     }
 
 
+@dataclass(frozen=True)
+class Names:
+    """From a checkpoint's names of tensors to a model's, as transformers renames them while it loads.
+
+    Attributes:
+        prefix: of the model's base model.
+        expected: the model's state dict.
+        renamings, converters: transformers' rules.
+    """
+
+    prefix: str
+    expected: Mapping[str, torch.Tensor]
+    renamings: Sequence[Any]
+    converters: Sequence[Any]
+
+    @classmethod
+    def of(cls, model: Any, conversions: Sequence[Any] | None = None) -> Names:
+        """Return the rules for ``model``: ``conversions``, or those that transformers has for its class."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        rules = get_model_conversion_mapping(model) if conversions is None else conversions
+        renamings = [each for each in rules if isinstance(each, WeightRenaming)]
+        converters = [each for each in rules if isinstance(each, WeightConverter)]
+        return cls(model.base_model_prefix, model.state_dict(), renamings, converters)
+
+    def __call__(self, stored: str) -> tuple[str, bool]:
+        """Return the model's name, and whether transformers splits or merges the tensor on the way.
+
+        Of a tensor that only a quantized layer has (``qweight``) the layer is found by its ``weight``.
+        """
+        name, is_converted = self._renamed(stored)
+        if name in self.expected or is_converted:
+            return name, is_converted
+        layer, _, last = stored.rpartition(".")
+        weight, _ = self._renamed(f"{layer}.weight")
+        return (f"{weight.removesuffix('weight')}{last}", False) if weight in self.expected else (name, False)
+
+    def _renamed(self, stored: str) -> tuple[str, bool]:
+        from transformers.core_model_loading import rename_source_key
+
+        name, converter = rename_source_key(stored, self.renamings, self.converters, self.prefix, self.expected)
+        return name, converter is not None
+
+
 def _wrong_tensors(
     model: Any, preparation: loading.Preparation, headers: Mapping[str, TensorHeader], conversions: Sequence[Any]
 ) -> dict[str, str]:
@@ -263,15 +311,11 @@ def _wrong_tensors(
 
     Those that transformers splits or merges are left to it.
     """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    expected = model.state_dict()
-    found = {}
+    names = Names.of(model, conversions)
+    expected, found = names.expected, {}
     for stored, header in headers.items():
-        name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
-        if name not in expected or converter is not None or preparation.is_made_here(name):
+        name, is_converted = names(stored)
+        if name not in expected or is_converted or preparation.is_made_here(name):
             continue
         problem = wrong_shape(name, expected[name], header, preparation)
         if problem is not None:

@@ -269,7 +269,8 @@ class QuantizedLinear(nn.Linear):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
         # Called by to(), cuda(), half()...: the quantized tensors follow to a device, never to another dtype.
         weight = self.get_parameter("weight")
-        target = fn(torch.empty(0, device=weight.device)).device
+        activations = fn(torch.empty(0, dtype=self.compute_dtype, device=weight.device))
+        target = activations.device
         if target != weight.device:
             self.method.restore_weights(self)
         quantized = {id(self._parameters[name]) for name in self.quantized_names}
@@ -282,8 +283,7 @@ class QuantizedLinear(nn.Linear):
             return torch.empty_like(tensor, device=target) if tensor.is_meta else tensor.to(target)
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        if self.bias is not None:
-            self.compute_dtype = self.bias.dtype
+        self.compute_dtype = activations.dtype
         return self
 
     def __getstate__(self) -> dict[str, Any]:
