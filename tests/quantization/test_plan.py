@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.errors import ConfigError
+from lowbit.errors import ConfigError, UnsupportedError
 from lowbit.quantization import Fp8Config, Int8Config, QuantizedLinear, plan_layers, quantize_model
+from lowbit.quantization.calibration.smoothing import watched_inputs
 from lowbit.quantization.methods.mxfp8 import Mxfp8Config
 from tests.quantization.models import run_transformer, small_transformer
 
@@ -108,3 +109,18 @@ def test_progress_counts_layers() -> None:
 def test_a_method_without_a_weight_only_kind_says_so() -> None:
     with pytest.raises(ConfigError, match="mxfp8 has no weight-only kind"):
         plan_layers(small_transformer(), Mxfp8Config(weight_only_layers=["adaLN_modulation"]))
+
+
+@pytest.mark.parametrize("smoothing", [None, 0.5])
+def test_a_model_with_a_layer_that_no_kernel_takes_stays_whole(smoothing: float | None) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64).double())
+    before = copy.deepcopy(model.state_dict())
+    seen = None
+    if smoothing is not None:
+        with watched_inputs(model) as seen:
+            model[1](model[0](torch.randn(4, 64)))
+    with pytest.raises(UnsupportedError, match=r"named 'float32'.*float64"):
+        quantize_model(model, "int8", kernel="float32", smoothing=smoothing, seen_inputs=seen)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+    assert not hasattr(model, "lowbit_manifest")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

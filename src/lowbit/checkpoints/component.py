@@ -13,13 +13,21 @@ from torch import nn
 
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models.patterns import matches_any
-from lowbit.ops.dispatch import ANY_DEVICE, requested_kernel, select
+from lowbit.ops.dispatch import ANY_DEVICE, requested_kernel
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.calibration.static import uncalibrated_layers
 from lowbit.quantization.linear import QuantizedLinear
 from lowbit.quantization.manifest import Manifest
 from lowbit.quantization.methods.fp8 import UNCALIBRATED
-from lowbit.quantization.plan import Decision, Plan, make_manifest, plan_layers, quantized_layers, replace_layers
+from lowbit.quantization.plan import (
+    Decision,
+    Plan,
+    check_kernels,
+    make_manifest,
+    plan_layers,
+    quantized_layers,
+    replace_layers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +109,8 @@ def prepare(
         else:
             layer.expect_unquantized()
     if device is not None:
-        _check_kernels(layers.values(), torch.device(device))
+        target = torch.device(device)
+        check_kernels((layer for layer in layers.values() if not _is_for_other_device(layer.method, target)), target)
     return Preparation(config, plan, layers)
 
 
@@ -112,13 +121,6 @@ def _keep(plan: Plan, kept: Mapping[str, Collection[str]]) -> Plan:
         return decision if reason is None else Decision(None, reason)
 
     return {name: decide(name, decision) for name, decision in plan.items()}
-
-
-def _check_kernels(layers: Iterable[QuantizedLinear], device: torch.device) -> None:
-    problems = {layer.method.problem(layer, device): layer.method for layer in layers}
-    for problem, method in problems.items():
-        if not _is_for_other_device(method, device):
-            select(method.family, method.table, problem, method.kernel)
 
 
 def _is_for_other_device(method: LinearMethod, device: torch.device) -> bool:

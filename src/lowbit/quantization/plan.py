@@ -14,6 +14,7 @@ from torch import nn
 from lowbit.errors import ConfigError
 from lowbit.models import kept_layers, weight_only_layers
 from lowbit.models.patterns import matches, matches_any
+from lowbit.ops.dispatch import select
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.calibration.smoothing import SeenInput, smooth
 from lowbit.quantization.factory import build_quant_config
@@ -119,6 +120,18 @@ def replace_layers(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
             model.set_submodule(name, QuantizedLinear.like(layer, decision.method, name, dtype))
 
 
+def check_kernels(layers: Iterable[QuantizedLinear], device: torch.device) -> None:
+    """Check before any work is done that a kernel can run each layer on ``device``.
+
+    Raises:
+        UnsupportedError: none can run a layer; lists every reason.
+        ConfigError: the configuration names a kernel that does not exist.
+    """
+    problems = {layer.method.problem(layer, device): layer.method for layer in layers}
+    for problem, method in problems.items():
+        select(method.family, method.table, problem, method.kernel)
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Return the quantized layers of ``model`` by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
@@ -169,8 +182,8 @@ def quantize_model(
         What was done; also kept as ``model.lowbit_manifest``.
 
     Raises:
-        ConfigError: an option is wrong, or nothing is left to quantize. The model is unchanged then.
-        UnsupportedError: no kernel can run a layer.
+        ConfigError: an option is wrong, or nothing is left to quantize.
+        UnsupportedError: no kernel can run a layer. Whatever is raised here, the model is unchanged.
     """
     config = build_quant_config(quantization, **options)
     if not isinstance(config, QuantizationConfig):
@@ -183,6 +196,7 @@ def quantize_model(
         raise ConfigError("smoothing needs to have seen the layers' inputs: give seen_inputs, see watched_inputs")
     plan = plan_layers(model, config)
     chosen = {name: decision.method for name, decision in plan.items() if decision.method is not None}
+    _check_kernels_of(model, chosen)
     scales = _smooth(model, config, chosen, seen_inputs) if seen_inputs is not None and config.needs_calibration else {}
     for done, (name, method) in enumerate(chosen.items(), start=1):
         layer = model.get_submodule(name)
@@ -196,6 +210,18 @@ def quantize_model(
     announce(model)
     logger.info("%s", manifest.summary())
     return manifest
+
+
+def _check_kernels_of(model: nn.Module, chosen: Mapping[str, LinearMethod]) -> None:
+    """Check that a kernel can run every layer that is going to be quantized, each where its weight is."""
+    by_device: dict[torch.device, list[QuantizedLinear]] = {}
+    for name, method in chosen.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        empty = QuantizedLinear.like(layer, method, name, layer.weight.dtype)
+        by_device.setdefault(layer.weight.device, []).append(empty)
+    for device, layers in by_device.items():
+        check_kernels(layers, device)
 
 
 def _smooth(
