@@ -12,6 +12,7 @@ import torch
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models.patterns import check_syntax, matches_any
 from lowbit.ops.dispatch import AUTO, Implementation, Problem, select
+from lowbit.quantization.tensors import Along, TensorSpec, cut_step
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -235,8 +236,17 @@ class LinearMethod(ABC):
         return False
 
     @abstractmethod
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return what the tensors of a layer of N output and K input features are, ``weight`` first."""
+
     def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register the parameters that a checkpoint of this format has, empty, on the layer's device."""
+        """Register the tensors of ``specs``, empty, on the layer's device."""
+        for spec in self.specs(layer.out_features, layer.in_features):
+            layer.register_quantized(spec.name, spec.shape(layer.out_features, layer.in_features), spec.dtype)
+
+    def cut_step(self, out_features: int, in_features: int, along: Along) -> int:
+        """Return the number of channels at whose multiples a layer of N output and K input features can be cut."""
+        return cut_step(self.specs(out_features, in_features), along)
 
     @abstractmethod
     def quantize_weight(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -251,7 +261,7 @@ class LinearMethod(ABC):
         """Compute the layer for x [..., K]; returns [..., N] in ``x.dtype``."""
 
     def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Bring a checkpoint's tensor to the shape and dtype that ``create_weights`` registered under ``name``.
+        """Bring a checkpoint's tensor to the shape and dtype that ``specs`` gives ``name``.
 
         Raises:
             CheckpointError: it can't be; names the tensor, what was found and what would be right.

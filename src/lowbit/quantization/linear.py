@@ -145,6 +145,11 @@ class QuantizedLinear(nn.Linear):
         """Put ``tensor`` under the parameter ``name``, as it is."""
         self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
+    def hold_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor in the layer's own layout under the parameter ``name``, whatever extents it leaves open."""
+        self.replace_tensor(name, tensor)
+        self.expected[name] = (tuple(tensor.shape), tensor.dtype)
+
     def drop_tensor(self, name: str) -> None:
         """Do without a tensor that the checkpoint may lack."""
         del self._parameters[name]
@@ -217,11 +222,15 @@ class QuantizedLinear(nn.Linear):
     @torch.no_grad()
     def dequantized(self) -> torch.Tensor:
         """Return the float32 weight [N, K] for the input as it enters the layer, whatever layout the kernel reads."""
-        canonical = self
-        if self.is_packed and self.has_own_layout:
-            canonical = QuantizedLinear.__new__(QuantizedLinear)
-            canonical.__dict__.update(self.__getstate__())
-        return self.method.dequantize_weight(canonical)
+        return self.method.dequantize_weight(self.canonical())
+
+    def canonical(self) -> QuantizedLinear:
+        """Return this layer, or a view of it, with its tensors in the checkpoint's layout."""
+        if not (self.is_packed and self.has_own_layout):
+            return self
+        view = QuantizedLinear.__new__(QuantizedLinear)
+        view.__dict__.update(self.__getstate__())
+        return view
 
     def plain_kernel(self) -> ModuleType | None:
         """Return the kernel, where calling the layer does nothing else than to compute with it; else ``None``."""

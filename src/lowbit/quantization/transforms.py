@@ -10,6 +10,7 @@ the weight divided by it. ``lowbit.quantization.calibration.smoothing`` finds th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,6 +23,7 @@ from lowbit.ops.dispatch import Problem
 from lowbit.ops.rotation import hadamard, rotate
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.scales import finite_and_positive
+from lowbit.quantization.tensors import Along, K, TensorSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,11 +115,15 @@ class TransformedMethod(LinearMethod):
         # What the class of another method says, this one says for it.
         self.name, self.family, self.table = inner.name, inner.family, inner.table  # type: ignore[misc]
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register the other method's tensors and ``mul_scale``."""
-        self.inner.create_weights(layer)
-        if self.is_scaled:
-            layer.register_quantized("mul_scale", (layer.in_features,), torch.float32)
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return the other method's tensors and ``mul_scale``."""
+        scale = (TensorSpec("mul_scale", torch.float32, (K,)),) if self.is_scaled else ()
+        return self.inner.specs(out_features, in_features) + scale
+
+    def cut_step(self, out_features: int, in_features: int, along: Along) -> int:
+        """Keep whole what is rotated together."""
+        step = self.inner.cut_step(out_features, in_features, along)
+        return math.lcm(step, self._group(in_features)) if along == "k" else step
 
     def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: Tensor) -> Tensor:
         """Leave it to the other method, but for ``mul_scale``."""

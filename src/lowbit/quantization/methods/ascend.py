@@ -38,6 +38,7 @@ from lowbit.quantization.methods.int8 import Int8LinearMethod, Int8WeightOnlyMet
 from lowbit.quantization.methods.mxfp4 import Mxfp4DualScaleLinearMethod, Mxfp4LinearMethod
 from lowbit.quantization.methods.mxfp8 import Mxfp8LinearMethod
 from lowbit.quantization.scales import finite, finite_and_positive, per_tensor_scale
+from lowbit.quantization.tensors import K, N, TensorSpec
 from lowbit.quantization.transforms import with_transforms
 
 if TYPE_CHECKING:
@@ -141,14 +142,15 @@ class AscendStaticMethod(LinearMethod):
     family = "int8_static"
     table = int8_static.IMPLEMENTATIONS
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register the type's tensors, see the module's table."""
-        rows = layer.out_features
-        layer.register_quantized("weight", (rows, layer.in_features), torch.int8)
-        layer.register_quantized("quant_bias", (rows,), torch.int32)
-        layer.register_quantized("input_scale", (), torch.float32)
-        layer.register_quantized("input_offset", (), torch.float32)
-        layer.register_quantized("deq_scale", (rows,), torch.float32)
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return the type's tensors, see the module's table."""
+        return (
+            TensorSpec("weight", torch.int8, (N, K)),
+            TensorSpec("quant_bias", torch.int32, (N,), is_summed=True),
+            TensorSpec("input_scale", torch.float32),
+            TensorSpec("input_offset", torch.float32),
+            TensorSpec("deq_scale", torch.float32, (N,)),
+        )
 
     def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: Tensor) -> Tensor:
         """Accept scalars as [1], and ``deq_scale`` as the bits of float32 numbers in int64."""

@@ -20,6 +20,7 @@ from lowbit.quantization.base import LinearMethod, check_tensor
 from lowbit.quantization.methods.mxfp4 import Mxfp4LinearMethod
 from lowbit.quantization.methods.nvfp4 import NvFp4LinearMethod
 from lowbit.quantization.scales import finite, finite_and_positive
+from lowbit.quantization.tensors import Along, K, N, TensorSpec, fixed, groups
 
 if TYPE_CHECKING:
     from lowbit.quantization.linear import QuantizedLinear
@@ -115,18 +116,24 @@ class AutoRoundLinearMethod(LinearMethod):
         self.family, self.table = f"w{self.bits_held}a16", module.IMPLEMENTATIONS  # type: ignore[misc]
         self.name = f"auto-round W{scheme.bits}A16"  # type: ignore[misc]
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register ``weight``, ``weight_scale``, ``zero_point`` and, of a checkpoint, ``g_idx``."""
-        rows, columns = layer.out_features, layer.in_features
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return ``weight``, ``weight_scale``, ``zero_point`` and, of a checkpoint, ``g_idx``."""
         is_packed = self.bits_held == 4
-        layer.register_quantized(
-            "weight", (rows, columns // 2 if is_packed else columns), torch.uint8 if is_packed else torch.int8
+        size = self._held_group(in_features)
+        held = (N, fixed(1) if size == in_features else groups(K, size))  # one group is as good for each slice of it
+        order = (TensorSpec("g_idx", torch.int32, (K,), counts_groups=True),) if "g_idx" in self.optional else ()
+        return (
+            TensorSpec("weight", torch.uint8 if is_packed else torch.int8, (N, groups(K, 2 if is_packed else 1))),
+            TensorSpec("weight_scale", torch.float32, held),
+            TensorSpec("zero_point", torch.uint8 if is_packed else torch.int16, held),
+            *order,
         )
-        groups = columns // self._held_group(columns)
-        layer.register_quantized("weight_scale", (rows, groups), torch.float32)
-        layer.register_quantized("zero_point", (rows, groups), torch.uint8 if is_packed else torch.int16)
-        for name in self.optional:
-            layer.register_quantized(name, (columns,), torch.int32)
+
+    def cut_step(self, out_features: int, in_features: int, along: Along) -> int:
+        """Keep whole the words and groups of the checkpoint, to which a slice can be written again."""
+        step = super().cut_step(out_features, in_features, along)
+        group = self._group_size(in_features)
+        return math.lcm(step, auto_round.BLOCK, group if along == "k" and group < in_features else 1)
 
     def _group_size(self, columns: int) -> int:
         return columns if self.scheme.group_size == -1 else min(self.scheme.group_size, columns)
@@ -262,14 +269,11 @@ class AutoRoundNvFp4Method(NvFp4LinearMethod):
 
     stored_names: ClassVar[Mapping[str, str]] = {"weight": "weight_packed"}
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register AutoRound's tensors."""
-        layer.register_quantized("weight", (layer.out_features, layer.in_features // 2), torch.uint8)
-        groups = -(-layer.in_features // nvfp4.GROUP_SIZE)
-        layer.register_quantized("weight_scale", (layer.out_features, groups), torch.float8_e4m3fn)
-        layer.register_quantized("weight_global_scale", (1,), torch.float32)
-        if self.has_input_scale:
-            layer.register_quantized("input_global_scale", (1,), torch.float32)
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return AutoRound's tensors."""
+        names = ("weight_global_scale", *(("input_global_scale",) if self.has_input_scale else ()))
+        weight, scale, *_ = super().specs(out_features, in_features)
+        return (weight, scale, *(TensorSpec(name, torch.float32, (fixed(1),)) for name in names))
 
     def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: Tensor) -> Tensor:
         """Accept global scales [] and [1]."""

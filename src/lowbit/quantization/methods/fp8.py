@@ -18,6 +18,7 @@ from lowbit.ops import fp8
 from lowbit.ops.dispatch import Problem
 from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.scales import finite_and_positive, per_channel_scale, per_tensor_scale
+from lowbit.quantization.tensors import Dim, K, N, TensorSpec, fixed, groups
 from lowbit.quantization.transforms import TransformableConfig, with_transforms
 
 if TYPE_CHECKING:
@@ -102,19 +103,17 @@ class Fp8LinearMethod(LinearMethod):
         """Where rows of activations have a scale each and channels of the weight, too."""
         return self.activation_scheme == "dynamic" and self.block_size is None
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register ``weight``, its scale and, for static activations, ``input_scale``."""
-        shape = (layer.out_features, layer.in_features)
-        layer.register_quantized("weight", shape, fp8.E4M3)
-        layer.register_quantized(self.scale_name, self._scale_shape(shape), torch.float32)
-        if self.activation_scheme == "static":
-            layer.register_quantized("input_scale", (), torch.float32)
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return ``weight``, its scale and, for static activations, ``input_scale``."""
+        static = (TensorSpec("input_scale", torch.float32),) if self.activation_scheme == "static" else ()
+        weight = TensorSpec("weight", fp8.E4M3, (N, K))
+        return (weight, TensorSpec(self.scale_name, torch.float32, self._scale_dims()), *static)
 
-    def _scale_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def _scale_dims(self) -> tuple[Dim, ...]:
         if self.block_size is None:
-            return shape[0], 1
+            return (N, fixed(1))
         rows, columns = self.block_size
-        return -(-shape[0] // rows), -(-shape[1] // columns)
+        return (groups(N, rows), groups(K, columns))
 
     def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Accept weight scales [N, 1], [N] or one for the whole layer, and input scales [] or [1]."""

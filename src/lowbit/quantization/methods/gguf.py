@@ -18,6 +18,7 @@ from lowbit.ops import gguf
 from lowbit.ops.dispatch import AUTO
 from lowbit.ops.gguf_types import BLOCK_TYPES, block_type
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
+from lowbit.quantization.tensors import K, N, TensorSpec, blocks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -143,10 +144,11 @@ class GgufLinearMethod(LinearMethod):
         self.weight_type = weight_type
         self.name = f"gguf {weight_type}"  # type: ignore[misc]
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register ``weight`` uint8 [N, bytes per row]."""
-        row_bytes = BLOCK_TYPES[self.weight_type].row_bytes(layer.in_features)
-        layer.register_quantized("weight", (layer.out_features, row_bytes), torch.uint8)
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return ``weight`` uint8 [N, bytes per row]."""
+        kind = BLOCK_TYPES[self.weight_type]
+        kind.row_bytes(in_features)  # refuses rows that are not whole blocks
+        return (TensorSpec("weight", torch.uint8, (N, blocks(K, kind.elements, kind.bytes))),)
 
     def quantize_weight(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Quantize [N, K] to blocks; see ``lowbit.ops.gguf``."""

@@ -15,6 +15,7 @@ from lowbit.ops import int8
 from lowbit.ops.dispatch import AUTO
 from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.scales import per_channel_scale
+from lowbit.quantization.tensors import K, N, TensorSpec, fixed
 from lowbit.quantization.transforms import TransformableConfig, with_transforms
 
 if TYPE_CHECKING:
@@ -79,10 +80,12 @@ class Int8LinearMethod(LinearMethod):
         """Where activations are not rounded to fewer bits first."""
         return self.activation_bits == 8
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register ``weight`` int8 [N, K] and ``weight_scale`` float32 [N, 1]."""
-        layer.register_quantized("weight", (layer.out_features, layer.in_features), torch.int8)
-        layer.register_quantized("weight_scale", (layer.out_features, 1), torch.float32)
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return ``weight`` int8 [N, K] and ``weight_scale`` float32 [N, 1]."""
+        return (
+            TensorSpec("weight", torch.int8, (N, K)),
+            TensorSpec("weight_scale", torch.float32, (N, fixed(1))),
+        )
 
     def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Accept scales [N, 1], [N] or one for the whole layer."""

@@ -38,6 +38,7 @@ from lowbit.quantization.methods.fp8 import UNCALIBRATED, Fp8LinearMethod
 from lowbit.quantization.methods.mxfp8 import Mxfp8LinearMethod
 from lowbit.quantization.methods.nvfp4 import NvFp4LinearMethod
 from lowbit.quantization.scales import finite_and_positive
+from lowbit.quantization.tensors import Dim, K, N, TensorSpec, fixed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -244,10 +245,8 @@ class ModelOptFp8LinearMethod(Fp8LinearMethod):
         """Scales are in another shape."""
         return False
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register ``weight``, its scale and, for static activations, ``input_scale``."""
-        super().create_weights(layer)
-        layer.register_quantized("weight_scale", () if self.per_tensor else (layer.out_features,), torch.float32)
+    def _scale_dims(self) -> tuple[Dim, ...]:
+        return () if self.per_tensor else (N,)
 
     def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Accept scales [], [1], [N] and [N, 1]."""
@@ -293,12 +292,12 @@ class NvFp4SvdLinearMethod(NvFp4LinearMethod):
         super().__init__("static", kernel)
         self.rank = rank
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register NVFP4's tensors, ``pre_quant_scale`` and the two factors, in bfloat16 as ModelOpt has them."""
-        super().create_weights(layer)
-        rows, columns = layer.out_features, layer.in_features
-        for name, shape in zip(self.LOW_RANK, [(columns,), (self.rank, columns), (rows, self.rank)], strict=True):
-            layer.register_quantized(name, shape, torch.bfloat16)
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return NVFP4's tensors, ``pre_quant_scale`` and the two factors, in bfloat16 as ModelOpt has them."""
+        rank = fixed(self.rank)
+        dims = {"pre_quant_scale": (K,), "svdquant_lora_a": (rank, K), "svdquant_lora_b": (N, rank)}
+        low_rank = (TensorSpec(name, torch.bfloat16, dims[name]) for name in self.LOW_RANK)
+        return (*super().specs(out_features, in_features), *low_rank)
 
     def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Accept the low-rank tensors in any floating dtype, which they keep."""

@@ -10,6 +10,7 @@ import torch
 from lowbit.ops import mx
 from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.scales import exponents
+from lowbit.quantization.tensors import K, N, TensorSpec, groups
 
 if TYPE_CHECKING:
     from lowbit.quantization.linear import QuantizedLinear
@@ -21,19 +22,18 @@ class MxLinearMethod(LinearMethod):
     family = "mx"
     table = mx.IMPLEMENTATIONS
 
+    @property
     @abstractmethod
-    def elements(self, layer: QuantizedLinear) -> tuple[tuple[int, int], torch.dtype]:
-        """Return shape and dtype of ``weight``."""
+    def elements(self) -> TensorSpec:
+        """What ``weight`` is."""
 
     @abstractmethod
     def canonical_weight(self, layer: QuantizedLinear, weight: torch.Tensor) -> torch.Tensor:
         """Return a checkpoint's weight in the elements' dtype where it holds their values in another."""
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register ``weight`` and ``weight_scale``, E8M0 uint8 [N, ceil(K / 32)]."""
-        layer.register_quantized("weight", *self.elements(layer))
-        groups = -(-layer.in_features // mx.GROUP_SIZE)
-        layer.register_quantized("weight_scale", (layer.out_features, groups), torch.uint8)
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return ``weight`` and ``weight_scale``, E8M0 uint8 [N, ceil(K / 32)]."""
+        return self.elements, TensorSpec("weight_scale", torch.uint8, (N, groups(K, mx.GROUP_SIZE)))
 
     def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Accept weights whose values are the elements' in a wider dtype, and scales as ``float8_e8m0fnu``."""

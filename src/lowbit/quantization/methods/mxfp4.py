@@ -24,6 +24,7 @@ from lowbit.ops.fp8 import E4M3
 from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.methods.mx import MxLinearMethod
 from lowbit.quantization.scales import finite_and_positive, quantize_by_rows
+from lowbit.quantization.tensors import K, N, TensorSpec, fixed, groups
 from lowbit.quantization.transforms import TransformableConfig, with_transforms
 
 if TYPE_CHECKING:
@@ -148,9 +149,10 @@ class Mxfp4LinearMethod(MxLinearMethod):
 
     name = "mxfp4"
 
-    def elements(self, layer: QuantizedLinear) -> tuple[tuple[int, int], torch.dtype]:
-        """Return uint8 [N, K / 2]."""
-        return (layer.out_features, layer.in_features // 2), torch.uint8
+    @property
+    def elements(self) -> TensorSpec:
+        """``weight``, uint8 [N, K / 2]."""
+        return TensorSpec("weight", torch.uint8, (N, groups(K, 2)))
 
     def refusal(self, layer: torch.nn.Linear) -> str | None:
         """Refuse an odd number of input channels."""
@@ -171,11 +173,10 @@ class Mxfp4DualScaleLinearMethod(Mxfp4LinearMethod):
 
     name = "mxfp4_dualscale"
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register ``weight``, ``weight_scale`` and ``weight_dual_scale``."""
-        super().create_weights(layer)
-        groups = -(-layer.in_features // mx.DUAL_GROUP_SIZE)
-        layer.register_quantized("weight_dual_scale", (layer.out_features, groups, 1), torch.float32)
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return ``weight``, ``weight_scale`` and ``weight_dual_scale``."""
+        dual = TensorSpec("weight_dual_scale", torch.float32, (N, groups(K, mx.DUAL_GROUP_SIZE), fixed(1)))
+        return (*super().specs(out_features, in_features), dual)
 
     def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Accept dual scales without the last dimension too."""

@@ -16,6 +16,7 @@ from lowbit.ops.fp8 import E4M3
 from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.methods.mx import MxLinearMethod
 from lowbit.quantization.scales import quantize_by_rows
+from lowbit.quantization.tensors import K, N, TensorSpec
 from lowbit.quantization.transforms import TransformableConfig, with_transforms
 
 if TYPE_CHECKING:
@@ -47,9 +48,10 @@ class Mxfp8LinearMethod(MxLinearMethod):
 
     name = "mxfp8"
 
-    def elements(self, layer: QuantizedLinear) -> tuple[tuple[int, int], torch.dtype]:
-        """Return e4m3 [N, K]."""
-        return (layer.out_features, layer.in_features), E4M3
+    @property
+    def elements(self) -> TensorSpec:
+        """``weight``, e4m3 [N, K]."""
+        return TensorSpec("weight", E4M3, (N, K))
 
     def canonical_weight(self, layer: QuantizedLinear, weight: torch.Tensor) -> torch.Tensor:
         """Accept weights whose values are e4m3's in a wider dtype."""

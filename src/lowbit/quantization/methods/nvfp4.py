@@ -18,6 +18,7 @@ from lowbit.ops.fp8 import E4M3
 from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.methods.fp8 import ACTIVATION_SCHEMES, UNCALIBRATED
 from lowbit.quantization.scales import finite_and_positive, per_tensor_scale, quantize_by_rows
+from lowbit.quantization.tensors import K, N, TensorSpec, groups
 from lowbit.quantization.transforms import TransformableConfig, with_transforms
 
 if TYPE_CHECKING:
@@ -73,14 +74,15 @@ class NvFp4LinearMethod(LinearMethod):
         self.activation_scheme = activation_scheme
         self.has_input_scale = activation_scheme == "static"
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register ``weight``, its scales and, for static activations, ``input_scale``."""
-        layer.register_quantized("weight", (layer.out_features, layer.in_features // 2), torch.uint8)
-        groups = -(-layer.in_features // nvfp4.GROUP_SIZE)
-        layer.register_quantized("weight_scale", (layer.out_features, groups), E4M3)
-        layer.register_quantized("weight_scale_2", (), torch.float32)
-        if self.has_input_scale:
-            layer.register_quantized("input_scale", (), torch.float32)
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return ``weight``, its scales and, for static activations, ``input_scale``."""
+        static = (TensorSpec("input_scale", torch.float32),) if self.has_input_scale else ()
+        return (
+            TensorSpec("weight", torch.uint8, (N, groups(K, 2))),
+            TensorSpec("weight_scale", E4M3, (N, groups(K, nvfp4.GROUP_SIZE))),
+            TensorSpec("weight_scale_2", torch.float32),
+            *static,
+        )
 
     def refusal(self, layer: torch.nn.Linear) -> str | None:
         """Refuse an odd number of input channels."""

@@ -19,6 +19,7 @@ from lowbit.ops.fp8 import E4M3
 from lowbit.ops.svdquant import low_rank_factors, product_operator, svdquant_dequantize
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.scales import finite_and_positive, quantize_by_rows
+from lowbit.quantization.tensors import K, N, TensorSpec, fixed, groups
 from lowbit.quantization.transforms import check_transforms
 
 if TYPE_CHECKING:
@@ -198,18 +199,18 @@ class SvdQuantLinearMethod(LinearMethod):
         """The precision."""
         return self.precision
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        """Register the weight, its scales (transposed: [N, groups]), the smoothing and the two factors."""
-        rows, columns = layer.out_features, layer.in_features
-        rank = min(self.rank, rows, columns)
-        layer.register_quantized("weight", (rows, columns // 2), torch.uint8)
-        layer.register_quantized("wscales", (rows, columns // self.kind.group_size), self.kind.scale_dtype)
-        layer.register_quantized("smooth_factor", (columns,), torch.bfloat16)
-        layer.register_quantized("proj_down", (columns, rank), torch.bfloat16)
-        layer.register_quantized("proj_up", (rows, rank), torch.bfloat16)
-        if self.precision == "nvfp4":
-            layer.register_quantized("wcscales", (rows,), torch.bfloat16)
-            layer.register_quantized("wtscale", (), torch.float32)
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        """Return the weight, its scales (transposed: [N, groups]), the smoothing and the two factors."""
+        rank = fixed(min(self.rank, out_features, in_features))
+        nvfp4_scales = (TensorSpec("wcscales", torch.bfloat16, (N,)), TensorSpec("wtscale", torch.float32))
+        return (
+            TensorSpec("weight", torch.uint8, (N, groups(K, 2))),
+            TensorSpec("wscales", self.kind.scale_dtype, (N, groups(K, self.kind.group_size))),
+            TensorSpec("smooth_factor", torch.bfloat16, (K,)),
+            TensorSpec("proj_down", torch.bfloat16, (K, rank)),
+            TensorSpec("proj_up", torch.bfloat16, (N, rank)),
+            *(nvfp4_scales if self.precision == "nvfp4" else ()),
+        )
 
     def refusal(self, layer: torch.nn.Linear) -> str | None:
         """Refuse layers whose inputs are not whole groups."""

@@ -1,0 +1,1 @@
+"""Several devices: how a quantized layer is cut into the slices that ranks hold."""
