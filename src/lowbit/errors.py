@@ -1,4 +1,4 @@
-"""The errors lowbit raises for bad input. All are ``ValueError``s, so one ``except`` catches them."""
+"""The errors lowbit raises: for bad input ``ValueError``s, so one ``except`` catches them; two for ended requests."""
 
 from __future__ import annotations
 
@@ -24,6 +24,14 @@ class UnsupportedError(ValueError):
     def __init__(self, message: str, reasons: Sequence[str] = ()) -> None:
         self.reasons = tuple(reasons)
         super().__init__("\n".join([message, *(f"  - {reason}" for reason in self.reasons)]))
+
+
+class AbortedError(RuntimeError):
+    """A request that was ended before it had a result."""
+
+
+class DeadlineError(AbortedError, TimeoutError):
+    """A request whose deadline passed before it had a result."""
 
 
 @contextmanager

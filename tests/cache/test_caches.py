@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from lowbit import Omni
 from lowbit.cache import CACHE_BACKENDS, build_cache
@@ -79,6 +82,46 @@ def test_caches_of_diffusers_work_and_leave_nothing_behind(
         assert all(torch.equal(*pair) for pair in zip(expected[0], found[0], strict=True))
     again = loop.run(0.01)
     assert all(torch.equal(first[0], second[0]) for first, second in zip(expected, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("backend", "config"),
+    [
+        ("first_block_cache", {"threshold": 0.02}),
+        ("mag_cache", {"mag_ratios": [1.0, 0.99, 1.01, 0.98, 1.0, 1.0], "max_skip_steps": 2, "threshold": 0.05}),
+        ("taylorseer", {"cache_interval": 2, "disable_cache_before_step": 1}),
+        ("pyramid_attention", {"spatial_attention_block_skip_range": 2}),
+    ],
+)
+def test_two_generations_in_turn_have_caches_of_their_own(backend: str, config: dict[str, Any]) -> None:
+    loop, cache = Loop("flux", branches=2), build_cache(backend, config)
+    assert cache is not None
+    moves = {0.02: 6, 0.2: 9}  # how fast the input changes -> steps
+
+    def view() -> Any:
+        return SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(), current_timestep=500)
+
+    expected, skips = {}, {}
+    for move, steps in moves.items():
+        own = view()
+        with cache.active(own, loop.transformers, steps) as skips[move]:
+            expected[move] = list(loop.stepping(own, move, steps))
+    requests, runs = {}, {}
+    found: dict[float, list[Any]] = {move: [] for move in moves}
+    for move, steps in moves.items():
+        own = view()
+        requests[move] = cache.begin(own, loop.transformers, steps)
+        runs[move] = loop.stepping(own, move, steps)
+    for _ in range(max(moves.values())):
+        for move, request in requests.items():
+            with request.working():
+                found[move] += itertools.islice(runs[move], 1)
+    for move, request in requests.items():
+        request.end()
+        assert request.skips.steps() == skips[move].steps()
+        for first, second in zip(expected[move], found[move], strict=True):
+            assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    assert not loop.model.is_cache_enabled
 
 
 def test_models_without_caches_in_diffusers_are_refused() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from lowbit.cache.tea_cache import FAMILIES, TeaCache, _StandIn, fit, polynomial, recorded
+from lowbit.cache.tea_cache import FAMILIES, Recording, TeaCache, fit, polynomial
 from lowbit.errors import ConfigError
 from lowbit.models.tea_cache import COEFFICIENTS, find_coefficients
 from tests.integrations.models import FAMILIES as MODELS
@@ -35,19 +38,21 @@ class Loop:
     def transformers(self) -> dict[str, Any]:
         return {"transformer": self.model}
 
-    def run(self, move: float = 0.0) -> list[list[torch.Tensor]]:
+    def run(self, move: float = 0.0, steps: int = STEPS) -> list[list[torch.Tensor]]:
         """Return the output of every step and branch; each step the picture's input moves a little farther."""
-        self.pipeline.scheduler.set_timesteps(STEPS)
-        outputs = []
-        for index, timestep in enumerate(self.pipeline.scheduler.timesteps):
+        return list(self.stepping(self.pipeline, move, steps))
+
+    def stepping(self, pipeline: Any, move: float, steps: int = STEPS) -> Iterator[list[torch.Tensor]]:
+        """Yield the outputs of one step after the other."""
+        pipeline.scheduler.set_timesteps(steps)
+        for index, timestep in enumerate(pipeline.scheduler.timesteps):
             row = []
             for inputs in self.inputs:
                 with torch.no_grad():
                     out = self.model(**shifted(inputs, move * index**2), return_dict=False)[0]
                 row.append(out[0] if isinstance(out, list) else out)
-            outputs.append(row)
-            self.pipeline.scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
-        return outputs
+            pipeline.scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
+            yield row
 
 
 def shifted(inputs: dict[str, Any], by: float) -> dict[str, Any]:
@@ -68,7 +73,6 @@ def test_nothing_skipped_is_exactly_the_model(name: str) -> None:
     assert skips.steps() == []
     for first, second in zip(expected, found, strict=True):
         assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
-    assert not [module for module in loop.model.modules() if isinstance(module, _StandIn)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,9 +95,10 @@ def test_a_skipped_step_adds_its_own_branchs_residual(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_decisions_are_those_of_the_accumulated_changes(name: str) -> None:
     loop = Loop(name)
-    with recorded(loop.pipeline, loop.transformers, STEPS) as pairs:
+    recording = Recording()
+    with recording.active(loop.pipeline, loop.transformers, STEPS):
         loop.run(0.02)
-    changes = [change for change, _ in pairs["transformer"]]
+    changes = [change for change, _ in recording.pairs["transformer"]]
     assert len(changes) == STEPS - 1
     threshold = 1.5 * float(np.median(changes))
     total, expected = 0.0, []
@@ -118,15 +123,57 @@ def test_a_new_generation_starts_clean() -> None:
         assert skips.steps() == [1, 2, 3, 4]
 
 
-def test_blocks_come_back_after_an_error() -> None:
+def test_blocks_run_after_an_error() -> None:
     loop = Loop("z-image")
-    block = loop.model.layers[0]
-    del loop.inputs[0]["cap_feats"]
-    with TeaCache(1.0, IDENTITY).active(loop.pipeline, loop.transformers, STEPS):
-        assert isinstance(loop.model.layers[0], _StandIn)
-        with pytest.raises(TypeError, match="cap_feats"):
-            loop.run()
-    assert loop.model.layers[0] is block
+    expected = loop.run(0.01)
+    feature = loop.inputs[0].pop("cap_feats")
+    with (
+        TeaCache(1e9, IDENTITY).active(loop.pipeline, loop.transformers, STEPS),
+        pytest.raises(TypeError, match="cap_feats"),
+    ):
+        loop.run()
+    loop.inputs[0]["cap_feats"] = feature
+    found = loop.run(0.01)
+    assert all(torch.equal(first[0], second[0]) for first, second in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_stay_what_they_are(name: str) -> None:
+    loop = Loop(name)
+    state, names = loop.model.state_dict(), [type(module).__name__ for module in loop.model.modules()]
+    modules = list(loop.model.modules())
+    TeaCache(0.1, IDENTITY).install(loop.transformers)
+    assert list(loop.model.modules()) == modules
+    assert [type(module).__name__ for module in loop.model.modules()] == names
+    assert loop.model.state_dict().keys() == state.keys()
+    classes = [type(module) for module in modules]
+    TeaCache(0.1, IDENTITY).install(loop.transformers)
+    assert [type(module) for module in modules] == classes
+    copied = copy.deepcopy(loop.model)
+    assert [type(module) for module in copied.modules()] == classes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_generations_in_turn_do_not_meet(name: str) -> None:
+    loop, cache = Loop(name), TeaCache(0.02, IDENTITY)
+    moves = {0.02: 3, 0.2: 7}  # how fast the input changes -> steps
+
+    def alone(move: float, steps: int) -> tuple[list[torch.Tensor], list[int]]:
+        with cache.active(loop.pipeline, loop.transformers, steps) as skips:
+            return [row[0] for row in loop.run(move, steps)], skips.steps()
+
+    expected = {move: alone(move, steps) for move, steps in moves.items()}
+    runs = {}
+    for move, steps in moves.items():
+        own = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler())
+        runs[move] = (own, cache.begin(own, loop.transformers, steps), [], loop.stepping(own, move, steps))
+    while any(len(found) < moves[move] for move, (_, _, found, _) in runs.items()):
+        for _, request, found, steps in runs.values():
+            with request.working():
+                found += [row[0] for row in itertools.islice(steps, 1)]
+    for move, (_, request, found, _) in runs.items():
+        assert request.skips.steps() == expected[move][1]
+        assert all(torch.equal(*pair) for pair in zip(found, expected[move][0], strict=True))
 
 
 def test_compiled_blocks_stay_compiled() -> None:

@@ -127,15 +127,17 @@ def test_options_that_contradict() -> None:
 
 
 def test_method_and_options_combine() -> None:
-    config = OmniDiffusionConfig(model="m", quantization_config={"method": "int8", "ignored_layers": ["to_out"]})
+    config = OmniDiffusionConfig(
+        model="m", quantization_config={"method": "int8", "ignored_layers": ["to_out"]}
+    ).resolved()
     assert config.quantization_config == Int8Config(ignored_layers=["to_out"])
-    assert config.quantization is config.quantization_config
+    assert config.quantization == config.quantization_config
     assert config.dtype == torch.bfloat16
 
 
 def test_one_file_for_two_components_is_refused() -> None:
-    from lowbit.engine import loading
+    from lowbit.engine import load
 
     foreign = dict.fromkeys(("transformer", "transformer_2"), GgufConfig(gguf_model="x.gguf"))
     with pytest.raises(ConfigError, match="transformer, transformer_2 would all take it"):
-        loading._check_places(foreign)
+        load._check_places(foreign)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3Config, Qwen3Model
 
 from lowbit import Omni, OmniDiffusionSamplingParams
-from lowbit.engine.loading import load_pipeline
+from lowbit.engine.load import load_pipeline
 from lowbit.engine.placement import HostEmbedding, find_layer, keep_embeddings_on_host, set_aside
 from lowbit.models.unused import UNUSED_LAYERS
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from lowbit.checkpoints.external import load_component
 from lowbit.checkpoints.msmodelslim.read import described, open_weights
 from lowbit.engine.config import OmniDiffusionConfig
-from lowbit.engine.loading import load_pipeline
+from lowbit.engine.load import load_pipeline
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.models.embedded import embedded_model
 from lowbit.models.reference_names import LAYOUTS, reference_tensors

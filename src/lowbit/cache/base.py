@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,11 +37,32 @@ class Skips:
         return sorted(step for step, count in self.calls.items() if self.skipped[step] == count)
 
 
+class RequestCache(ABC):
+    """The cache of one request: it owns all that is remembered between steps.
+
+    Attributes:
+        skips: which calls reused what was cached.
+    """
+
+    def __init__(self) -> None:
+        self.skips = Skips()
+
+    @abstractmethod
+    def working(self) -> AbstractContextManager[None]:
+        """Work on the transformers' calls that this thread makes during the context."""
+
+    def end(self) -> None:  # noqa: B027 (most hold nothing)
+        """Let go of the transformers: the request makes no more calls."""
+
+
 class GenerationCache(ABC):
-    """A cache, configured. It holds nothing between generations: each starts clean."""
+    """A cache, configured. It holds nothing of a generation: each has a ``RequestCache`` of its own."""
 
     runs_compiled = False
     """Whether it works with compiled blocks."""
+
+    wraps_call = False
+    """Whether it needs the pipeline's own ``__call__``, so that a generation can't be taken step by step."""
 
     @classmethod
     @abstractmethod
@@ -52,9 +73,28 @@ class GenerationCache(ABC):
     def check(self, transformers: Mapping[str, nn.Module]) -> None:
         """Raise ``ConfigError`` where it can't work on one of the pipeline's transformers."""
 
+    def install(self, transformers: Mapping[str, nn.Module]) -> None:  # noqa: B027 (most need none)
+        """Prepare the transformers, once after loading."""
+
     @abstractmethod
-    def active(self, pipeline: Any, transformers: Mapping[str, nn.Module], steps: int) -> AbstractContextManager[Skips]:
-        """Work during the context: one generation of ``steps`` steps."""
+    def begin(self, pipeline: Any, transformers: Mapping[str, nn.Module], steps: int) -> RequestCache:
+        """Return the cache of a request.
+
+        Args:
+            pipeline: the request's view of it, whose scheduler tells the step.
+            transformers: component -> what to work on.
+            steps: denoising steps of the request.
+        """
+
+    @contextmanager
+    def active(self, pipeline: Any, transformers: Mapping[str, nn.Module], steps: int) -> Iterator[Skips]:
+        """Work during the context: one whole generation of ``steps`` steps."""
+        request = self.begin(pipeline, transformers, steps)
+        try:
+            with request.working():
+                yield request.skips
+        finally:
+            request.end()
 
 
 # Name -> (module, class), imported when asked for.

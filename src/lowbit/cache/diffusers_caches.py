@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, ClassVar
 
 from torch import nn
 
-from lowbit.cache.base import Calls, GenerationCache, Skips
+from lowbit.cache.base import Calls, GenerationCache, RequestCache, Skips
 from lowbit.errors import ConfigError
 
 # What lowbit fills in, from the pipeline and the request.
@@ -59,24 +60,81 @@ class _DiffusersCache(GenerationCache):
     def enter_branch(self, transformer: nn.Module, branch: int) -> None:
         """Prepare for a call of this branch of guidance. diffusers' caches do so by ``cache_context``."""
 
+    def begin(self, pipeline: Any, transformers: Mapping[str, nn.Module], steps: int) -> RequestCache:
+        """Return a cache that has the transformers to itself during its steps."""
+        return _Enabled(transformers, Calls(pipeline), self._config(pipeline, steps), self.enter_branch)
+
+
+# What a hook of diffusers remembers between calls, by the names of its attributes.
+_REMEMBERED = ("state_manager", "state", "lowbit_states")
+_Memory = dict[tuple[str, str], dict[str, Any]]
+
+
+class _Enabled(RequestCache):
+    """diffusers keeps a cache's state in hooks on the transformer's blocks: they are this request's in its steps.
+
+    They stay until another request needs the transformer; then what they remember is kept here.
+    """
+
+    _owners: ClassVar[weakref.WeakKeyDictionary[nn.Module, _Enabled]] = weakref.WeakKeyDictionary()
+
+    def __init__(
+        self,
+        transformers: Mapping[str, nn.Module],
+        calls: Calls,
+        config: Any,
+        enter_branch: Callable[[nn.Module, int], None],
+    ) -> None:
+        super().__init__()
+        self.transformers, self.config, self.enter_branch = transformers, config, enter_branch
+        self.calls = {name: replace(calls) for name in transformers}
+        self.memories: dict[str, _Memory] = {}
+        self.watches: dict[str, Witness] = {}
+
     @contextmanager
-    def active(self, pipeline: Any, transformers: Mapping[str, nn.Module], steps: int) -> Iterator[Skips]:
-        """Enable the cache on every transformer during the context."""
-        skips = Skips()
-        enabled: list[Any] = []
-        watches: list[Witness] = []
-        try:
-            for transformer in transformers.values():
-                model: Any = transformer
-                model.enable_cache(self._config(pipeline, steps))
-                enabled.append(model)
-                watches.append(Witness(model, Calls(pipeline), skips, self.enter_branch))
-            yield skips
-        finally:
-            for watch in watches:
-                watch.remove()
-            for model in enabled:
-                model.disable_cache()
+    def working(self) -> Iterator[None]:
+        """Put the hooks on the transformers, if they are not there."""
+        for name, transformer in self.transformers.items():
+            owner = self._owners.get(transformer)
+            if owner is not self:
+                if owner is not None:
+                    owner._leave(transformer)
+                self._take(name, transformer)
+        yield
+
+    def end(self) -> None:
+        """Take the hooks off."""
+        for transformer in self.transformers.values():
+            if self._owners.get(transformer) is self:
+                self._leave(transformer)
+        self.memories.clear()
+
+    def _take(self, name: str, transformer: Any) -> None:
+        transformer.enable_cache(self.config)
+        hooks = _hooks(transformer)
+        for place, remembered in self.memories.pop(name, {}).items():
+            vars(hooks[place]).update(remembered)
+        self.watches[name] = Witness(transformer, self.calls[name], self.skips, self.enter_branch)
+        self._owners[transformer] = self
+
+    def _leave(self, transformer: Any) -> None:
+        name = next(name for name, each in self.transformers.items() if each is transformer)
+        self.memories[name] = {
+            place: {key: value for key, value in vars(hook).items() if key in _REMEMBERED}
+            for place, hook in _hooks(transformer).items()
+        }
+        self.watches.pop(name).remove()
+        transformer.disable_cache()
+        del self._owners[transformer]
+
+
+def _hooks(transformer: nn.Module) -> dict[tuple[str, str], Any]:
+    """Return the hooks of diffusers on a model's modules by (module's name, hook's name)."""
+    return {
+        (name, kind): hook
+        for name, module in transformer.named_modules()
+        for kind, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items()
+    }
 
 
 class FirstBlockCache(_DiffusersCache):

@@ -8,16 +8,18 @@ the last step always run.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.cache.base import Calls, GenerationCache, Skips
+from lowbit.cache.base import Calls, GenerationCache, RequestCache, Skips
 from lowbit.errors import ConfigError
 from lowbit.models.tea_cache import find_coefficients
 
@@ -115,11 +117,10 @@ class TeaCache(GenerationCache):
             self._coefficients(transformer)
 
     def _coefficients(self, transformer: nn.Module) -> Sequence[float]:
-        name = type(transformer).__name__
-        if name not in FAMILIES:
-            raise ConfigError(f"tea_cache does not know {name}. It knows: {', '.join(FAMILIES)}")
+        find_family(transformer)
         if self.coefficients is not None:
             return self.coefficients
+        name = type(transformer).__name__
         found = find_coefficients(name, getattr(transformer, "config", {}))
         if found is None:
             raise ConfigError(
@@ -128,16 +129,52 @@ class TeaCache(GenerationCache):
             )
         return found.values
 
-    @contextmanager
-    def active(self, pipeline: Any, transformers: Mapping[str, nn.Module], steps: int) -> Iterator[Skips]:
-        """Skip blocks during the context."""
-        skips = Skips()
+    def install(self, transformers: Mapping[str, nn.Module]) -> None:
+        """Let the transformers' blocks ask the running request whether to run."""
+        for transformer in transformers.values():
+            install(transformer)
 
-        def policy(transformer: nn.Module) -> Threshold:
-            return Threshold(self._coefficients(transformer), self.rel_l1_thresh)
+    def begin(self, pipeline: Any, transformers: Mapping[str, nn.Module], steps: int) -> RequestCache:
+        """Return the cache of a request."""
+        policies = {
+            name: Threshold(self._coefficients(transformer), self.rel_l1_thresh)
+            for name, transformer in transformers.items()
+        }
+        return _Request(pipeline, transformers, steps, policies)
 
-        with _stood_in(pipeline, transformers, steps, skips, policy):
-            yield skips
+
+class Recording(GenerationCache):
+    """Skips nothing and keeps the changes of every step, to fit coefficients to.
+
+    Attributes:
+        pairs: component -> (change of the signal, change of the residual) of every step.
+    """
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, list[tuple[float, float]]] = {}
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """Return no names: it has no options."""
+        return ()
+
+    def check(self, transformers: Mapping[str, nn.Module]) -> None:
+        """Raise ``ConfigError`` for a transformer of no known family."""
+        for transformer in transformers.values():
+            find_family(transformer)
+
+    def begin(self, pipeline: Any, transformers: Mapping[str, nn.Module], steps: int) -> RequestCache:
+        """Return what records a request."""
+        recorders = {name: Recorder(self.pairs.setdefault(name, [])) for name in transformers}
+        return _Request(pipeline, transformers, steps, recorders)
+
+
+def find_family(transformer: nn.Module) -> Family:
+    """Return how TeaCache meets a transformer; raises ``ConfigError`` for one of no known family."""
+    name = type(transformer).__name__
+    if name not in FAMILIES:
+        raise ConfigError(f"tea_cache does not know {name}. It knows: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 class Policy(Protocol):
@@ -197,17 +234,6 @@ class Recorder:
             self.pairs.append((change, residual_change))
 
 
-@contextmanager
-def recorded(
-    pipeline: Any, transformers: Mapping[str, nn.Module], steps: int
-) -> Iterator[Mapping[str, list[tuple[float, float]]]]:
-    """Keep the changes of every step of a generation, by component, and skip nothing."""
-    recorders = {name: Recorder() for name in transformers}
-    by_module = {transformer: recorders[name] for name, transformer in transformers.items()}
-    with _stood_in(pipeline, transformers, steps, Skips(), by_module.__getitem__):
-        yield {name: recorder.pairs for name, recorder in recorders.items()}
-
-
 @dataclass
 class Branch:
     """What is remembered of one branch of guidance."""
@@ -229,14 +255,15 @@ class _Blocks:
         self.skipping = False
         self.entered: Tensor | None = None
 
-    def run(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a block, or pass on what would have left it."""
+    def run(self, block: _Block, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a block by ``call``, or pass on what would have left it."""
+        index = block.index
         hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if index == 0:
-            self._begin(block, hidden, (args, kwargs))
+            self._begin(block.module, hidden, (args, kwargs))
         last = index == self.count - 1
         if not self.skipping:
-            output = block(*args, **kwargs)
+            output = call(*args, **kwargs)
             if last:
                 self._end(output[1] if self.family.two_streams else output)
             return output
@@ -279,47 +306,80 @@ def relative_l1(value: Tensor, former: Tensor) -> float:
     return 0.0 if math.isnan(ratio) else ratio
 
 
-class _StandIn(nn.Module):
-    """Takes a block's place in its list. Outside the block, so that a compiled one stays whole."""
+@dataclass(frozen=True)
+class _Block:
+    """A block of the running request.
 
-    def __init__(self, index: int, block: nn.Module, blocks: _Blocks) -> None:
+    Attributes:
+        index: among the transformer's blocks, in the order they run.
+        module: the block.
+        blocks: the request's cache of that transformer.
+    """
+
+    index: int
+    module: nn.Module
+    blocks: _Blocks
+
+
+# id of a block -> its place in the request that this thread runs.
+_RUNNING: ContextVar[Mapping[int, _Block] | None] = ContextVar("lowbit_tea_cache", default=None)
+
+
+class _Request(RequestCache):
+    """What TeaCache remembers of one request."""
+
+    def __init__(
+        self, pipeline: Any, transformers: Mapping[str, nn.Module], steps: int, policies: Mapping[str, Policy]
+    ) -> None:
         super().__init__()
-        self.index, self.block = index, block
-        self._blocks = blocks
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._blocks.run(self.index, self.block, args, kwargs)
-
-
-@contextmanager
-def _stood_in(
-    pipeline: Any,
-    transformers: Mapping[str, nn.Module],
-    steps: int,
-    skips: Skips,
-    policy: Callable[[nn.Module], Policy],
-) -> Iterator[None]:
-    """Put stand-ins in the places of all blocks for the duration of the context."""
-    former: list[tuple[nn.ModuleList, list[nn.Module]]] = []
-    calls = {name: Calls(pipeline) for name in transformers}
-    try:
+        self.places: dict[int, _Block] = {}
         for name, transformer in transformers.items():
-            family = FAMILIES[type(transformer).__name__]
-            lists = [transformer.get_submodule(path) for path in family.blocks]
-            found = [(part, list(part)) for part in lists if isinstance(part, nn.ModuleList)]
-            count = sum(len(blocks) for _, blocks in found)
-            shared = _Blocks(family, calls[name], steps, skips, policy(transformer), count)
-            former += found
-            index = 0
-            for part, blocks in found:
-                for place, block in enumerate(blocks):
-                    part[place] = _StandIn(index, block, shared)
-                    index += 1
-        yield
-    finally:
-        for part, blocks in former:
-            for place, block in enumerate(blocks):
-                part[place] = block
+            install(transformer)
+            found = find_blocks(transformer)
+            calls, policy = Calls(pipeline), policies[name]
+            shared = _Blocks(find_family(transformer), calls, steps, self.skips, policy, len(found))
+            self.places.update({id(block): _Block(index, block, shared) for index, block in enumerate(found)})
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Be the request of this thread's calls."""
+        token = _RUNNING.set(self.places)
+        try:
+            yield
+        finally:
+            _RUNNING.reset(token)
+
+
+def find_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """Return the blocks that are skipped, in the order they run."""
+    lists = [transformer.get_submodule(path) for path in find_family(transformer).blocks]
+    return [block for part in lists if isinstance(part, nn.ModuleList) for block in part]
+
+
+def install(transformer: nn.Module) -> None:
+    """Give the blocks a subclass of their class whose calls ask the running request; once is enough.
+
+    Only the call from outside is another: state dict, compiled forward and hooks of a block stay its own, and without
+    a running request it does nothing else.
+    """
+    for block in find_blocks(transformer):
+        if not hasattr(type(block), "lowbit_cached"):
+            own: Any = type(block)
+            block.__class__ = _cached_class(own)
+
+
+@functools.cache
+def _cached_class(base: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        places = _RUNNING.get()
+        place = None if places is None else places.get(id(self))
+        if place is None:
+            return base.__call__(self, *args, **kwargs)
+        return place.blocks.run(place, functools.partial(base.__call__, self), args, kwargs)
+
+    # Libraries know blocks by their class's name.
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {"__call__": call, "lowbit_cached": True, **names})
 
 
 @torch.no_grad()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from lowbit.cache import build_cache
+from lowbit.cache import GenerationCache, build_cache
 from lowbit.errors import ConfigError
+from lowbit.models.embedded import EMBEDDED_NAME
 from lowbit.ops.attention import UNQUANTIZED, check_kind
 from lowbit.quantization.factory import AnyQuantizationConfig, QuantizationSpec, build_quant_config
 
@@ -25,11 +26,11 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class OmniDiffusionConfig:
-    """A model and how to run it.
+    """A model and how to run it: options in any form that they take; ``resolved`` gives what the engine reads.
 
     Attributes:
         model: a folder in diffusers' format or a Hub id; ``None`` is the embedded model.
-        quantization_config: anything ``build_quant_config`` takes; held as the configuration it builds.
+        quantization_config: anything ``build_quant_config`` takes.
         dtype: of weights that are not quantized and of activations: a torch dtype or its name.
         device: ``None`` takes an accelerator when there is one.
         enforce_eager: ``False`` compiles the transformers' repeated blocks with ``torch.compile``.
@@ -52,22 +53,32 @@ class OmniDiffusionConfig:
     cache_config: Mapping[str, Any] | None = None
     attention_quantization: str | Mapping[str, str | None] | None = None
 
-    def __post_init__(self) -> None:
-        # Normalizations at construction: what users may write becomes what the engine reads.
-        object.__setattr__(self, "quantization_config", build_quant_config(self.quantization_config))
-        object.__setattr__(self, "dtype", parse_dtype(self.dtype))
-        object.__setattr__(self, "device", parse_device(self.device))
-        object.__setattr__(self, "attention_quantization", parse_attention(self.attention_quantization))
-        cache = build_cache(self.cache_backend, self.cache_config)
-        if cache is not None and not self.enforce_eager and not cache.runs_compiled:
-            raise ConfigError(f"cache_backend {self.cache_backend!r} does not work with compiled blocks: use tea_cache")
+    def resolved(self) -> OmniDiffusionConfig:
+        """Return the configuration with every option in the form that the engine reads.
+
+        Raises:
+            ConfigError: an option that can't be honoured.
+        """
+        return replace(
+            self,
+            model=None if self.model == EMBEDDED_NAME else self.model,
+            quantization_config=build_quant_config(self.quantization_config),
+            dtype=parse_dtype(self.dtype),
+            device=parse_device(self.device),
+            attention_quantization=parse_attention(self.attention_quantization),
+        )
 
     @property
     def quantization(self) -> AnyQuantizationConfig | None:
-        """The configuration that was built."""
-        config = self.quantization_config
-        assert config is None or not isinstance(config, str | Mapping)
-        return config
+        """The quantization's configuration, built."""
+        return build_quant_config(self.quantization_config)
+
+    def build_cache(self) -> GenerationCache | None:
+        """Return the cache; raises ``ConfigError`` for an unknown one or one that does not work with the rest."""
+        cache = build_cache(self.cache_backend, self.cache_config)
+        if cache is not None and not self.enforce_eager and not cache.runs_compiled:
+            raise ConfigError(f"cache_backend {self.cache_backend!r} does not work with compiled blocks: use tea_cache")
+        return cache
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:

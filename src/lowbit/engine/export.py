@@ -16,9 +16,11 @@ import lowbit
 from lowbit.checkpoints.component import manifests
 from lowbit.checkpoints.parts import parts_class
 from lowbit.containers.json_file import read_json
+from lowbit.engine.calibrate import missing_scales
 from lowbit.engine.config import OmniDiffusionConfig
-from lowbit.engine.loading import PipelineLoader, local_pipeline, read_components, resolve_model, route, routed
-from lowbit.engine.omni import Omni, check_prompts, missing_scales
+from lowbit.engine.load import PipelineLoader, check_prompts
+from lowbit.engine.loading import local_pipeline, quantized_here, read_components, resolve_model, route
+from lowbit.engine.omni import Omni
 from lowbit.engine.partial_folder import PartialFolder, partial_folder
 from lowbit.models.generation_defaults import FILE_NAME, generation_defaults_text, read_generation_defaults
 from lowbit.quantization.calibration.static import uncalibrated_layers
@@ -74,14 +76,15 @@ def export_pipeline(
         dtype=dtype,
         device=device,
         calibration_prompts=tuple(calibration_prompts),
-    )
-    check_prompts(config)
-    elsewhere = {name: found.weights_from for name, found in routed(config).items() if found.weights_from}
+    ).resolved()
     source = resolve_model(config.model)
+    own = quantized_here(route(config.quantization, read_components(source)))
+    check_prompts(config, own)
+    elsewhere = {name: found.weights_from for name, found in own.items() if found.weights_from}
     if not Path(source).is_dir():
         config = replace(config, model=str(local_pipeline(source, without=elsewhere)))
     loader = PipelineLoader.check(config)
-    fingerprint = {"quantization": quantization_config, **_settings(config, elsewhere.values())}
+    fingerprint = {"quantization": quantization_config, **_settings(loader, elsewhere.values())}
     with partial_folder(target, fingerprint) as partial:
         if partial.finished and resumed is not None:
             resumed(list(partial.finished))
@@ -91,10 +94,10 @@ def export_pipeline(
     return made
 
 
-def _settings(config: OmniDiffusionConfig, elsewhere: Iterable[str]) -> dict[str, Any]:
+def _settings(loader: PipelineLoader, elsewhere: Iterable[str]) -> dict[str, Any]:
     """Return what the written bytes depend on beside the method's options."""
-    source = resolve_model(config.model)
-    folders = [Path(source) / name for name in read_components(source)]
+    config, source = loader.config, loader.source
+    folders = [Path(source) / name for name in loader.components]
     roots = [Path(source) / INDEX, Path(source) / FILE_NAME, *folders, *(Path(place) for place in elsewhere)]
     libraries = (lowbit, torch, diffusers, transformers)
     return {
@@ -122,7 +125,7 @@ def _add_components(partial: PartialFolder, loader: PipelineLoader, report: Repo
 
 
 def _add(partial: PartialFolder, loader: PipelineLoader, names: Sequence[str], report: Report | None) -> None:
-    unwatched = {name for name, config in routed(loader.config).items() if config.needs_calibration}
+    unwatched = {name for name, config in loader.routed.items() if config.needs_calibration}
     whole: Omni | None = None
     for name in names:
         if name in partial.finished:

@@ -1,19 +1,17 @@
-"""From a model's name to a pipeline whose chosen components are quantized."""
+"""Where a model is, which components it has, and what each of them is to take."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+from torch import nn
 
-from lowbit.containers.json_file import read_json
-from lowbit.engine.config import OmniDiffusionConfig, parse_attention
+from lowbit.engine.config import parse_attention
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
@@ -22,194 +20,9 @@ from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
 from lowbit.quantization.factory import AnyQuantizationConfig
 
-if TYPE_CHECKING:
-    from lowbit.hosts import other_quantizers as backends
-
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 ComponentIndex = Mapping[str, tuple[str, str]]
-
-
-def load_pipeline(config: OmniDiffusionConfig) -> Any:
-    """Check and load the pipeline of ``config``, all at once; see ``PipelineLoader`` for what it raises."""
-    return PipelineLoader.check(config).load()
-
-
-@dataclass(frozen=True)
-class PipelineLoader:
-    """A pipeline whose files were checked, to be loaded at once or component by component.
-
-    Attributes:
-        config: what to load and how.
-        source: its folder or Hub id.
-        components: that it has.
-        chosen: component -> configuration of those that diffusers and transformers load through lowbit.
-        foreign: component -> configuration of those whose weights are not in their own folders.
-        others: component -> what to ask of other libraries.
-    """
-
-    config: OmniDiffusionConfig
-    source: str
-    components: ComponentIndex
-    chosen: Mapping[str, QuantizationConfig]
-    foreign: Mapping[str, QuantizationConfig]
-    others: Mapping[str, backends.Request]
-
-    @classmethod
-    def check(cls, config: OmniDiffusionConfig) -> PipelineLoader:
-        """Find what each component of ``config``'s model takes, and check the files of a local one.
-
-        Raises:
-            ConfigError: there is no such model, or the quantization names components it lacks or contradicts it.
-            CheckpointError: files or tensors are missing, damaged or of the wrong shape.
-        """
-        from lowbit.hosts import other_quantizers as backends
-        from lowbit.hosts.preflight import check_pipeline
-
-        source = resolve_model(config.model)
-        components = read_components(source)
-        chosen = {name: found for name, found in routed(config).items() if not found.needs_calibration}
-        if Path(source).is_dir():
-            chosen.update(_described(Path(source), components, route(config.quantization, components)))
-        others = backends.prepare(source, components, _other_backends(config, components))
-        foreign = {name: chosen.pop(name) for name in list(chosen) if chosen[name].weights_from is not None}
-        _check_places(foreign)
-        if Path(source).is_dir():
-            own = [name for name in components if name not in foreign]
-            check_pipeline(source, chosen, components=own, device=config.device or "cpu")
-            chosen.update(_separate_configs(Path(source), chosen))
-        return cls(config, source, components, chosen, foreign, others)
-
-    def load(self, names: Sequence[str] | None = None) -> Any:
-        """Load the pipeline, quantizing tensor by tensor all that needs no calibration first.
-
-        Args:
-            names: load these components only, as a pipeline of nothing else; ``None`` for all.
-
-        Raises:
-            CheckpointError: tensors are not what a component needs, or a component that was asked for is not in the
-                pipeline or was not quantized.
-        """
-        from diffusers.quantizers import PipelineQuantizationConfig
-
-        from lowbit.checkpoints.parts import parts_class
-        from lowbit.hosts import other_quantizers as backends
-
-        kind = pipeline_class(self.source) if names is None else parts_class(names)
-        wanted = set(self.components if names is None else names)
-        others = {name: request for name, request in self.others.items() if name in wanted}
-        mapping: dict[str, Any] = {name: config for name, config in self.chosen.items() if name in wanted}
-        mapping.update({name: request.config_object for name, request in others.items()})
-        device = self.config.device
-        arguments: dict[str, Any] = {
-            "torch_dtype": self.config.dtype,
-            "use_safetensors": True,
-            "trust_remote_code": self.config.trust_remote_code,
-        }
-        if mapping:
-            arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
-        if device is not None and str(device) != "cpu":
-            # each tensor goes to the device by itself, not the model through memory
-            arguments["device_map"] = str(device)
-        loaded = self._load_foreign(wanted)
-        pipeline = kind.from_pretrained(self.source, **arguments, **loaded)
-        check_components(pipeline, loaded, [*self.chosen.keys() & wanted, *loaded])
-        backends.record(pipeline, others)
-        check_components(pipeline, {}, others)
-        return pipeline
-
-    def _load_foreign(self, wanted: Collection[str]) -> dict[str, Any]:
-        """Load the components whose weights are not in their own folders; their folders' weights are not needed."""
-        from lowbit.checkpoints.external import load_component
-
-        dtype, device = self.config.dtype, str(self.config.device or "cpu")
-        assert isinstance(dtype, torch.dtype)
-        return {
-            name: load_component(self.source, name, *self.components[name], found, dtype=dtype, device=device)
-            for name, found in self.foreign.items()
-            if name in wanted
-        }
-
-
-def pipeline_class(source: str) -> Any:
-    """Return the class that ``model_index.json`` names: diffusers' own, else ``DiffusionPipeline``, which finds it.
-
-    ``DiffusionPipeline.from_pretrained`` drops components that it is given and that the class calls optional.
-    """
-    import diffusers
-
-    name = diffusers.DiffusionPipeline.load_config(source).get("_class_name")
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    is_pipeline = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
-    return found if is_pipeline else diffusers.DiffusionPipeline
-
-
-def check_components(pipeline: Any, given: Mapping[str, Any], quantized: Iterable[str]) -> None:
-    """Check that a loaded pipeline has the components that were asked for.
-
-    Args:
-        pipeline: of diffusers.
-        given: component -> the object that the pipeline must hold.
-        quantized: names of components that must have a manifest.
-
-    Raises:
-        CheckpointError: names those that are missing, others than the given, or not quantized.
-    """
-    parts = pipeline.components
-    problems = [f"{name} is not the one that was loaded" for name in given if parts.get(name) is not given[name]]
-    problems += [
-        f"{name} is {'not quantized' if parts.get(name) is not None else 'missing'}"
-        for name in quantized
-        if not hasattr(parts.get(name), "lowbit_manifest")
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{type(pipeline).__name__} did not take what was asked for: {', '.join(problems)}. A pipeline's own code"
-            " or model_index.json leaves these components out"
-        )
-
-
-def _check_places(foreign: Mapping[str, QuantizationConfig]) -> None:
-    places = [found.weights_from for found in foreign.values()]
-    if len(set(places)) < len(places):
-        raise ConfigError(
-            f"{places[0]} holds one component, and {', '.join(foreign)} would all take it: give each its own with a"
-            " configuration per component"
-        )
-
-
-def _other_backends(config: OmniDiffusionConfig, components: ComponentIndex) -> dict[str, BackendConfig]:
-    found = route(config.quantization, components)
-    return {name: each for name, each in found.items() if isinstance(each, BackendConfig)}
-
-
-def _described(
-    folder: Path, components: ComponentIndex, asked: Mapping[str, QuantizationConfig | BackendConfig]
-) -> dict[str, QuantizationConfig]:
-    """Return the configurations of components whose weights lie beside a description of msModelSlim's."""
-    from lowbit.checkpoints.msmodelslim.read import described
-
-    found = {name: described(folder / name, asked.get(name)) for name in components}
-    return {name: config for name, config in found.items() if config is not None}
-
-
-def _separate_configs(folder: Path, chosen: Mapping[str, QuantizationConfig]) -> dict[str, QuantizationConfig]:
-    """Return the configurations of components that have theirs in ``hf_quant_config.json``, which diffusers ignores."""
-    from lowbit.checkpoints.checks import separate_config
-    from lowbit.hosts.routing import merge_configs
-
-    found = {}
-    for name in read_components(str(folder)):
-        stored = separate_config(folder / name)
-        if stored is not None and read_json(folder / name / "config.json").get("quantization_config") is None:
-            found[name] = merge_configs(stored, chosen.get(name))
-    return found
-
-
-def routed(config: OmniDiffusionConfig) -> dict[str, QuantizationConfig]:
-    """Return component -> configuration for the components of ``config``'s model that lowbit is to quantize."""
-    found = route(config.quantization, read_components(resolve_model(config.model)))
-    return {name: each for name, each in found.items() if isinstance(each, QuantizationConfig)}
 
 
 def resolve_model(model: str | None) -> str:
@@ -341,7 +154,12 @@ def is_model(library: str, class_name: str) -> bool | None:
     """Tell whether an entry of ``model_index.json`` is a model; ``None`` if its class is not known here."""
     module = importlib.import_module(library) if library in ("diffusers", "transformers") else None
     kind = getattr(module, class_name, None)
-    return issubclass(kind, torch.nn.Module) if isinstance(kind, type) else None
+    return issubclass(kind, nn.Module) if isinstance(kind, type) else None
+
+
+def quantized_here(routed: Mapping[str, QuantizationConfig | BackendConfig]) -> dict[str, QuantizationConfig]:
+    """Return those of ``route``'s components that lowbit quantizes, not another library."""
+    return {name: found for name, found in routed.items() if isinstance(found, QuantizationConfig)}
 
 
 def route_attention(

@@ -3,60 +3,43 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging
-import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowbit.cache import build_cache
-from lowbit.cache.base import Skips
-from lowbit.checkpoints.component import manifests
-from lowbit.compat.convolution import convolve_in_float32, has_convolution
-from lowbit.engine.config import OmniDiffusionConfig, merge_quantization
-from lowbit.engine.loading import load_pipeline, resolve_model, route_attention, routed
+from lowbit.cache.base import GenerationCache
+from lowbit.engine.calibrate import calibrate
+from lowbit.engine.config import OmniDiffusionConfig, merge_quantization, parse_device
+from lowbit.engine.load import load
 from lowbit.engine.memory import PeakMemory
-from lowbit.engine.placement import keep_embeddings_on_host, set_aside
+from lowbit.engine.optimize import optimize
+from lowbit.engine.request import Request, StepHook, draw_seeds
+from lowbit.engine.runner import Runner
+from lowbit.engine.scheduler import Scheduler
 from lowbit.engine.sizes import check_size
 from lowbit.errors import ConfigError
-from lowbit.hosts.attention import AttentionRecord, quantize_attention, speed_up_attention
-from lowbit.hosts.fused import fuse_elementwise
+from lowbit.hosts.attention import AttentionRecord
 from lowbit.inputs.data import OmniDiffusionSamplingParams
-from lowbit.models import is_diffusion_transformer
-from lowbit.models.embedded import EMBEDDED_NAME
-from lowbit.models.generation_defaults import FILE_NAME, generation_defaults_text, read_generation_defaults
+from lowbit.models.generation_defaults import FILE_NAME, generation_defaults_text
 from lowbit.outputs import OmniRequestOutput
-from lowbit.quantization.calibration.smoothing import watched_inputs
-from lowbit.quantization.calibration.static import calibration, uncalibrated_layers
 from lowbit.quantization.factory import QuantizationSpec
 from lowbit.quantization.manifest import Manifest
-from lowbit.quantization.plan import quantize_model
 
 logger = logging.getLogger(__name__)
-
-_request_numbers = itertools.count()
-
-StepHook = Callable[[int, torch.Tensor], torch.Tensor | None]
 
 
 class Omni:
     """A pipeline, quantized while loading.
 
     Attributes:
-        config: what it was built from.
-        pipeline: the diffusers pipeline.
-        manifests: component -> which layers took which method and kernel, which were kept and why, and the bytes.
-        load_time_s: seconds that loading took.
-        load_peak_memory_mb: highest memory while loading, in 10^6 bytes (see ``engine.memory``).
-        cache: what lets denoising steps reuse earlier ones' work, ``None`` for nothing.
-        attention: component -> what was done to its attention, for those whose attention is quantized.
-        defaults: of the pipeline's arguments, where its folder has others than its class.
-        set_aside: component -> layers that are not computed, because the pipeline does not look at their results.
+        loaded: the pipeline and how it was loaded.
+        optimized: what was done to it for many requests.
+        load_time_s: seconds that loading and calibrating took.
+        load_peak_memory_mb: highest memory meanwhile, in 10^6 bytes (see ``engine.memory``).
     """
 
     def __init__(
@@ -98,8 +81,8 @@ class Omni:
             CheckpointError: files or tensors that are missing, damaged or of the wrong shape.
             UnsupportedError: nothing can run this here; lists every reason.
         """
-        self.config = OmniDiffusionConfig(
-            model=None if model == EMBEDDED_NAME else model,
+        config = OmniDiffusionConfig(
+            model=model,
             quantization_config=merge_quantization(quantization, quantization_config),
             dtype=dtype,
             device=device,
@@ -109,90 +92,119 @@ class Omni:
             cache_backend=cache_backend,
             cache_config=cache_config,
             attention_quantization=attention_quantization,
-        )
-        self.cache = build_cache(cache_backend, cache_config)
-        check_prompts(self.config)
-        self.defaults = read_generation_defaults(resolve_model(self.config.model))
-        peak, start = PeakMemory(self.device), time.perf_counter()
-        self.pipeline = load_pipeline(self.config)
-        self.attention = self._choose_attention()
-        self.fused = self._fuse()
-        self._widen_convolutions()
-        self._smooth(self.config.calibration_prompts)
+        ).resolved()
+        peak, start = PeakMemory(parse_device(config.device)), time.perf_counter()
+        self.loaded = load(config)
+        calibrate(self.loaded, config.calibration_prompts)
         self.load_time_s = time.perf_counter() - start
         self.load_peak_memory_mb = peak.megabytes()
-        if self.cache is not None:
-            self.cache.check(self.transformers())
-        self._calibrate(self.config.calibration_prompts)
-        self.set_aside = set_aside(self.pipeline)
-        on_host = {} if self.device.type == "cpu" else keep_embeddings_on_host(self.pipeline)
-        if not enforce_eager:
-            for transformer in self.transformers().values():
-                transformer.compile_repeated_blocks(fullgraph=True)
-        for manifest in self.manifests.values():
-            logger.info("%s", manifest.summary())
-        for name, record in self.attention.items():
-            logger.info("%s: %s", name, record.summary())
-        for name, count in self.fused.items():
-            logger.info("%s: %d norms, gates and attention layers in one pass each", name, count)
-        for name, layers in self.set_aside.items():
-            logger.info("%s: %s not computed, the pipeline does not look at them", name, ", ".join(layers))
-        for name, layer in on_host.items():
-            logger.info("%s: %s stays in the CPU's memory", name, layer)
+        self.optimized = optimize(self.loaded)
+        self._log()
+
+    @property
+    def config(self) -> OmniDiffusionConfig:
+        """What it was built from."""
+        return self.loaded.config
+
+    @property
+    def pipeline(self) -> Any:
+        """The diffusers pipeline."""
+        return self.loaded.pipeline
+
+    @property
+    def runner(self) -> Runner:
+        """What runs requests on it, step by step; several threads may use it."""
+        return self.loaded.runner
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Of the pipeline's arguments, where its folder has others than its class."""
+        return self.loaded.defaults
+
+    @property
+    def attention(self) -> Mapping[str, AttentionRecord]:
+        """Component -> what was done to its attention, for those whose attention is quantized."""
+        return self.loaded.attention
+
+    @property
+    def set_aside(self) -> Mapping[str, list[str]]:
+        """Component -> layers that are not computed, because the pipeline does not look at their results."""
+        return self.optimized.set_aside
+
+    @property
+    def cache(self) -> GenerationCache | None:
+        """What lets denoising steps reuse earlier ones' work, ``None`` for nothing."""
+        return self.runner.cache
+
+    @cache.setter
+    def cache(self, cache: GenerationCache | None) -> None:
+        self.runner.cache = cache
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        assert isinstance(self.config.device, torch.device)
-        return self.config.device
+        return self.loaded.device
 
     @property
     def manifests(self) -> dict[str, Manifest]:
         """What loading did to each quantized component."""
-        return manifests(self.pipeline)
+        return self.loaded.manifests
 
     def modules(self) -> dict[str, Any]:
         """Return the components that hold weights, by name."""
-        return {name: part for name, part in self.pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        return self.loaded.modules()
 
     def transformers(self) -> dict[str, Any]:
         """Return the pipeline's diffusion transformers by component name."""
-        return {
-            name: part
-            for name, part in self.modules().items()
-            if is_diffusion_transformer(type(part).__module__.split(".")[0], type(part).__name__)
-        }
+        return self.loaded.transformers()
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Iterable[str],
         sampling_params: OmniDiffusionSamplingParams | None = None,
         *,
         progress: bool = True,
         on_step: StepHook | None = None,
+        timeout_s: float | None = None,
     ) -> OmniRequestOutput | list[OmniRequestOutput]:
-        """Make pictures or videos.
+        """Make pictures or videos. Several threads may call this: they take turns step by step.
 
         Args:
-            prompts: one prompt, or several.
+            prompts: one prompt, or several, which are made one after the other.
             sampling_params: how; ``None`` takes the model's defaults.
             progress: show a bar per prompt.
             on_step: called after each denoising step with its index from 0 and the latents, in the pipeline's own
                 shape; what it returns, if not ``None``, takes their place.
+            timeout_s: seconds from now after which no further step begins.
 
         Returns:
             An output for one prompt, a list of them for several.
 
         Raises:
             ConfigError: a prompt or parameter the model can't take.
+            DeadlineError: ``timeout_s`` passed.
         """
         params = sampling_params or OmniDiffusionSamplingParams()
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ConfigError("A prompt must be text that is not empty")
         arguments = self._arguments(params)
-        steps = _Steps(self.pipeline, on_step)
-        outputs = [self._generate_one(text, params, arguments, progress, steps) for text in texts]
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        scheduler = Scheduler(self.runner)
+        for text in texts:
+            scheduler.submit(
+                Request(
+                    prompt=text,
+                    arguments=arguments,
+                    seeds=draw_seeds(params.seed, params.num_outputs_per_prompt),
+                    progress=progress,
+                    on_step=on_step,
+                    deadline=deadline,
+                )
+            )
+        outputs: list[OmniRequestOutput] = []
+        while scheduler.is_busy:
+            outputs += [state.output() for state in scheduler.step()]
         return outputs[0] if isinstance(prompts, str) else outputs
 
     def save_pretrained(self, folder: str) -> None:
@@ -225,137 +237,14 @@ class Omni:
         check_size(self.pipeline, arguments.get("height"), arguments.get("width"))
         return arguments
 
-    def _generate_one(
-        self,
-        prompt: str,
-        params: OmniDiffusionSamplingParams,
-        arguments: Mapping[str, Any],
-        progress: bool,
-        steps: _Steps,
-    ) -> OmniRequestOutput:
-        first_seed = secrets.randbelow(2**32) if params.seed is None else params.seed
-        seeds = [first_seed + index for index in range(params.num_outputs_per_prompt)]
-        # The noise is drawn on the CPU, so that a seed means the same start on every device.
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        self.pipeline.set_progress_bar_config(disable=not progress, desc="denoising")
-        steps.ends.clear()
-        peak, start = PeakMemory(self.device), time.perf_counter()
-        with torch.no_grad(), self._caching(arguments) as skips:
-            result = self.pipeline(prompt=prompt, generator=generators, **steps.arguments, **arguments)
-        elapsed = time.perf_counter() - start
-        images, frames = _pictures(result)
-        return OmniRequestOutput(
-            request_id=f"request-{next(_request_numbers)}",
-            prompt=prompt,
-            images=images,
-            frames=frames,
-            seeds=seeds,
-            num_inference_steps=len(steps.ends) or arguments.get("num_inference_steps", 0),
-            generation_time_s=elapsed,
-            step_times_s=steps.durations(),
-            peak_memory_mb=peak.megabytes(),
-            skipped_steps=skips.steps(),
-        )
-
-    def _caching(self, arguments: Mapping[str, Any]) -> AbstractContextManager[Skips]:
-        if self.cache is None:
-            return nullcontext(Skips())
-        default = inspect.signature(self.pipeline.__call__).parameters["num_inference_steps"].default
-        steps = arguments.get("num_inference_steps", default)
-        return self.cache.active(self.pipeline, self.transformers(), steps)
-
-    def _choose_attention(self) -> dict[str, AttentionRecord]:
-        assert isinstance(self.config.dtype, torch.dtype)
-        modules, transformers = self.modules(), self.transformers()
-        setting: dict[str, Any] = {"device": self.device, "dtype": self.config.dtype}
-        if self.config.attention_quantization is None:
-            quantized = self._quantized_transformers()
-            found = {name: speed_up_attention(transformer, **setting) for name, transformer in quantized.items()}
-            return {name: record for name, record in found.items() if record is not None}
-        kinds = route_attention(self.config.attention_quantization, modules, transformers)
-        return {name: quantize_attention(modules[name], kind, **setting) for name, kind in kinds.items()}
-
-    def _fuse(self) -> dict[str, int]:
-        assert isinstance(self.config.dtype, torch.dtype)
-        setting: dict[str, Any] = {"device": self.device, "dtype": self.config.dtype}
-        counts = {name: fuse_elementwise(part, **setting) for name, part in self._quantized_transformers().items()}
-        return {name: count for name, count in counts.items() if count}
-
-    def _widen_convolutions(self) -> None:
-        assert isinstance(self.config.dtype, torch.dtype)
-        if self.device.type != "cpu" or has_convolution(self.config.dtype):
-            return
-        for name, part in self.modules().items():
-            if count := convolve_in_float32(part):
-                logger.info("%s: %d convolutions in float32, this CPU has none in %s", name, count, self.config.dtype)
-
-    def _quantized_transformers(self) -> dict[str, Any]:
-        quantized = {*self.manifests, *routed(self.config)}
-        return {name: transformer for name, transformer in self.transformers().items() if name in quantized}
-
-    def _smooth(self, prompts: Sequence[str]) -> None:
-        """Quantize what must be watched first: generate with the unquantized model, then quantize it in place."""
-        waiting = {name: config for name, config in routed(self.config).items() if config.needs_calibration}
-        if not waiting:
-            return
-        parts = self.modules()
-        with ExitStack() as stack:
-            seen = {name: stack.enter_context(watched_inputs(parts[name])) for name in waiting}
-            logger.info("Watching %d prompts for smoothing", len(prompts))
-            self.generate(list(prompts), OmniDiffusionSamplingParams(seed=0))
-        for name, config in waiting.items():
-            quantize_model(parts[name], config, seen_inputs=seen[name])
-
-    def _calibrate(self, prompts: Sequence[str]) -> None:
-        waiting = {name: part for name, part in self.transformers().items() if uncalibrated_layers(part)}
-        if not waiting:
-            return
-        if not prompts:
-            raise missing_scales(waiting)
-        logger.info("Calibrating input scales on %d prompts", len(prompts))
-        for part in waiting.values():
-            with calibration(part):
-                self.generate(list(prompts), OmniDiffusionSamplingParams(seed=0))
-
-
-def check_prompts(config: OmniDiffusionConfig) -> None:
-    """Raise ``ConfigError`` where there are no calibration prompts and weights can't be quantized without."""
-    if not config.calibration_prompts and any(part.needs_calibration for part in routed(config).values()):
-        raise ConfigError("smoothing is found by watching the model generate: give calibration_prompts")
-
-
-def missing_scales(components: Iterable[str]) -> ConfigError:
-    """Return the error for components with static activations whose input scales are still to be found."""
-    return ConfigError(
-        f"The static activation scheme needs input scales that {', '.join(components)} lacks. Give"
-        " calibration_prompts, load a checkpoint that holds them, or use activation_scheme='dynamic'"
-    )
-
-
-def _pictures(result: Any) -> tuple[list[Any], list[list[Any]]]:
-    """Return the images and the videos' frames of a pipeline's output, as PIL images."""
-    if hasattr(result, "images"):
-        return list(result.images), []
-    return [], [list(video) for video in result.frames]
-
-
-class _Steps:
-    """Notes when each denoising step ends, and hands its latents to a hook."""
-
-    def __init__(self, pipeline: Any, hook: StepHook | None) -> None:
-        self.ends: list[float] = []
-        self.hook = hook
-        self.arguments: dict[str, Any] = {}
-        if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
-            self.arguments["callback_on_step_end"] = self._note
-        elif hook is not None:
-            raise ConfigError(f"{type(pipeline).__name__} does not call back after each step: its latents can't be had")
-
-    def _note(self, _pipeline: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        self.ends.append(time.perf_counter())
-        replaced = self.hook(step, tensors["latents"]) if self.hook is not None else None
-        return tensors if replaced is None else {**tensors, "latents": replaced}
-
-    def durations(self) -> list[float]:
-        """Return the seconds between successive ends."""
-        return [later - earlier for earlier, later in itertools.pairwise(self.ends)]
+    def _log(self) -> None:
+        for manifest in self.manifests.values():
+            logger.info("%s", manifest.summary())
+        for name, record in self.attention.items():
+            logger.info("%s: %s", name, record.summary())
+        for name, count in self.loaded.fused.items():
+            logger.info("%s: %d norms, gates and attention layers in one pass each", name, count)
+        for name, layers in self.set_aside.items():
+            logger.info("%s: %s not computed, the pipeline does not look at them", name, ", ".join(layers))
+        for name, layer in self.optimized.on_host.items():
+            logger.info("%s: %s stays in the CPU's memory", name, layer)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lowbit.cache.tea_cache import FAMILIES, fit, polynomial, recorded
-from lowbit.errors import ConfigError
+from lowbit.cache.tea_cache import Recording, fit, polynomial
 from lowbit.evaluation.recording import Task
 
 if TYPE_CHECKING:
@@ -39,16 +38,15 @@ def calibrate(omni: Omni, task: Task) -> list[CacheFit]:
     Raises:
         ConfigError: a transformer that TeaCache does not know, or too few steps.
     """
-    transformers = omni.transformers()
-    unknown = [type(part).__name__ for part in transformers.values() if type(part).__name__ not in FAMILIES]
-    if unknown:
-        raise ConfigError(f"tea_cache does not know {unknown[0]}. It knows: {', '.join(FAMILIES)}")
-    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in transformers}
-    for _, prompt, seed in tqdm(task.cases, desc="calibrating", unit="case"):
-        with recorded(omni.pipeline, transformers, 0) as found:
+    recording, former = Recording(), omni.cache
+    recording.check(omni.transformers())
+    omni.cache = recording
+    try:
+        for _, prompt, seed in tqdm(task.cases, desc="calibrating", unit="case"):
             omni.generate(prompt, replace(task.params, seed=seed), progress=False)
-        for name, values in found.items():
-            pairs[name] += values
+    finally:
+        omni.cache = former
+    pairs = recording.pairs
     return [_fit(name, values) for name, values in pairs.items()]
 
 
