@@ -29,9 +29,10 @@ class OmniRequestOutput:
         skipped_steps: indices from 0 of the steps in which a cache spared the transformer's blocks.
         seeds: of each image's starting noise.
         num_inference_steps: denoising steps taken.
-        generation_time_s: wall-clock seconds of the whole call.
-        step_times_s: seconds between the ends of successive denoising steps, one fewer than the steps.
-        peak_memory_mb: highest memory during the call, in 10^6 bytes: of the device's allocator, on a CPU resident.
+        generation_time_s: wall-clock seconds from encoding the prompt to the decoded picture.
+        step_times_s: seconds of each denoising step: the first from the begin of its forward, the others from the end of
+            the step before. Where requests take turns, their steps are in each other's times.
+        peak_memory_mb: highest memory meanwhile, in 10^6 bytes: of the device's allocator, on a CPU resident.
     """
 
     request_id: str

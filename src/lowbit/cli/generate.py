@@ -116,7 +116,7 @@ def _show_load(omni: Omni, model: str) -> None:
 def _show_result(result: OmniRequestOutput) -> None:
     skipped = f" ({len(result.skipped_steps)} from the cache)" if result.skipped_steps else ""
     typer.echo(
-        f"generated   in {result.generation_time_s:.2f} s: {result.num_inference_steps} steps of"
-        f" {result.step_time_s * 1e3:,.0f} ms{skipped}, seed {result.seeds[0]},"
+        f"generated   in {result.generation_time_s:.2f} s: {result.num_inference_steps} steps,"
+        f" median {result.step_time_s * 1e3:,.0f} ms{skipped}, seed {result.seeds[0]},"
         f" peak memory {result.peak_memory_mb:,.0f} MB"
     )

@@ -20,7 +20,7 @@ from lowbit.engine.optimize import optimize
 from lowbit.engine.request import Request, StepHook, draw_seeds
 from lowbit.engine.runner import Runner
 from lowbit.engine.scheduler import Scheduler
-from lowbit.engine.sizes import check_size
+from lowbit.engine.sizes import check_limits, check_size
 from lowbit.errors import ConfigError
 from lowbit.hosts.attention import AttentionRecord
 from lowbit.inputs.data import OmniDiffusionSamplingParams
@@ -184,28 +184,51 @@ class Omni:
             ConfigError: a prompt or parameter the model can't take.
             DeadlineError: ``timeout_s`` passed.
         """
-        params = sampling_params or OmniDiffusionSamplingParams()
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ConfigError("A prompt must be text that is not empty")
-        arguments = self._arguments(params)
+        if not texts:
+            raise ConfigError("prompts: expected at least one")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        options: dict[str, Any] = {"progress": progress, "on_step": on_step, "deadline": deadline}
         scheduler = Scheduler(self.runner)
-        for text in texts:
-            scheduler.submit(
-                Request(
-                    prompt=text,
-                    arguments=arguments,
-                    seeds=draw_seeds(params.seed, params.num_outputs_per_prompt),
-                    progress=progress,
-                    on_step=on_step,
-                    deadline=deadline,
-                )
-            )
+        for request in [self.request(text, sampling_params, **options) for text in texts]:
+            scheduler.submit(request)
         outputs: list[OmniRequestOutput] = []
         while scheduler.is_busy:
             outputs += [state.output() for state in scheduler.step()]
         return outputs[0] if isinstance(prompts, str) else outputs
+
+    def request(
+        self,
+        prompt: str,
+        sampling_params: OmniDiffusionSamplingParams | None = None,
+        *,
+        progress: bool = False,
+        on_step: StepHook | None = None,
+        deadline: float | None = None,
+    ) -> Request:
+        """Return a checked request, for ``runner`` to start and step.
+
+        Args:
+            prompt: text.
+            sampling_params: how; ``None`` takes the model's defaults.
+            progress: show a bar.
+            on_step: see ``generate``.
+            deadline: on the clock of ``time.monotonic``, in seconds, after which no further step begins.
+
+        Raises:
+            ConfigError: a prompt or parameter the model can't take.
+        """
+        params = sampling_params or OmniDiffusionSamplingParams()
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ConfigError("A prompt must be text that is not empty")
+        return Request(
+            prompt=prompt,
+            arguments=self._arguments(params),
+            seeds=draw_seeds(params.seed, params.num_outputs_per_prompt),
+            progress=progress,
+            on_step=on_step,
+            deadline=deadline,
+        )
 
     def save_pretrained(self, folder: str) -> None:
         """Write the pipeline with its quantized components to ``folder``; ``Omni(folder)`` loads it again."""
@@ -235,6 +258,7 @@ class Omni:
                 f"{type(self.pipeline).__name__} takes no {', '.join(unknown)}. It takes: {', '.join(known)}"
             )
         check_size(self.pipeline, arguments.get("height"), arguments.get("width"))
+        check_limits(self.pipeline, arguments, self.device)
         return arguments
 
     def _log(self) -> None:

@@ -44,6 +44,7 @@ class ZImageSteps(StepModel):
         _announce(pipeline, arguments)
         device, has_guidance = execution_device(pipeline), arguments["guidance_scale"] > 0
         self._encode(state, device, has_guidance)
+        _check_text(state)
         copies = arguments["num_images_per_prompt"]
         state.latents = pipeline.prepare_latents(
             batch_size(arguments) * copies,
@@ -95,7 +96,7 @@ class ZImageSteps(StepModel):
     def batch_key(self, state: StepState) -> Hashable:
         """Return shape, dtype, guidance and the captions' padded lengths: a longer neighbour would add padding."""
         texts = [*state.prompt_embeds, *(state.negative_prompt_embeds or ())]
-        lengths = {-(-len(text) // _TEXT_MULTIPLE) for text in texts}
+        lengths = {_padded(text) for text in texts}
         # Captions of several lengths in one request: it is padded to the longest, which only it may decide.
         alone = id(state) if len(lengths) > 1 else None
         options = str(state.arguments["joint_attention_kwargs"])
@@ -137,6 +138,21 @@ class ZImageSteps(StepModel):
         latents = (latents / config.scaling_factor) + config.shift_factor
         picture = pipeline.vae.decode(latents, return_dict=False)[0]
         return pipeline.image_processor.postprocess(picture, output_type=output_type)
+
+
+def _padded(text: Tensor) -> int:
+    return -(-len(text) // _TEXT_MULTIPLE) * _TEXT_MULTIPLE
+
+
+def _check_text(state: StepState) -> None:
+    """Raise where a caption and the picture behind it take more positions than the transformer has."""
+    longest = max(_padded(text) for text in [*state.prompt_embeds, *(state.negative_prompt_embeds or ())])
+    most = state.pipeline.transformer.config.axes_lens[0] - 2  # the first is padding's, the last the picture's
+    if longest > most:
+        raise ConfigError(
+            f"prompt: {longest} tokens, of which the transformer has positions for {most}: shorten it, or set"
+            f" max_sequence_length to {most // _TEXT_MULTIPLE * _TEXT_MULTIPLE} or less"
+        )
 
 
 def _copied(prompt: Any) -> Any:
