@@ -30,8 +30,8 @@ class OmniRequestOutput:
         seeds: of each image's starting noise.
         num_inference_steps: denoising steps taken.
         generation_time_s: wall-clock seconds from encoding the prompt to the decoded picture.
-        step_times_s: seconds of each denoising step: the first from the begin of its forward, the others from the end of
-            the step before. Where requests take turns, their steps are in each other's times.
+        step_times_s: seconds of each denoising step: the first from the begin of its forward, the others from the end
+            of the step before. Where requests take turns, their steps are in each other's times.
         peak_memory_mb: highest memory meanwhile, in 10^6 bytes: of the device's allocator, on a CPU resident.
     """
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from lowbit.checkpoints.comfyui.write import export_comfyui
 from lowbit.checkpoints.gguf.write import export_gguf
 from lowbit.engine.config import OmniDiffusionConfig
-from lowbit.engine.loading import check_components, load_pipeline, pipeline_class, route
+from lowbit.engine.load import check_components, load_pipeline, pipeline_class
+from lowbit.engine.loading import route
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.quantization import ComfyUiConfig, GgufConfig, build_quant_config
 from tests.integrations.models import FAMILIES, save_pipeline

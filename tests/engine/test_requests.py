@@ -366,7 +366,7 @@ def test_limits_of_other_families(family: str, sizes: dict[str, int], message: s
 def test_the_least_memory_is_less_than_what_is_taken() -> None:
     pipeline = make("flux")
     pipeline.set_progress_bar_config(disable=True)
-    run = dict(height=512, width=512, num_inference_steps=1, max_sequence_length=16)
+    run = {"height": 512, "width": 512, "num_inference_steps": 1, "max_sequence_length": 16}
     pipeline("a star", **{**run, "height": 32, "width": 32})
     peak = PeakMemory(torch.device("cpu"))
     before = peak.megabytes()

@@ -105,7 +105,7 @@ def least_bytes(pipeline: Any, transformer: Any, height: int, width: int, frames
     pixels = 4 * 3 * height * width * frames
     autoencoder = getattr(pipeline, "vae", None)
     channels = getattr(getattr(autoencoder, "config", None), "block_out_channels", None)
-    if channels and frames == 1 and not getattr(autoencoder, "use_tiling", False):
+    if autoencoder is not None and channels and frames == 1 and not getattr(autoencoder, "use_tiling", False):
         pixels = max(pixels, 2 * int(channels[0]) * height * width * autoencoder.dtype.itemsize)
     return max(hidden, pixels)
 
