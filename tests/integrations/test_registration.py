@@ -50,9 +50,9 @@ def test_every_import_order(order: str) -> None:
     run("\n".join([*ORDERS[order], CHECK]))
 
 
-@pytest.mark.parametrize("module", ["diffusers", "transformers", "inspection"])
+@pytest.mark.parametrize("module", ["diffusers", "transformers", "inspect"])
 def test_every_module_of_ours_may_be_first(module: str) -> None:
-    run(f"import lowbit.integrations.{module}\n{CHECK}")
+    run(f"import lowbit.hosts.{module}\n{CHECK}")
 
 
 def test_importing_lowbit_is_light() -> None:

@@ -24,9 +24,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack"
 LARGEST = 1 << 56
 """Elements of a tensor."""
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES: Mapping[str, torch.dtype] = {
-    **_FLOATS,
+    **FLOATS,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
@@ -216,7 +216,7 @@ def _mismatch(name: str, expected: torch.Tensor, found: TensorHeader, preparatio
     quantized = preparation.find(name) if preparation is not None else None
     if wrong is not None or (quantized is not None and preparation is not None and preparation.config.is_serialized):
         return wrong
-    if (quantized is not None or expected.is_floating_point()) and found.dtype not in _FLOATS:
+    if (quantized is not None or expected.is_floating_point()) and found.dtype not in FLOATS:
         return f"found {found}, needs an unquantized floating dtype"
     return None
 

@@ -11,19 +11,24 @@ from typing import Any
 def override(owner: Any, name: str, ours: Callable[..., Any]) -> None:
     """Replace the function or method ``owner.name`` by ``ours``, which gets the original as its first argument; once.
 
-    Of a class method ``ours`` gets the bound original and not the class.
+    Of a class method ``ours`` gets the original bound to the class that it is called on, and not the class.
     """
     original = getattr(owner, name)
     if hasattr(original, "_lowbit_original"):
         return
+    static = inspect.getattr_static(owner, name)
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
         return ours(original, *args, **kwargs)
 
-    replacement._lowbit_original = original  # type: ignore[attr-defined]
-    unbound = isinstance(inspect.getattr_static(owner, name), classmethod | staticmethod)
-    setattr(owner, name, staticmethod(replacement) if unbound else replacement)
+    @functools.wraps(original)
+    def of_class(kind: type, *args: Any, **kwargs: Any) -> Any:
+        return ours(functools.partial(static.__func__, kind), *args, **kwargs)
+
+    replacement._lowbit_original = of_class._lowbit_original = original  # type: ignore[attr-defined]
+    kinds: dict[type, Any] = {classmethod: classmethod(of_class), staticmethod: staticmethod(replacement)}
+    setattr(owner, name, kinds.get(type(static), replacement))
 
 
 def override_property(owner: type, name: str, ours: Callable[..., Any]) -> None:

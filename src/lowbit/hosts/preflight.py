@@ -11,6 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from lowbit.checkpoints import codes
 from lowbit.checkpoints import component as loading
 from lowbit.checkpoints.checks import (
     TensorHeader,
@@ -19,6 +20,7 @@ from lowbit.checkpoints.checks import (
     separate_config,
     weight_files,
 )
+from lowbit.compat.codes import LOST
 from lowbit.containers.json_file import read_json
 from lowbit.errors import CheckpointError, ConfigError, located
 from lowbit.hosts import routing as dispatch
@@ -90,9 +92,17 @@ def check_component(
     headers = read_headers(weight_files(folder, variant))
     if stored is None or quantization is not None:
         model = _empty_model(config)
-        if model is not None:
-            with located(str(folder)):
+        with located(str(folder)):
+            if model is not None:
                 _check_diffusers_model(model, quantization, headers, device)
+            elif stored is None:
+                _refuse_codes(str(config.get("architectures") or "model"), headers)
+
+
+def _refuse_codes(model: str, headers: Mapping[str, TensorHeader]) -> None:
+    """Refuse weights in codes, of a model whose names and shapes are not checked here and that is not quantized."""
+    weights = codes.of_values(headers, lambda name: name.endswith(".weight"))
+    codes.refuse(model, codes.problems(weights, headers.keys()), LOST)
 
 
 def _pipeline_entries(folder: Path) -> dict[str, tuple[str, str]]:

@@ -2,7 +2,8 @@
 
 The first two keep their quantizers in a module ``<library>.quantizers.auto``. If that module is there already, lowbit
 registers at once; if not, a finder on ``sys.meta_path`` waits for it and registers when it has been executed. The same
-goes for the modules that bring adapters to layers, that move layers' parameters and that tell a model's dtype.
+goes for the modules that bring adapters to layers, that move layers' parameters, that tell a model's dtype and that
+load weights without a quantizer.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from types import ModuleType
 
 # The library's module -> ours, whose register(module) does the work.
 _PLUGINS = {
-    "diffusers.quantizers.auto": "lowbit.hosts.diffusers",
-    "transformers.quantizers.auto": "lowbit.hosts.transformers",
-    "diffusers.models.modeling_utils": "lowbit.compat.dtypes",
-    "transformers.modeling_utils": "lowbit.compat.dtypes",
-    "diffusers.loaders.lora_pipeline": "lowbit.compat.lora",
-    "diffusers.loaders.peft": "lowbit.compat.lora",
-    "peft.tuners.lora.layer": "lowbit.compat.lora",
-    "peft.tuners.lycoris_utils": "lowbit.compat.lora",
-    "accelerate.hooks": "lowbit.compat.offloading",
-    "diffusers.hooks.group_offloading": "lowbit.compat.offloading",
+    "diffusers.quantizers.auto": ("lowbit.hosts.diffusers",),
+    "transformers.quantizers.auto": ("lowbit.hosts.transformers",),
+    "diffusers.models.modeling_utils": ("lowbit.compat.dtypes", "lowbit.compat.codes"),
+    "transformers.modeling_utils": ("lowbit.compat.dtypes", "lowbit.compat.codes"),
+    "diffusers.loaders.single_file_model": ("lowbit.compat.codes",),
+    "diffusers.loaders.lora_pipeline": ("lowbit.compat.lora",),
+    "diffusers.loaders.peft": ("lowbit.compat.lora",),
+    "peft.tuners.lora.layer": ("lowbit.compat.lora",),
+    "peft.tuners.lycoris_utils": ("lowbit.compat.lora",),
+    "accelerate.hooks": ("lowbit.compat.offloading",),
+    "diffusers.hooks.group_offloading": ("lowbit.compat.offloading",),
 }
 
 
@@ -43,9 +45,10 @@ def install() -> None:
 
 
 def _register(module: ModuleType) -> None:
-    ours = importlib.import_module(_PLUGINS[module.__name__])
-    if hasattr(ours, "register"):  # or it is being imported, and installs at its end
-        ours.register(module)
+    for name in _PLUGINS[module.__name__]:
+        ours = importlib.import_module(name)
+        if hasattr(ours, "register"):  # or it is being imported, and installs at its end
+            ours.register(module)
 
 
 def _is_initializing(module: ModuleType) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from lowbit.checkpoints import component as loading
 from lowbit.checkpoints.checks import TensorHeader, read_headers, refuse_pickles, wrong_shape
+from lowbit.compat.codes import is_router, refuse_codes
+from lowbit.compat.renaming import Names
 from lowbit.errors import CheckpointError, located
 from lowbit.hosts import registration
 from lowbit.hosts import routing as dispatch
@@ -125,9 +126,15 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         model._keys_to_ignore_on_load_missing = ignored
 
     def update_weight_conversions(self, weight_conversions: Sequence[Any], *args: Any) -> Sequence[Any]:
-        """Find the tensors of a wrong shape, now that it is known how transformers renames them; change nothing."""
+        """Find the tensors of a wrong shape, now that it is known how transformers renames them; change nothing.
+
+        Raises:
+            CheckpointError: codes would be taken for values, of experts or of layers to be kept.
+        """
         conversions: Sequence[Any] = super().update_weight_conversions(weight_conversions, *args)
-        self.wrong = self.find_wrong(conversions) if self.find_wrong is not None else {}
+        if self.find_wrong is not None:
+            with located(self.location):
+                self.wrong = self.find_wrong(conversions)
         return conversions
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -259,51 +266,6 @@ def kept_by_model(model: Any) -> dict[str, list[str]]:
     }
 
 
-@dataclass(frozen=True)
-class Names:
-    """From a checkpoint's names of tensors to a model's, as transformers renames them while it loads.
-
-    Attributes:
-        prefix: of the model's base model.
-        expected: the model's state dict.
-        renamings, converters: transformers' rules.
-    """
-
-    prefix: str
-    expected: Mapping[str, torch.Tensor]
-    renamings: Sequence[Any]
-    converters: Sequence[Any]
-
-    @classmethod
-    def of(cls, model: Any, conversions: Sequence[Any] | None = None) -> Names:
-        """Return the rules for ``model``: ``conversions``, or those that transformers has for its class."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        rules = get_model_conversion_mapping(model) if conversions is None else conversions
-        renamings = [each for each in rules if isinstance(each, WeightRenaming)]
-        converters = [each for each in rules if isinstance(each, WeightConverter)]
-        return cls(model.base_model_prefix, model.state_dict(), renamings, converters)
-
-    def __call__(self, stored: str) -> tuple[str, bool]:
-        """Return the model's name, and whether transformers splits or merges the tensor on the way.
-
-        Of a tensor that only a quantized layer has (``qweight``) the layer is found by its ``weight``.
-        """
-        name, is_converted = self._renamed(stored)
-        if name in self.expected or is_converted:
-            return name, is_converted
-        layer, _, last = stored.rpartition(".")
-        weight, _ = self._renamed(f"{layer}.weight")
-        return (f"{weight.removesuffix('weight')}{last}", False) if weight in self.expected else (name, False)
-
-    def _renamed(self, stored: str) -> tuple[str, bool]:
-        from transformers.core_model_loading import rename_source_key
-
-        name, converter = rename_source_key(stored, self.renamings, self.converters, self.prefix, self.expected)
-        return name, converter is not None
-
-
 def _wrong_tensors(
     model: Any, preparation: loading.Preparation, headers: Mapping[str, TensorHeader], conversions: Sequence[Any]
 ) -> dict[str, str]:
@@ -312,6 +274,8 @@ def _wrong_tensors(
     Those that transformers splits or merges are left to it.
     """
     names = Names.of(model, conversions)
+    is_read = partial(_takes_codes, preparation)
+    refuse_codes(type(model).__name__, headers, names, is_read)
     expected, found = names.expected, {}
     for stored, header in headers.items():
         name, is_converted = names(stored)
@@ -321,6 +285,11 @@ def _wrong_tensors(
         if problem is not None:
             found[name] = f"{problem} ({header.file.name})"
     return found
+
+
+def _takes_codes(preparation: loading.Preparation, name: str) -> bool:
+    """Tell whether a quantized layer reads the tensor as codes; a router never is one."""
+    return preparation.config.is_serialized and preparation.find(name) is not None and not is_router(name)
 
 
 def _take_stored(layer: QuantizedLinear) -> None:

@@ -16,6 +16,7 @@ COMMON_KEPT_LAYERS: Mapping[str, tuple[str, ...]] = {
     "modulation": ("*modulation*", "img_mod", "txt_mod", "norm*", "adaln*", "distilled_guidance_layer"),
     "first projection": ("re:(img_in|txt_in|proj_in)$",),
     "last projection": ("re:(proj_out|lm_head)$", "*final_layer*"),
+    "router": ("router", "shared_expert_gate", "re:.*mlp[.]gate$"),
 }
 
 
