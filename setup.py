@@ -1,34 +1,78 @@
 """Build the optional native helper; everything else about the package is in ``pyproject.toml``.
 
-Without a compiler the package installs as pure Python, and the operators that would use the helper use plain torch.
+One object for each unit of ``src/lowbit/_native``, compiled in parallel; an object is built again only where the unit,
+a header that it includes, or the command has changed. Without a compiler the package installs as pure Python, says so,
+and the operators that would use the helper use plain torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from glob import glob
+from itertools import chain
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError, CompileError
 
-# No contraction: the results are compared bit for bit with references that round after each operation.
-GNU_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+NATIVE = "src/lowbit/_native"
+# No contraction: the results are compared bit for bit with references that round after each operation. -g0: what Python
+# was built with has -g, which doubles the time and multiplies the size by six.
+GNU_FLAGS = [
+    *("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"),
+    *("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+]
 LIBRARY_SUFFIXES = (".so", ".dll")
-MSVC_FLAGS = ["/std:c++17", "/O2", "/fp:precise"]
+MSVC_FLAGS = ["/std:c++17", "/O2", "/EHsc", "/fp:precise"]
+WITHOUT = (
+    "no native helper: CPU kernels will run in plain torch, several times slower; "
+    "install a C++ compiler (g++ or clang++), then lowbit again"
+)
+
+
+def say(message: str) -> None:
+    """Tell the user: on standard error, and on the terminal, because pip shows the former only with ``-v``."""
+    print(f"lowbit: {message}", file=sys.stderr, flush=True)
+    if sys.stderr.isatty() or os.environ.get("LOWBIT_BUILD_QUIET") == "1":
+        return
+    with contextlib.suppress(OSError), open("/dev/tty", "w", encoding="utf-8") as terminal:
+        terminal.write(f"\r  lowbit: {message}\n")
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class BuildHelper(build_ext):
-    """Choose flags by compiler; the helper is a plain library loaded by ctypes, with no module initializer."""
+    """Build a plain library, loaded by ctypes: it has no module initializer and depends on no version of Python."""
 
-    def build_extensions(self) -> None:
-        """Set the compiler's flags and build."""
-        flags = MSVC_FLAGS if self.compiler.compiler_type == "msvc" else GNU_FLAGS
-        for extension in self.extensions:
-            extension.extra_compile_args = flags
-        super().build_extensions()
+    def build_extension(self, ext: Extension) -> None:
+        """Compile what has changed and link; where that fails, say so and install without the helper."""
+        try:
+            self.build_library(ext)
+        except (CCompilerError, BaseError, OSError) as error:
+            say(f"{WITHOUT} ({error})")
+            raise CompileError(str(error)) from error
+
+    def build_library(self, ext: Extension) -> None:
+        """Compile the units whose objects are missing or out of date, the longest first, and link all."""
+        units = [Unit(self, source) for source in ext.sources]
+        stale = [unit for unit in units if not unit.is_current()]
+        workers = min(len(stale), self.parallel if isinstance(self.parallel, int) and self.parallel > 1 else cores())
+        if stale:
+            say(f"compiling {len(stale)} of {len(units)} C++ files for CPUs, {workers} at a time")
+            compile_all(stale, workers)
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)  # a new file: processes may have the old one in memory
+        self.compiler.link_shared_object([unit.object for unit in units], str(library), target_lang="c++")
 
     def get_ext_filename(self, fullname: str) -> str:
         """Return the library's path without a version of Python in it: it depends on none."""
@@ -37,6 +81,61 @@ class BuildHelper(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """Return none: there is no module initializer to export, and the source marks its functions itself."""
         return []
+
+
+class Unit:
+    """A C++ file, its object and the record of what the object was made of."""
+
+    def __init__(self, build: BuildHelper, source: str) -> None:
+        self.build, self.source = build, Path(source)
+        self.is_gnu = build.compiler.compiler_type != "msvc"
+        self.flags = [*(GNU_FLAGS if self.is_gnu else MSVC_FLAGS), *os.environ.get("LOWBIT_BUILD_FLAGS", "").split()]
+        [self.object] = build.compiler.object_filenames([source], output_dir=build.build_temp)
+        self.depends = Path(self.object).with_suffix(".d")
+        self.command = Path(self.object).with_suffix(".cmd")
+
+    def signature(self) -> str:
+        """Return what the object depends on beside files."""
+        compiler = self.build.compiler
+        commands = [getattr(compiler, name, None) or [] for name in ("compiler_so", "compiler_so_cxx")]
+        return " ".join([compiler.compiler_type, *chain(*commands), *self.flags])
+
+    def files(self) -> list[Path]:
+        """Return the files that the object was made of, or all there are where the compiler does not tell."""
+        if not self.depends.is_file():
+            return [self.source, *map(Path, glob(f"{NATIVE}/**/*.h", recursive=True))]
+        names = self.depends.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+        return [Path(name) for name in names]
+
+    def is_current(self) -> bool:
+        """Whether the object is as new as all that it is made of."""
+        made = Path(self.object)
+        if not made.is_file() or not self.command.is_file() or self.command.read_text() != self.signature():
+            return False
+        return all(file.is_file() and file.stat().st_mtime <= made.stat().st_mtime for file in self.files())
+
+    def compile(self) -> None:
+        """Make the object."""
+        self.command.unlink(missing_ok=True)
+        record = ["-MMD", "-MF", str(self.depends)] if self.is_gnu else []
+        flags = [*self.flags, *record]
+        self.build.compiler.compile([str(self.source)], output_dir=self.build.build_temp, extra_postargs=flags)
+        self.command.write_text(self.signature())
+
+
+def compile_all(units: list[Unit], workers: int) -> None:
+    """Compile units in parallel and say which are done."""
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(workers) as pool:
+        running = {pool.submit(unit.compile): unit for unit in units}
+        for done, future in enumerate(as_completed(running), 1):
+            try:
+                future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            name = running[future].source.name
+            say(f"compiled {name} ({done} of {len(units)}, {time.perf_counter() - begun:.0f} s)")
 
 
 class BuildWheel(bdist_wheel):
@@ -49,10 +148,12 @@ class BuildWheel(bdist_wheel):
         return "py3", "none", platform if has_helper else "any"
 
 
+# In the order in which they are compiled: the longest first.
+UNITS = ("isa/amx", "isa/avx512", "isa/avx512_bf16", "isa/avx512_vnni", "isa/generic", "isa/avx2", "abi", "runtime")
 HELPER = Extension(
     "lowbit._native.lowbit_cpu",
-    sources=["src/lowbit/_native/lowbit_cpu.cpp"],
-    depends=sorted(glob("src/lowbit/_native/*.h")),
+    sources=[f"{NATIVE}/{unit}.cpp" for unit in UNITS],
+    depends=sorted(glob(f"{NATIVE}/**/*.h", recursive=True)),
     language="c++",
     optional=True,
 )

@@ -15,7 +15,8 @@ LIBRARIES = ("lowbit/_native/lowbit_cpu.so", "lowbit/_native/lowbit_cpu.dll")
 def tracked_data() -> set[str]:
     """Return what belongs to the package beside its Python files, as paths from ``src``."""
     package = ROOT / "src" / "lowbit"
-    found = [*(package / "assets").rglob("*"), *(package / "_native").glob("*.cpp"), *(package / "_native").glob("*.h")]
+    native = package / "_native"
+    found = [*(package / "assets").rglob("*"), *native.rglob("*.cpp"), *native.rglob("*.h")]
     return {file.relative_to(ROOT / "src").as_posix() for file in [*found, package / "py.typed"] if file.is_file()}
 
 

@@ -44,7 +44,9 @@ def test_a_whole_wheel_has_no_problems(script: ModuleType, tmp_path: Path) -> No
     [
         "lowbit/assets/embedded/transformer/diffusion_pytorch_model.safetensors",
         "lowbit/assets/report/report.html.j2",
-        "lowbit/_native/kernels.h",
+        "lowbit/_native/common.h",
+        "lowbit/_native/isa/amx.cpp",
+        "lowbit/_native/kernels/quantize.h",
         "lowbit/ops/int8.py",
         "lowbit/py.typed",
     ],

@@ -15,6 +15,7 @@ import torch
 
 from lowbit.ops.cpu.helper import library
 
+# Type codes of the C functions: _native/common.h has the same.
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODE_TYPES = {torch.int8: 0, torch.uint8: 1, torch.float8_e4m3fn: 2}
 
@@ -390,11 +391,10 @@ def gguf_decode(raw: torch.Tensor, number: int, output: torch.Tensor) -> None:
     assert output.is_contiguous()
     assert raw.shape[0] == output.shape[0]
     rows, columns = output.shape
-    refused = library().lowbit_gguf_decode(
+    library().lowbit_gguf_decode(
         raw.data_ptr(), number, rows, columns, raw.shape[1], output.data_ptr(), ELEMENT_TYPES[output.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
-    assert not refused
 
 
 def gguf_product(
@@ -419,11 +419,10 @@ def gguf_product(
     arguments = (x.data_ptr(), *x.shape, raw.data_ptr(), number, *raw.shape, _address(bias), output.data_ptr())
     if x.dtype == torch.bfloat16:
         assert output.dtype == torch.bfloat16
-        refused = library().lowbit_gguf_product_bfloat16(*arguments, torch.get_num_threads())
+        library().lowbit_gguf_product_bfloat16(*arguments, torch.get_num_threads())
     else:
         assert x.dtype == torch.float32
-        refused = library().lowbit_gguf_product(*arguments, ELEMENT_TYPES[output.dtype], torch.get_num_threads())
-    assert not refused
+        library().lowbit_gguf_product(*arguments, ELEMENT_TYPES[output.dtype], torch.get_num_threads())
 
 
 LARGEST_NORMALIZED = 8192
@@ -437,7 +436,7 @@ def normalize(
     frequencies: torch.Tensor | None,
     output: torch.Tensor,
 ) -> None:
-    """Write ``x`` normalized and rotated to ``output``; see ``lowbit.ops.rotary.normalize``.
+    """Write ``x`` normalized and rotated to ``output``; see ``lowbit.ops.elementwise``.
 
     Args:
         x: dense [batch, tokens, heads, width] float32, bfloat16 or float16; width at most ``LARGEST_NORMALIZED``.
