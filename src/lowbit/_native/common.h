@@ -15,7 +15,11 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(__GNUC__) || defined(__clang__)
+#if defined(LOWBIT_EMULATE)  // for the time it takes to build
+#define LOWBIT_INLINE [[maybe_unused]] static
+#define LOWBIT_INLINE_LAMBDA
+#define LOWBIT_NOINLINE __attribute__((noinline))
+#elif defined(__GNUC__) || defined(__clang__)
 #define LOWBIT_INLINE static inline __attribute__((always_inline))
 #define LOWBIT_INLINE_LAMBDA __attribute__((always_inline))
 #define LOWBIT_NOINLINE __attribute__((noinline))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from collections.abc import Iterator
 
@@ -14,6 +15,14 @@ import torch._inductor.config
 from lowbit.ops.cpu import helper
 
 torch._inductor.config.compile_threads = 1  # workers, each of which imports torch, cost more than these compilations
+
+
+SAMPLE_VARIABLE = "LOWBIT_TEST_SAMPLE"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep every n-th test where the environment asks for it (``test_emulated.py``)."""
+    items[:] = items[:: int(os.environ.get(SAMPLE_VARIABLE, "1"))]
 
 
 @pytest.fixture(autouse=True)

@@ -172,7 +172,7 @@ template <typename Channel, int64_t kChannels>
 void multiply_groups(const GemmArgs& job, int64_t first, int64_t last) {
     constexpr int kDecoded = kChannelsOfStep<kChannels>;
     auto& memory = scratch_object<FewRowsMemory>(Slot::kFewRows);
-    const Channel decode(job.weight.data);
+    const auto decode = channel_of<Channel>(job);
     const int64_t step_bytes = bytes_of_step(job), row_bytes = job.decoder->row_bytes;
     const int64_t chunk_bytes = bytes_of(*job.decoder, kFewInputs);
     configure_tiles(rows_of_tile(job));
@@ -199,7 +199,7 @@ void multiply_groups(const GemmArgs& job, int64_t first, int64_t last) {
                 multiply_phase<kChannels>(kDecoded, from, x, job.rows);
             } else {
                 if (step < steps) multiply_step<kChannels>(from, x, job.rows);
-                decode_part<Channel>(job, decoded, asked, kDecoded, to);
+                decode_part(job, decoded, asked, kDecoded, part_decoder<Channel>(job), to);
             }
             decoded.channel += kDecoded, asked.channel += kDecoded;
             to += kDecoded * kStride;

@@ -78,6 +78,10 @@ struct ChannelKernels {
 template <typename Channel>
 constexpr ChannelKernels kKernelsOf{decode_channel<Channel>, multiply_few_rows<Channel>};
 
+// Of a decoder that takes long.
+template <void (*Decode)(const void*, int64_t, int64_t, int64_t, BFloat16*)>
+constexpr ChannelKernels kSlowKernelsOf{Decode, multiply_few_rows<AnyChannel>};
+
 // Inputs of a chunk, whatever the codes, the scales and the size of the blocks.
 template <typename Code>
 LOWBIT_NOINLINE void decode_slowly(const WeightJob& job, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
@@ -514,8 +518,8 @@ template <typename Code>
 ChannelKernels byte_decoder(const WeightJob& job) {
     const bool is_whole = job.depth % kWords == 0 && (job.block_columns % kWords == 0 || job.block_columns >= job.depth);
     const bool is_mx = job.scale_type == 2 && job.block_columns == 32 && job.block_rows == 1 && !job.outer_scale;
-    if (!base::has_even_blocks(job)) return kKernelsOf<Each<decode_any<Code>>>;
-    if (!is_whole) return kKernelsOf<Each<decode_even<Code>>>;
+    if (!base::has_even_blocks(job)) return kSlowKernelsOf<decode_any<Code>>;
+    if (!is_whole) return kSlowKernelsOf<decode_even<Code>>;
     if (job.zero_point) return kKernelsOf<Each<decode_bytes<Code, true>>>;
     if (std::is_same<Code, E4M3>::value && is_mx) return kKernelsOf<Each<decode_mxfp8>>;
     if (has_channel_scales(job)) return kKernelsOf<Each<decode_unscaled<Code>>>;
@@ -545,7 +549,7 @@ ChannelKernels group_decoder(Int4, const WeightJob& job) {
 ChannelKernels group_decoder(E2M1, const WeightJob& job) {
     if (job.scale_type >= 2 && !job.outer_columns && job.block_columns == 16) return kKernelsOf<LookedUp<16>>;
     if (job.scale_type >= 2 && !job.outer_columns && job.block_columns == 32) return kKernelsOf<LookedUp<32>>;
-    return job.scale_type == 2 && job.block_columns == 32 ? kKernelsOf<Each<decode_mxfp4>> : kKernelsOf<Each<decode_pairs>>;
+    return job.scale_type == 2 && job.block_columns == 32 ? kKernelsOf<Each<decode_mxfp4>> : kSlowKernelsOf<decode_pairs>;
 }
 
 template <typename Code>
@@ -555,7 +559,7 @@ BFloat16Decoder weight_decoder(const WeightJob& job) {
     ChannelKernels kernels;
     if constexpr (kBits == 8) kernels = byte_decoder<Code>(job);
     else if (base::has_whole_groups<Code>(job)) kernels = group_decoder(Code{}, job), order = kNibbleOrder;
-    else kernels = kKernelsOf<Each<decode_any<Code>>>;
+    else kernels = kSlowKernelsOf<decode_any<Code>>;
     bool leaves_scales = false;
     if constexpr (kBits == 8) leaves_scales = kernels.decode == kKernelsOf<Each<decode_unscaled<Code>>>.decode;
     return {kernels.decode, kernels.multiply_few_rows, order, job.weight, job.depth * kBits / 8, 32 * kBits,

@@ -183,7 +183,7 @@ void multiply_few_rows(const GemmArgs& job, int64_t first, int64_t last) {
     constexpr int64_t kScaled = Channel::kScaledInputs;
     auto& memory = scratch_object<FewRowsMemory>(Slot::kFewRows);
     const StepsKernel multiply = steps_kernel(job);
-    const Channel decode(job.weight.data);
+    const auto decode = channel_of<Channel>(job);
     const int64_t step_bytes = bytes_of_step(job), row_bytes = job.decoder->row_bytes;
     const int64_t chunk_bytes = bytes_of(*job.decoder, kFewInputs);
     Chunk chunk{last, 0}, next{first, 0};
@@ -220,8 +220,11 @@ void multiply_few_rows(const GemmArgs& job, int64_t first, int64_t last) {
                 scale(step * kWords);
             }
             if (is_whole)
-                for (int i = 0; i < kTileChannels; ++i) decode_next();
-            else decode_part<Channel>(job, decoded, asked, kTileChannels, to);
+                for (int i = 0; i < kTileChannels; ++i, codes += row_bytes, to += kStride) {
+                    prefetch_lines(codes, chunk_bytes);
+                    decode_inputs(decode, decoded.channel + i, decoded.input, kFewInputs, to);
+                }
+            else decode_part(job, decoded, asked, kTileChannels, part_decoder<Channel>(job), to);
         }
         if (chunk.group < last && next.input == 0) {
             add_low_rank(job, multiply, chunk.group * kTileChannels, memory.decoded[turn], memory);

@@ -206,7 +206,7 @@ constexpr GgufDecoder kGgufDecoders[] = {
 };
 
 BFloat16Decoder gguf_decoder(const GgufRows& rows) {
-    GgufDecoder decoder{0, kKernelsOf<Each<decode_plain>>, nullptr};
+    GgufDecoder decoder{0, kSlowKernelsOf<decode_plain>, nullptr};
     for (const GgufDecoder& known : kGgufDecoders)
         if (known.number == rows.kernels->number) decoder = known;
     const int64_t bytes_of_256 = 256 / rows.kernels->elements * rows.kernels->bytes;

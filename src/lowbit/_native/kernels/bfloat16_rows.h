@@ -6,6 +6,8 @@
 #ifndef LOWBIT_NATIVE_KERNELS_BFLOAT16_ROWS_H
 #define LOWBIT_NATIVE_KERNELS_BFLOAT16_ROWS_H
 
+#include <type_traits>
+
 #include "transpose.h"
 #include "weight_codes.h"
 
@@ -123,10 +125,33 @@ LOWBIT_INLINE __m512i low_rank_inputs(const GemmArgs& job, int64_t channel, int6
     return channel < job.columns ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_setzero_si512();
 }
 
-// What writes inputs of one channel.
+// Writes inputs of one channel. Not inlined: what products of few rows do while they multiply has it inlined.
+template <typename Channel>
+LOWBIT_NOINLINE void decode_inputs(const Channel& decode, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
+    decode(channel, first, count, output);
+}
+
 template <typename Channel>
 void decode_channel(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
-    Channel{weight}(channel, first, count, output);
+    decode_inputs(Channel{weight}, channel, first, count, output);
+}
+
+// Any decoder by its address: for those that take so long that a call does not count, so that products are compiled once for all.
+struct AnyChannel {
+    static constexpr int64_t kScaledInputs = 0;
+    decltype(BFloat16Decoder::decode) decode;
+    const void* weight;
+
+    void operator()(int64_t channel, int64_t first, int64_t count, BFloat16* output) const {
+        decode(weight, channel, first, count, output);
+    }
+};
+
+// What decodes the inputs of a product's channels.
+template <typename Channel>
+LOWBIT_INLINE Channel channel_of(const GemmArgs& job) {
+    if constexpr (std::is_same<Channel, AnyChannel>::value) return {job.decoder->decode, job.weight.data};
+    else return Channel(job.weight.data);
 }
 
 // Inputs of a group of channels; none of group `last`, where a task ends.
@@ -151,13 +176,22 @@ LOWBIT_INLINE Part part_of(const GemmArgs& job, const Chunk& chunk, int64_t last
     return {channel, end, chunk.input, smaller(kFewInputs, job.depth / 2 - chunk.input)};
 }
 
-// At most `channels` of each.
+using DecodeChannel = decltype(BFloat16Decoder::decode);
+
+// What decodes a part of a product's channels: of blocks whose scales are left to the sums another than the decoder's own.
 template <typename Channel>
-LOWBIT_NOINLINE void decode_part(const GemmArgs& job, const Part& decoded, const Part& asked, int64_t channels, BFloat16* output) {
+LOWBIT_INLINE DecodeChannel part_decoder(const GemmArgs& job) {
+    if constexpr (std::is_same<Channel, AnyChannel>::value) return job.decoder->decode;
+    else return decode_channel<Channel>;
+}
+
+// At most `channels` of each.
+LOWBIT_NOINLINE void decode_part(const GemmArgs& job, const Part& decoded, const Part& asked, int64_t channels, DecodeChannel decode,
+                                 BFloat16* output) {
     for (int64_t channel = asked.channel; channel < smaller(asked.channel + channels, asked.last); ++channel)
         prefetch_lines(codes_at(*job.decoder, channel, asked.input), bytes_of(*job.decoder, asked.inputs));
     for (int64_t channel = decoded.channel; channel < smaller(decoded.channel + channels, decoded.last); ++channel) {
-        decode_channel<Channel>(job.weight.data, channel, decoded.input, decoded.inputs, output);
+        decode(job.weight.data, channel, decoded.input, decoded.inputs, output);
         for (int64_t rest = decoded.inputs; rest % kWords; ++rest) output[rest].bits = 0;
         output += kStride;
     }

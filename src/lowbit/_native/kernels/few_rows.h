@@ -58,8 +58,9 @@ struct BlockScales {
     float scales[kChunk / 16], zeros[kChunk / kGroup];
 };
 
+// Not inlined: the same for every size of block.
 template <typename Code>
-LOWBIT_INLINE void load_block_scales(const WeightJob& job, int64_t channel, int64_t first, int64_t number, BlockScales& to) {
+LOWBIT_NOINLINE void load_block_scales(const WeightJob& job, int64_t channel, int64_t first, int64_t number, BlockScales& to) {
     const int64_t per_row = quotient_up(job.depth, job.block_columns);
     const int64_t index = quotient(channel, job.block_rows) * per_row + quotient(first, job.block_columns);
     load_scales(job, index, number, to.scales);
@@ -77,9 +78,18 @@ LOWBIT_INLINE void load_block_scales(const WeightJob& job, int64_t channel, int6
     }
 }
 
-// Output channels [channel, channel + Channels) of Rows rows x. Block: inputs with one scale, or 0: any multiple of 32.
+// Sums [channels][rows], and whether a channel holds a NaN, to the output. Not inlined: the same for every weight.
+[[maybe_unused]] LOWBIT_NOINLINE void write_lanes(const WeightJob& job, const Lanes* sums, const int64_t* channels, const bool* have_nan, int64_t count,
+                                 int64_t rows) {
+    for (int64_t c = 0; c < count; ++c) {
+        const float poison = have_nan[c] ? as_float(0x7fc00000u) : 0.0f;
+        for (int64_t row = 0; row < rows; ++row) write_result(job, row, channels[c], total(sums[c * rows + row]) + poison);
+    }
+}
+
+// Some output channels of Rows rows x. Block: inputs with one scale, or 0: any multiple of 32.
 template <typename Code, int Rows, int Channels, int Block>
-LOWBIT_INLINE void multiply_channels(const WeightJob& job, int64_t channel) {
+LOWBIT_INLINE void multiply_channels(const WeightJob& job, const int64_t (&channels)[Channels]) {
     Lanes sums[Channels][Rows];
     __m256i largest[Channels];
     const Code* codes[Channels];
@@ -87,14 +97,14 @@ LOWBIT_INLINE void multiply_channels(const WeightJob& job, int64_t channel) {
     for (int c = 0; c < Channels; ++c) {
         for (int row = 0; row < Rows; ++row) sums[c][row] = zero_lanes();
         largest[c] = _mm256_setzero_si256();
-        codes[c] = channel_codes<Code>(job, channel + c);
+        codes[c] = channel_codes<Code>(job, channels[c]);
     }
     const int64_t row_bytes = job.depth * kBits<Code> / 8;
     for (int64_t first = 0; first < job.depth; first += kChunk) {
         const int64_t count = smaller(kChunk, job.depth - first);
         const int64_t block = Block ? Block : smaller(job.block_columns, count), step = Block == 16 ? kGroup : block;
         for (int c = 0; c < Channels; ++c) {
-            load_block_scales<Code>(job, channel + c, first, blocks(count, block), scales[c]);
+            load_block_scales<Code>(job, channels[c], first, blocks(count, block), scales[c]);
             const char* next = reinterpret_cast<const char*>(codes[c]) + Channels * row_bytes;
             for (int64_t i = 0; i < count * kBits<Code> / 8; i += 64) __builtin_prefetch(next + i);
         }
@@ -128,19 +138,20 @@ LOWBIT_INLINE void multiply_channels(const WeightJob& job, int64_t channel) {
             }
         }
     }
-    for (int c = 0; c < Channels; ++c) {
-        float poison = 0.0f;
-        if (std::is_same<Code, E4M3>::value && _mm256_movemask_epi8(_mm256_cmpeq_epi8(largest[c], _mm256_set1_epi8(0x7f))))
-            poison = as_float(0x7fc00000u);
-        for (int row = 0; row < Rows; ++row) write_result(job, row, channel + c, total(sums[c][row]) + poison);
-    }
+    bool have_nan[Channels];
+    for (int c = 0; c < Channels; ++c)
+        have_nan[c] = std::is_same<Code, E4M3>::value && _mm256_movemask_epi8(_mm256_cmpeq_epi8(largest[c], _mm256_set1_epi8(0x7f)));
+    write_lanes(job, sums[0], channels, have_nan, Channels, Rows);
 }
 
 template <typename Code, int Rows, int Block>
 void multiply_few_rows(const WeightJob& job, int64_t first, int64_t last) {
     constexpr int kChannels = Rows <= 2 ? 2 : 1;  // at a time, as registers allow
-    for (; first + kChannels <= last; first += kChannels) multiply_channels<Code, Rows, kChannels, Block>(job, first);
-    for (; first < last; ++first) multiply_channels<Code, Rows, 1, Block>(job, first);
+    for (; first < last; first += kChannels) {  // a last channel without a second is multiplied twice
+        int64_t channels[kChannels];
+        for (int c = 0; c < kChannels; ++c) channels[c] = smaller(first + c, last - 1);
+        multiply_channels<Code, Rows, kChannels, Block>(job, channels);
+    }
 }
 
 template <typename Code, int Block>

@@ -29,8 +29,8 @@ void pack_panels(const int8_t* from, int64_t stride, int64_t columns, int64_t de
 }
 
 // What rows with one channel have after the last 64 inputs. With masked loads for all inputs eight rows would take almost
-// twice as long on a Zen 4.
-LOWBIT_INLINE int32_t multiply_rest(const uint8_t* x, const int8_t* weight, int64_t first, int64_t depth) {
+// twice as long on a Zen 4. Not inlined: there seldom is any.
+LOWBIT_NOINLINE int32_t multiply_rest(const uint8_t* x, const int8_t* weight, int64_t first, int64_t depth) {
     int32_t sum = 0;
     for (int64_t i = first; i < depth; ++i) sum += (x ? x[i] : 1) * weight[i];
     return sum;
@@ -62,14 +62,17 @@ void multiply_along(const uint8_t* x, const int8_t* weight, int64_t depth, int32
                 totals[row][channel] = _mm512_dpbusd_epi32(totals[row][channel], activations, weights[channel]);
         }
     }
+    const auto rest = [=](const uint8_t* row, const int8_t* from) LOWBIT_INLINE_LAMBDA {
+        return whole == depth ? 0 : multiply_rest(row, from, whole, depth);
+    };
 #pragma GCC unroll 4
     for (int channel = 0; channel < Channels; ++channel) {
         const int8_t* from = weight + channel * depth;
-        if (HasOwn) own[channel] = _mm512_reduce_add_epi32(totals[Rows + HasOwn - 1][channel]) + multiply_rest(nullptr, from, whole, depth);
+        if (HasOwn) own[channel] = _mm512_reduce_add_epi32(totals[Rows + HasOwn - 1][channel]) + rest(nullptr, from);
 #pragma GCC unroll 16
         for (int row = 0; row < Rows; ++row)
             sums[row * kVectorColumns + channel] =
-                _mm512_reduce_add_epi32(totals[row][channel]) + multiply_rest(x + row * depth, from, whole, depth);
+                _mm512_reduce_add_epi32(totals[row][channel]) + rest(x + row * depth, from);
     }
 }
 

@@ -256,8 +256,8 @@ LOWBIT_INLINE bool has_even_blocks(const WeightJob& job) {
 }
 
 // Scales of consecutive blocks; `scales` has room for a multiple of 16. Whole registers are stored: what reads a masked store
-// would wait until it is in the cache.
-LOWBIT_INLINE void load_scales(const WeightJob& job, int64_t index, int64_t count, float* scales) {
+// would wait until it is in the cache. Not inlined: the same for every weight.
+[[maybe_unused]] LOWBIT_NOINLINE void load_scales(const WeightJob& job, int64_t index, int64_t count, float* scales) {
     const auto* codes = static_cast<const uint8_t*>(job.scale) + index;  // of the types of a byte
     if (job.scale_type == 3) return decode_codes(reinterpret_cast<const E4M3*>(codes), count, 1.0f, scales);
     if (job.scale_type == 0) {
