@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from glob import glob
 from itertools import chain
@@ -19,7 +21,13 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 from setuptools.errors import BaseError, CCompilerError, CompileError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 NATIVE = "src/lowbit/_native"
 # No contraction: the results are compared bit for bit with references that round after each operation. -g0: what Python
@@ -50,8 +58,29 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process builds in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say("waiting for the C++ build that began earlier")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class BuildHelper(build_ext):
     """Build a plain library, loaded by ctypes: it has no module initializer and depends on no version of Python."""
+
+    def finalize_options(self) -> None:
+        """Keep objects in one folder, also where pip builds for an editable install, so that they are found again."""
+        is_given = self.build_temp is not None
+        super().finalize_options()
+        if not is_given:
+            self.build_temp = "build/native"
 
     def build_extension(self, ext: Extension) -> None:
         """Compile what has changed and link; where that fails, say so and install without the helper."""
@@ -63,6 +92,11 @@ class BuildHelper(build_ext):
 
     def build_library(self, ext: Extension) -> None:
         """Compile the units whose objects are missing or out of date, the longest first, and link all."""
+        with alone_in(Path(self.build_temp)):
+            self.build_alone(ext)
+
+    def build_alone(self, ext: Extension) -> None:
+        """Build while no other process does."""
         units = [Unit(self, source) for source in ext.sources]
         stale = [unit for unit in units if not unit.is_current()]
         workers = min(len(stale), self.parallel if isinstance(self.parallel, int) and self.parallel > 1 else cores())
@@ -138,6 +172,29 @@ def compile_all(units: list[Unit], workers: int) -> None:
             say(f"compiled {name} ({done} of {len(units)}, {time.perf_counter() - begun:.0f} s)")
 
 
+class BeginEarly(dist_info):
+    """Describe the package and begin to compile: pip asks for the description first, then downloads dependencies.
+
+    ``build_ext`` waits for what was begun. A build that is not wanted in the end costs a minute of low priority.
+    """
+
+    def run(self) -> None:
+        """Write the description and start ``build_ext`` in a process of its own."""
+        super().run()
+        if os.name != "posix" or not self.distribution.ext_modules or os.environ.get("LOWBIT_BUILD_EARLY") == "0":
+            return
+        command = ["nice", sys.executable, sys.argv[0] if Path(sys.argv[0]).name == "setup.py" else "setup.py"]
+        with contextlib.suppress(OSError):
+            subprocess.Popen(
+                [*command, "-q", "build_ext"],
+                env={**os.environ, "LOWBIT_BUILD_EARLY": "0"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+
 class BuildWheel(bdist_wheel):
     """Tag the wheel for every Python 3 of this platform, or for every platform where no helper could be built."""
 
@@ -160,5 +217,5 @@ HELPER = Extension(
 
 setup(
     ext_modules=[] if os.environ.get("LOWBIT_BUILD_NATIVE") == "0" else [HELPER],
-    cmdclass={"build_ext": BuildHelper, "bdist_wheel": BuildWheel},
+    cmdclass={"build_ext": BuildHelper, "bdist_wheel": BuildWheel, "dist_info": BeginEarly},
 )

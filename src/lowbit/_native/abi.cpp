@@ -71,7 +71,8 @@ bool has_bf16() { return false; }
 // Whether the CPU has AMX for both types, and what goes with it, and the system lets this process use it.
 bool has_amx() {
     unsigned a, b, c, d;
-    constexpr unsigned kBFloat16Bit = 1u << 22, kTileBit = 1u << 24, kInt8Bit = 1u << 25, kAll = kBFloat16Bit | kTileBit | kInt8Bit;
+    constexpr unsigned kBFloat16Bit = 1u << 22, kTileBit = 1u << 24, kInt8Bit = 1u << 25,
+                       kAll = kBFloat16Bit | kTileBit | kInt8Bit;
     if (!has_bf16() || !amx_kernels() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -246,8 +247,8 @@ LOWBIT_EXPORT int lowbit_has_gguf_product() { return selected().base->gguf[0].mu
 // plus epsilon, if is_normalized; times weight [width] where there is one; its pairs, as complex numbers, times frequencies
 // [positions, width / 2, 2], where there are any. width at most 8192.
 LOWBIT_EXPORT int lowbit_normalize(const void* input, int element_type, int64_t rows, int64_t width, int is_normalized,
-                                   float epsilon, const float* weight, const float* frequencies, int64_t heads,
-                                   int64_t positions, void* output, int threads) {
+                                   float epsilon, const float* weight, const float* frequencies, int64_t heads, int64_t positions,
+                                   void* output, int threads) {
     return guarded([&] {
         NormalizeJob job{};
         job.input = input, job.width = width, job.is_normalized = is_normalized != 0, job.epsilon = epsilon;
@@ -286,8 +287,8 @@ LOWBIT_EXPORT int lowbit_quantize(const void* input, int element_type, int64_t r
 
 // input [rows, columns], which is rows first_row.. of the matrix that scale belongs to -> output [rows, columns].
 LOWBIT_EXPORT int lowbit_dequantize(const void* input, int code_type, int64_t rows, int64_t columns, int64_t first_row,
-                                    int64_t block_rows, int64_t block_columns, const float* scale, void* output,
-                                    int element_type, int threads) {
+                                    int64_t block_rows, int64_t block_columns, const float* scale, void* output, int element_type,
+                                    int threads) {
     return guarded([&] {
         DequantizeJob job{};
         job.input = input, job.rows = rows, job.columns = columns, job.first_row = first_row;
@@ -389,10 +390,9 @@ LOWBIT_EXPORT int lowbit_attention(const void* query, const void* key, const voi
 // of 32 that divides depth, and of each 32 activations the even ones come first, then the odd ones; of e2m1 block_rows is
 // 1, depth and block_columns are even.
 LOWBIT_EXPORT int lowbit_weight_only(const float* x, int64_t rows, int64_t x_stride, int64_t depth, const void* weight,
-                                     int weight_type, int64_t columns, const void* scale, int scale_type,
-                                     const void* zero_point, int64_t block_rows, int64_t block_columns,
-                                     const float* outer_scale, int64_t outer_columns, const float* bias, void* output,
-                                     int element_type, int threads) {
+                                     int weight_type, int64_t columns, const void* scale, int scale_type, const void* zero_point,
+                                     int64_t block_rows, int64_t block_columns, const float* outer_scale, int64_t outer_columns,
+                                     const float* bias, void* output, int element_type, int threads) {
     return guarded([&] {
         WeightJob job{};
         job.x = x, job.rows = rows, job.x_stride = x_stride, job.depth = depth;

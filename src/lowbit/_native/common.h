@@ -66,8 +66,12 @@ enum AttentionKind : int {
     kAttentionBFloat16 = 4,  // by AMX
 };
 
-struct BFloat16 { uint16_t bits; };
-struct Half { uint16_t bits; };
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Half {
+    uint16_t bits;
+};
 struct Int8 {
     uint8_t bits;
     static constexpr float largest = 127.0f;
@@ -110,7 +114,7 @@ struct Fp4Job {
     const uint8_t* input;  // [rows, columns / 2], two e2m1 codes a byte
     int64_t columns, group_size;
     const float* scale;  // [rows, ceil(columns / group_size)]
-    void* output;  // [rows, columns]
+    void* output;        // [rows, columns]
 };
 
 constexpr int64_t kLargestNormalized = 8192;
@@ -141,9 +145,9 @@ constexpr int64_t kMostRowsAlong = 12;  // of int8 that are multiplied along the
 constexpr int64_t kFewRows = 4;         // of floating point
 
 struct ProductJob {
-    const uint8_t* x;      // [rows, depth], int8 + 128
-    const float* x_scale;  // [rows]
-    const int8_t* weight;  // [columns, depth]
+    const uint8_t* x;                  // [rows, depth], int8 + 128
+    const float* x_scale;              // [rows]
+    const int8_t* weight;              // [columns, depth]
     const float *weight_scale, *bias;  // [columns]
     int64_t rows, columns, depth, row_block, row_blocks;
     void* output;  // [rows, columns]
@@ -163,7 +167,7 @@ struct BFloat16Decoder {
     // Writes inputs [first, first + count) of a channel; first is a multiple of 256, count at most 2048.
     void (*decode)(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output);
     TileKernel multiply_few_rows;  // the same within a product
-    const uint16_t* order;  // input order[i] of each 32 is written as the i-th, or null: as they lie
+    const uint16_t* order;         // input order[i] of each 32 is written as the i-th, or null: as they lie
     const void* codes;
     int64_t row_bytes, bytes_of_256;  // of a channel, and of 256 inputs of one
     const float* channel_scale;       // [channels], which the sums are to be multiplied with; or null
@@ -206,17 +210,17 @@ struct GroupScales {
 };
 
 struct GemmArgs {
-    const void* input;  // [rows, depth]
+    const void* input;            // [rows, depth]
     int64_t rows, depth, stride;  // depth in bytes of what is multiplied; rows are `stride` apart, in bytes or, where they
                                   // are quantized first, in elements
-    float* row_scale;    // [rows], of int8; null where it is found by quantizing
-    uint8_t* tiles;      // what is multiplied, as the instruction reads it: whole tiles of 32 rows and 64 bytes
-    TileWeight weight, gated;  // the second null, or multiplied with silu of the first one's result
+    float* row_scale;             // [rows], of int8; null where it is found by quantizing
+    uint8_t* tiles;               // what is multiplied, as the instruction reads it: whole tiles of 32 rows and 64 bytes
+    TileWeight weight, gated;     // the second null, or multiplied with silu of the first one's result
     int64_t columns;
     void* output;  // [rows, columns]
     int64_t row_block, row_blocks;
     const BFloat16Decoder* decoder;  // null for weights that are multiplied as they are
-    int64_t call;  // a number of its own
+    int64_t call;                    // a number of its own
     LowRank low_rank = {};
     const GroupScales* groups = nullptr;
 };
@@ -231,7 +235,7 @@ struct SplitJob {
 constexpr int64_t kMostRows = 64;
 
 struct UnitJob {
-    const BFloat16* x;  // [rows, depth], rows `stride` apart
+    const BFloat16* x;                    // [rows, depth], rows `stride` apart
     int64_t rows, depth, stride, inputs;  // the last of a unit
     bool is_even_first, has_sums;
     float scale;           // that all are to be multiplied with
@@ -246,8 +250,8 @@ struct WeightJob {
     int64_t rows, x_stride, depth;
     const void* weight;  // [columns, depth] codes
     int64_t columns;
-    const void* scale;  // one per block of the weight
-    int scale_type;      // a ScaleType
+    const void* scale;       // one per block of the weight
+    int scale_type;          // a ScaleType
     const void* zero_point;  // likewise: uint8 of int4, int16 of int8; or null: 8 and 0
     int64_t block_rows, block_columns;
     const float* outer_scale;  // multiplied with the scale: one per row and outer_columns (of 512 or a

@@ -58,8 +58,7 @@
 #define LOWBIT_PUSH_TARGET
 #define LOWBIT_POP_TARGET
 #elif defined(__clang__)
-#define LOWBIT_PUSH_TARGET_(features) \
-    LOWBIT_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define LOWBIT_PUSH_TARGET_(features) LOWBIT_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define LOWBIT_PUSH_TARGET LOWBIT_PUSH_TARGET_(LOWBIT_FEATURES)
 #define LOWBIT_POP_TARGET LOWBIT_PRAGMA(clang attribute pop)
 #else

@@ -37,7 +37,7 @@ def library(flags: str = FLAGS, folder: Path = FOLDER) -> Path | str:
         return reason
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / "tests.lock").open("w") as lock:
         import fcntl
 
         fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest-xdist

@@ -122,8 +122,8 @@ template <typename... T>
 LOWBIT_EMULATED __m512i mm512_setr_epi64(T... a) {
     return (__m512i)(__v8di){static_cast<long long>(a)...};
 }
-LOWBIT_EMULATED __m512i mm512_set_epi64(long long h, long long g, long long f, long long e, long long d, long long c,
-                                        long long b, long long a) {
+LOWBIT_EMULATED __m512i mm512_set_epi64(long long h, long long g, long long f, long long e, long long d, long long c, long long b,
+                                        long long a) {
     return mm512_setr_epi64(a, b, c, d, e, f, g, h);
 }
 LOWBIT_EMULATED __m512i mm512_set4_epi32(int d, int c, int b, int a) {
@@ -187,20 +187,16 @@ LOWBIT_EMULATED __m128i mm_mask_loadu_epi8(__m128i otherwise, __mmask16 mask, co
     return masked_load<uint8_t>(otherwise, mask, from);
 }
 LOWBIT_EMULATED void mm512_mask_storeu_ps(void* to, __mmask16 mask, __m512 value) { masked_store<float>(to, mask, value); }
-LOWBIT_EMULATED void mm512_mask_storeu_epi32(void* to, __mmask16 mask, __m512i value) {
-    masked_store<uint32_t>(to, mask, value);
-}
-LOWBIT_EMULATED void mm256_mask_storeu_epi16(void* to, __mmask16 mask, __m256i value) {
-    masked_store<uint16_t>(to, mask, value);
-}
+LOWBIT_EMULATED void mm512_mask_storeu_epi32(void* to, __mmask16 mask, __m512i value) { masked_store<uint32_t>(to, mask, value); }
+LOWBIT_EMULATED void mm256_mask_storeu_epi16(void* to, __mmask16 mask, __m256i value) { masked_store<uint16_t>(to, mask, value); }
 
 // Arithmetic.
 LOWBIT_EMULATED __m512 mm512_add_ps(__m512 a, __m512 b) { return (__m512)((__v16sf)a + (__v16sf)b); }
 LOWBIT_EMULATED __m512 mm512_sub_ps(__m512 a, __m512 b) { return (__m512)((__v16sf)a - (__v16sf)b); }
 LOWBIT_EMULATED __m512 mm512_mul_ps(__m512 a, __m512 b) { return (__m512)((__v16sf)a * (__v16sf)b); }
 LOWBIT_EMULATED __m512 mm512_div_ps(__m512 a, __m512 b) { return (__m512)((__v16sf)a / (__v16sf)b); }
-#define LOWBIT_BY_HALVES(name, of_half)                                                                                  \
-    LOWBIT_EMULATED __m512 name(__m512 a, __m512 b, __m512 c) {                                                          \
+#define LOWBIT_BY_HALVES(name, of_half)                                                                                          \
+    LOWBIT_EMULATED __m512 name(__m512 a, __m512 b, __m512 c) {                                                                  \
         return join(of_half(half_of(a, 0), half_of(b, 0), half_of(c, 0)), of_half(half_of(a, 1), half_of(b, 1), half_of(c, 1))); \
     }
 LOWBIT_BY_HALVES(mm512_fmadd_ps, _mm256_fmadd_ps)
@@ -214,10 +210,10 @@ LOWBIT_EMULATED __m512 mm512_max_ps(__m512 a, __m512 b) {
 LOWBIT_EMULATED __m512 mm512_min_ps(__m512 a, __m512 b) {
     return join(_mm256_min_ps(half_of(a, 0), half_of(b, 0)), _mm256_min_ps(half_of(a, 1), half_of(b, 1)));
 }
-#define LOWBIT_INTEGERS(name, of_half)                                                                        \
-    LOWBIT_EMULATED __m512i name(__m512i a, __m512i b) {                                                      \
-        return join(of_half(mm512_extracti64x4_epi64(a, 0), mm512_extracti64x4_epi64(b, 0)),                  \
-                    of_half(mm512_extracti64x4_epi64(a, 1), mm512_extracti64x4_epi64(b, 1)));                 \
+#define LOWBIT_INTEGERS(name, of_half)                                                        \
+    LOWBIT_EMULATED __m512i name(__m512i a, __m512i b) {                                      \
+        return join(of_half(mm512_extracti64x4_epi64(a, 0), mm512_extracti64x4_epi64(b, 0)),  \
+                    of_half(mm512_extracti64x4_epi64(a, 1), mm512_extracti64x4_epi64(b, 1))); \
     }
 LOWBIT_INTEGERS(mm512_add_epi8, _mm256_add_epi8)
 LOWBIT_INTEGERS(mm512_add_epi16, _mm256_add_epi16)
@@ -244,9 +240,9 @@ LOWBIT_INTEGERS(mm512_packs_epi32, _mm256_packs_epi32)
 LOWBIT_INTEGERS(mm512_packus_epi16, _mm256_packus_epi16)
 LOWBIT_INTEGERS(mm512_shuffle_epi8, _mm256_shuffle_epi8)
 #undef LOWBIT_INTEGERS
-#define LOWBIT_SHIFT(name, of_half)                                                                                          \
-    LOWBIT_EMULATED __m512i name(__m512i a, int count) {                                                                     \
-        return join(of_half(mm512_extracti64x4_epi64(a, 0), count), of_half(mm512_extracti64x4_epi64(a, 1), count));         \
+#define LOWBIT_SHIFT(name, of_half)                                                                                  \
+    LOWBIT_EMULATED __m512i name(__m512i a, int count) {                                                             \
+        return join(of_half(mm512_extracti64x4_epi64(a, 0), count), of_half(mm512_extracti64x4_epi64(a, 1), count)); \
     }
 LOWBIT_SHIFT(mm512_slli_epi32, _mm256_slli_epi32)
 LOWBIT_SHIFT(mm512_srli_epi32, _mm256_srli_epi32)
@@ -255,9 +251,7 @@ LOWBIT_SHIFT(mm512_slli_epi16, _mm256_slli_epi16)
 LOWBIT_SHIFT(mm512_srli_epi16, _mm256_srli_epi16)
 LOWBIT_SHIFT(mm512_srai_epi16, _mm256_srai_epi16)
 #undef LOWBIT_SHIFT
-LOWBIT_EMULATED __m512 mm512_abs_ps(__m512 a) {
-    return (__m512)mm512_and_si512((__m512i)a, mm512_set1_epi32(0x7fffffff));
-}
+LOWBIT_EMULATED __m512 mm512_abs_ps(__m512 a) { return (__m512)mm512_and_si512((__m512i)a, mm512_set1_epi32(0x7fffffff)); }
 LOWBIT_EMULATED __m512i mm512_abs_epi8(__m512i a) {
     return join(_mm256_abs_epi8(mm512_extracti64x4_epi64(a, 0)), _mm256_abs_epi8(mm512_extracti64x4_epi64(a, 1)));
 }
@@ -402,9 +396,9 @@ LOWBIT_EMULATED uint64_t mask_where(__m512i a, __m512i b, Test test) {
     for (int i = 0; i < x.count; ++i) mask |= static_cast<uint64_t>(test(x[i], y[i])) << i;
     return mask;
 }
-#define LOWBIT_TEST(name, Mask, T, test)                                                                                           \
-    LOWBIT_EMULATED_CALL Mask name(__m512i a, __m512i b) {                                                                         \
-        return static_cast<Mask>(mask_where<T>(a, b, [](T x, T y) __attribute__((always_inline)) { return test; }));               \
+#define LOWBIT_TEST(name, Mask, T, test)                                                                             \
+    LOWBIT_EMULATED_CALL Mask name(__m512i a, __m512i b) {                                                           \
+        return static_cast<Mask>(mask_where<T>(a, b, [](T x, T y) __attribute__((always_inline)) { return test; })); \
     }
 LOWBIT_TEST(mm512_cmpeq_epi8_mask, __mmask64, uint8_t, x == y)
 LOWBIT_TEST(mm512_cmpeq_epi16_mask, __mmask32, uint16_t, x == y)

@@ -59,7 +59,8 @@ LOWBIT_EMULATED_CALL void tile_loadd(int tile, const void* from, int64_t stride)
     TileState& state = usable(tile);
     std::memset(state.data[tile], 0, sizeof state.data[tile]);
     for (int row = 0; row < state.rows[tile]; ++row)
-        std::memcpy(state.data[tile][row], static_cast<const char*>(from) + row * stride, static_cast<size_t>(state.row_bytes[tile]));
+        std::memcpy(state.data[tile][row], static_cast<const char*>(from) + row * stride,
+                    static_cast<size_t>(state.row_bytes[tile]));
 }
 
 LOWBIT_EMULATED_CALL void tile_stored(int tile, void* to, int64_t stride) {

@@ -130,7 +130,8 @@ bool multiply_split_rows(const WeightJob& weight, GemmArgs args, int threads) {
 // Whether rows are multiplied with a weight's groups as integers, in tiles.
 bool are_grouped_rows(const WeightJob& weight, const RowRange& range, int64_t rows) {
     const int64_t inputs = smaller(weight.block_columns, weight.depth);
-    const bool are_groups = weight.scale_type <= kScaleBFloat16 && weight.block_rows == 1 && !weight.outer_scale && inputs % kStep == 0;
+    const bool are_groups =
+        weight.scale_type <= kScaleBFloat16 && weight.block_rows == 1 && !weight.outer_scale && inputs % kStep == 0;
     const bool are_whole = weight.depth % kStep == 0 && weight.columns % kTileChannels == 0;
     return are_groups && are_whole && rows >= range.least && rows <= range.most;
 }

@@ -33,18 +33,21 @@ constexpr AttentionKernels integer_attention = {
     head_bytes<typename Kind::Element>,
     {prepare_integers<Kind, float>, prepare_integers<Kind, BFloat16>, prepare_integers<Kind, Half>},
     {attend_integers<Kind, float>, attend_integers<Kind, BFloat16>, attend_integers<Kind, Half>},
-    kIntegerRows, 0};
+    kIntegerRows,
+    0};
 
 constexpr AttentionKernels attentions[kAttentionBFloat16] = {
     {head_bytes<float>,
      {prepare_float<float, false>, prepare_float<BFloat16, false>, prepare_float<Half, false>},
      {attend_float<float, false>, attend_float<BFloat16, false>, attend_float<Half, false>},
-     kFloatRows, 0},
+     kFloatRows,
+     0},
     integer_attention<Attention8>,
     {head_bytes<float>,
      {prepare_float<float, true>, prepare_float<BFloat16, true>, prepare_float<Half, true>},
      {attend_float<float, true>, attend_float<BFloat16, true>, attend_float<Half, true>},
-     kFloatRows, 0},
+     kFloatRows,
+     0},
     integer_attention<Attention16>,
 };
 

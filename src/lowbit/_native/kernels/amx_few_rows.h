@@ -15,9 +15,7 @@ LOWBIT_INLINE int64_t rows_of_tile(const GemmArgs& job) { return smaller(job.row
 
 LOWBIT_INLINE int64_t bytes_of_step(const GemmArgs& job) { return blocks(job.rows, kTileRows) * rows_of_tile(job) * kStep; }
 
-inline int64_t channels_of_group(int64_t rows) {
-    return rows <= 2 * kTileRows ? 2 * kTileChannels : kTileChannels;
-}
+inline int64_t channels_of_group(int64_t rows) { return rows <= 2 * kTileRows ? 2 * kTileChannels : kTileChannels; }
 
 // Steps [first, last) of 32 inputs -> tiles [steps][blocks of rows][16 pairs of inputs][rows of a tile][2].
 void transpose_rows(const GemmArgs& job, int64_t first, int64_t last) {
@@ -179,7 +177,8 @@ void multiply_groups(const GemmArgs& job, int64_t first, int64_t last) {
     Chunk chunk{last, 0}, next{first, 0};
     for (int64_t turn = 0; chunk.group < last || next.group < last; turn ^= 1) {
         const Chunk after = next_chunk(job, next, last);
-        const int64_t inputs = smaller(kFewInputs, job.depth / 2 - chunk.input), steps = chunk.group < last ? blocks(inputs, kWords) : 0;
+        const int64_t inputs = smaller(kFewInputs, job.depth / 2 - chunk.input),
+                      steps = chunk.group < last ? blocks(inputs, kWords) : 0;
         Part decoded = part_of(job, next, last, kChannels), asked = part_of(job, after, last, kChannels);
         const bool is_whole = decoded.is_whole(kChannels) && asked.is_whole(kChannels);
         const char* codes = codes_at(*job.decoder, asked.channel, asked.input);
@@ -225,7 +224,8 @@ void multiply_groups(const GemmArgs& job, int64_t first, int64_t last) {
 template <typename Channel>
 void multiply_few_rows(const GemmArgs& job, int64_t first, int64_t last) {
     const bool is_wide = channels_of_group(job.rows) > kTileChannels;
-    is_wide ? multiply_groups<Channel, 2 * kTileChannels>(job, first, last) : multiply_groups<Channel, kTileChannels>(job, first, last);
+    is_wide ? multiply_groups<Channel, 2 * kTileChannels>(job, first, last)
+            : multiply_groups<Channel, kTileChannels>(job, first, last);
 }
 
 LOWBIT_END

@@ -21,15 +21,17 @@ struct Grouped {
 };
 
 // How many rows are multiplied so. Fewer of int4 are by vectors; of more, scaling the sums takes longer than decoding the weight.
-struct RowRange { int64_t least, most; };
+struct RowRange {
+    int64_t least, most;
+};
 constexpr RowRange kRowsOfInt4{3, 8}, kRowsOfInt8{1, 16};
 
-constexpr int64_t kBytesOfAUnit = 2;          // of each activation
-constexpr float kNibbleScale = 1.0f / 16;     // of int4 as it is multiplied
+constexpr int64_t kBytesOfAUnit = 2;       // of each activation
+constexpr float kNibbleScale = 1.0f / 16;  // of int4 as it is multiplied
 constexpr int64_t kPairChannels = 2 * kTileChannels;
-constexpr int64_t kPhases = 4;                // of a step, see multiply_pair
+constexpr int64_t kPhases = 4;  // of a step, see multiply_pair
 constexpr int64_t kPhaseChannels = kPairChannels / kPhases;
-constexpr int64_t kScaledGroups = 16;         // whose scales are loaded together
+constexpr int64_t kScaledGroups = 16;  // whose scales are loaded together
 
 // Where the lower bytes of 64 words are. Of int4, two neighbours of which share a byte, even inputs are multiplied first.
 template <bool kIsEvenFirst>
@@ -37,7 +39,8 @@ struct BytePlaces {
     alignas(64) uint8_t places[kStep];
     constexpr BytePlaces() : places() {
         constexpr int kHalf = kStep / 2;
-        for (int i = 0; i < kStep; ++i) places[i] = static_cast<uint8_t>(2 * (!kIsEvenFirst ? i : i < kHalf ? 2 * i : 2 * (i - kHalf) + 1));
+        for (int i = 0; i < kStep; ++i)
+            places[i] = static_cast<uint8_t>(2 * (!kIsEvenFirst ? i : i < kHalf ? 2 * i : 2 * (i - kHalf) + 1));
     }
 };
 constexpr BytePlaces<false> kPlaces;
@@ -142,7 +145,8 @@ LOWBIT_INLINE void load_groups(const GemmArgs& job, int64_t channel, int64_t gro
 // follows at once. Tiles 0 and 1 hold the sums of the first 16 channels, 2 and 3 those of the others; of up to 16 rows the even
 // ones alone.
 template <bool kIsWide>
-LOWBIT_INLINE void multiply_pair(int64_t phase, const int8_t* first, const int8_t* second, int64_t stride, const uint8_t* x, int64_t rows) {
+LOWBIT_INLINE void multiply_pair(int64_t phase, const int8_t* first, const int8_t* second, int64_t stride, const uint8_t* x,
+                                 int64_t rows) {
     if (phase == 0) {
         _tile_loadd(6, x, 4 * rows);
         _tile_loadd(4, first, stride);
@@ -187,8 +191,10 @@ LOWBIT_INLINE void add_unit(const GemmArgs& job, const Unit& unit, int64_t phase
     const float* zeros = pair.zeros[phase * kPhaseChannels] + unit.group % kScaledGroups;
     const int64_t first = phase * kPhaseChannels % kTileChannels * kTileRows;
     for (int64_t block = 0; block < (kIsWide ? 2 : 1); ++block) {
-        const int64_t row = unit.number * kMostRows + block * kTileRows, tile = phase * kPhaseChannels / kTileChannels * 2 + block;
-        const __m512 row_scales = _mm512_loadu_ps(job.groups->row_scales + row), row_sums = _mm512_loadu_ps(job.groups->row_sums + row);
+        const int64_t row = unit.number * kMostRows + block * kTileRows,
+                      tile = phase * kPhaseChannels / kTileChannels * 2 + block;
+        const __m512 row_scales = _mm512_loadu_ps(job.groups->row_scales + row),
+                     row_sums = _mm512_loadu_ps(job.groups->row_sums + row);
         const int32_t* sums = memory.sums[tile] + first;
         float* totals = memory.totals[tile] + first;
 #pragma GCC unroll 8
@@ -212,7 +218,8 @@ LOWBIT_INLINE void write_totals(const GemmArgs& job, const float (*totals)[kTile
     const __m512 bias = job.weight.bias ? _mm512_loadu_ps(job.weight.bias + channel) : _mm512_setzero_ps();
     auto* to = static_cast<BFloat16*>(job.output) + channel;
     for (int64_t row = 0; row < rows; ++row, to += job.columns) {
-        const __m512 upper = _mm512_load_ps(turned + row * kTileChannels), lower = _mm512_load_ps(turned + (rows + row) * kTileChannels);
+        const __m512 upper = _mm512_load_ps(turned + row * kTileChannels),
+                     lower = _mm512_load_ps(turned + (rows + row) * kTileChannels);
         const __m512 value = _mm512_add_ps(upper, lower);
         store_narrow(to, 0xffff, job.weight.bias ? _mm512_add_ps(value, bias) : value);
     }
@@ -225,7 +232,8 @@ struct Pair {
 
     Pair(const GemmArgs& job, int64_t number, int64_t bytes) : row_bytes(bytes), channel(number * kPairChannels) {
         const auto* weight = static_cast<const int8_t*>(job.weight.data);
-        for (int64_t i = 0; i < 2; ++i) codes[i] = weight + smaller(channel + i * kTileChannels, job.columns - kTileChannels) * row_bytes;
+        for (int64_t i = 0; i < 2; ++i)
+            codes[i] = weight + smaller(channel + i * kTileChannels, job.columns - kTileChannels) * row_bytes;
     }
 };
 
@@ -251,7 +259,8 @@ void multiply_pairs_of_tiles(const GemmArgs& job, int64_t first, int64_t last) {
     const GroupScales& groups = *job.groups;
     const int64_t steps = job.depth / kStep, group_steps = groups.inputs / kStep, rows = rows_of_tile(job);
     const auto unpack = [&memory](const Pair& pair, int64_t step, int64_t turn, int64_t phase) LOWBIT_INLINE_LAMBDA {
-        const int8_t* from = pair.codes[phase * kPhaseChannels / kTileChannels] + phase * kPhaseChannels % kTileChannels * pair.row_bytes;
+        const int8_t* from =
+            pair.codes[phase * kPhaseChannels / kTileChannels] + phase * kPhaseChannels % kTileChannels * pair.row_bytes;
         int8_t* to = memory.unpacked[turn] + phase * kPhaseChannels * kStep;
 #pragma GCC unroll 8
         for (int64_t i = 0; i < kPhaseChannels; ++i)
@@ -306,7 +315,8 @@ void multiply_grouped(const GemmArgs& job, int64_t first, int64_t last) {
 }
 
 template <typename Code>
-constexpr TileKernel grouped_products[2][2] = {  // by the type of the scales, and whether there are zero points
+constexpr TileKernel grouped_products[2][2] = {
+    // by the type of the scales, and whether there are zero points
     {multiply_grouped<Grouped<Code, float, false>>, multiply_grouped<Grouped<Code, float, true>>},
     {multiply_grouped<Grouped<Code, BFloat16, false>>, multiply_grouped<Grouped<Code, BFloat16, true>>}};
 

@@ -95,7 +95,8 @@ LOWBIT_INLINE void multiply_channels(const int8_t* first, const int8_t* second, 
 // The last inputs of 16 channels -> 64 of each.
 LOWBIT_INLINE void copy_rest(const GemmArgs& job, const ChannelTile& tile, int64_t first, int8_t* rest) {
     for (int64_t i = 0; i < kTileChannels; ++i)
-        _mm512_store_si512(rest + i * kStep, _mm512_maskz_loadu_epi8(present(first, job.depth), tile.weight + i * job.depth + first));
+        _mm512_store_si512(rest + i * kStep,
+                           _mm512_maskz_loadu_epi8(present(first, job.depth), tile.weight + i * job.depth + first));
 }
 
 LOWBIT_INLINE __m512 scaled(const int32_t* sums, float row_scale, const TileWeight& weight, int64_t channel) {
@@ -109,12 +110,14 @@ template <typename Kind, typename Output>
 LOWBIT_INLINE void write_few(const GemmArgs& job, const int32_t* sums, const int32_t* gated, int64_t row, int64_t channel) {
     alignas(64) int32_t turned[2][kTileRows * kTileChannels];
     pack_step(reinterpret_cast<const int8_t*>(sums), kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(turned[0]));
-    if (Kind::is_gated) pack_step(reinterpret_cast<const int8_t*>(gated), kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(turned[1]));
+    if (Kind::is_gated)
+        pack_step(reinterpret_cast<const int8_t*>(gated), kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(turned[1]));
     auto* to = static_cast<Output*>(job.output) + row * job.columns + channel;
     for (int64_t i = 0; i < smaller(kTileRows, job.rows - row); ++i, to += job.columns) {
         __m512 value = scaled(turned[0] + i * kTileChannels, job.row_scale[row + i], job.weight, channel);
         if (Kind::is_gated)
-            value = _mm512_mul_ps(base::silu(value), scaled(turned[1] + i * kTileChannels, job.row_scale[row + i], job.gated, channel));
+            value = _mm512_mul_ps(base::silu(value),
+                                  scaled(turned[1] + i * kTileChannels, job.row_scale[row + i], job.gated, channel));
         store_narrow(to, 0xffff, value);
     }
 }
@@ -149,7 +152,8 @@ void split_rows_to_bytes(const SplitJob& job, int64_t first, int64_t last) {
         const bool is_finite = largest < 0x7f80u;
         int exponent = static_cast<int>(largest >> 7) - kSplitBits;
         exponent = exponent < 1 ? 1 : exponent;  // of rows so small what is below the smallest normal number is lost
-        job.row_scale[row] = is_finite ? as_float(static_cast<uint32_t>(exponent) << 23) : std::numeric_limits<float>::quiet_NaN();
+        job.row_scale[row] =
+            is_finite ? as_float(static_cast<uint32_t>(exponent) << 23) : std::numeric_limits<float>::quiet_NaN();
         const __m512 inverse = _mm512_set1_ps(is_finite ? as_float(static_cast<uint32_t>(254 - exponent) << 23) : 0.0f);
         int8_t* to[kBytesOfASplit];
         for (int64_t i = 0; i < kBytesOfASplit; ++i) to[i] = job.codes + (i * job.rows + row) * job.depth;

@@ -91,10 +91,10 @@ struct AmxBFloat16 {
 };
 
 // Tiles 0 ... 3 are the sums of two by two tiles, 4 and 5 activations, 6 and 7 weights.
-#define LOWBIT_TILE_DOT(Kind, sum, x, weight)                                      \
-    do {                                                                           \
-        if constexpr (Kind::has_offset) _tile_dpbusd(sum, x, weight);              \
-        else _tile_dpbf16ps(sum, x, weight);                                       \
+#define LOWBIT_TILE_DOT(Kind, sum, x, weight)                         \
+    do {                                                              \
+        if constexpr (Kind::has_offset) _tile_dpbusd(sum, x, weight); \
+        else _tile_dpbf16ps(sum, x, weight);                          \
     } while (0)
 
 // The panels that a thread packed last, and of int8 the sums of their channels times 128.
@@ -147,7 +147,11 @@ struct Waiting {
 
     Waiting() : rows(0) {}
     Waiting(const GemmArgs& job, const void* all, const int32_t* of_channels, int64_t top, int64_t count, int64_t first)
-        : sums(static_cast<const typename Kind::Sum*>(all)), offsets(of_channels), row(top), rows(count), column(first),
+        : sums(static_cast<const typename Kind::Sum*>(all)),
+          offsets(of_channels),
+          row(top),
+          rows(count),
+          column(first),
           masks{column_mask(job.columns - first), column_mask(job.columns - first - kPanelChannels)} {}
 
     void write_all(const GemmArgs& job) {
@@ -256,7 +260,8 @@ void multiply_tiles(const GemmArgs& job, int64_t first, int64_t last) {
         const int64_t panels = blocks(columns, kPanelChannels) * kPanelsAColumn;
         const int64_t top = task % job.row_blocks * job.row_block, bottom = smaller(top + job.row_block, job.rows);
         for (int64_t depth = 0; depth < all_steps; depth += kDepthSteps) {
-            const int64_t steps = smaller(kDepthSteps, all_steps - depth), strip_steps = blocks(steps, blocks(steps, kStripSteps));
+            const int64_t steps = smaller(kDepthSteps, all_steps - depth),
+                          strip_steps = blocks(steps, blocks(steps, kStripSteps));
             if (packed.call != job.call || packed.column != column || packed.depth != depth) {
                 waiting.write_all(job);  // with the offsets of before
                 pack_group<Kind>(job, column, depth * kStep, packed);
@@ -269,8 +274,8 @@ void multiply_tiles(const GemmArgs& job, int64_t first, int64_t last) {
                 for (int64_t step = 0; step < steps; step += strip_steps) {
                     for (int64_t panel = 0; panel < panels; panel += 2) {
                         const TileStrip strip{x + step * 2 * kTileBytes, packed.panels + (panel * steps + step) * kTileBytes,
-                                              steps * kTileBytes, smaller(strip_steps, steps - step), depth + step != 0,
-                                              row_sums + panel * 2 * kTileBytes};
+                                              steps * kTileBytes,        smaller(strip_steps, steps - step),
+                                              depth + step != 0,         row_sums + panel * 2 * kTileBytes};
                         const int64_t rows_a_step = blocks(waiting.rows, strip.steps);
                         int64_t written = 0;
                         multiply_strip<Kind>(strip, [&]() LOWBIT_INLINE_LAMBDA {
@@ -293,7 +298,7 @@ void multiply_tiles(const GemmArgs& job, int64_t first, int64_t last) {
 }
 
 constexpr TileKernel quantizing_arrangements[3] = {quantize_and_arrange<float>, quantize_and_arrange<BFloat16>,
-                                                  quantize_and_arrange<Half>};
+                                                   quantize_and_arrange<Half>};
 constexpr TileKernel int8_products[2][3] = {
     {multiply_tiles<AmxInt8, float>, multiply_tiles<AmxInt8, BFloat16>, multiply_tiles<AmxInt8, Half>},
     {multiply_tiles<AmxGatedInt8, float>, multiply_tiles<AmxGatedInt8, BFloat16>, multiply_tiles<AmxGatedInt8, Half>}};

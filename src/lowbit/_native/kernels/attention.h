@@ -18,12 +18,12 @@ constexpr float kSmallestAbsmax = 1e-30f;
 // What queries need of a head's keys and values, in a piece of the workspace. Widths are padded to multiples of 16.
 template <typename Element>
 struct Head {
-    Element *key, *value;              // [blocks][64 keys x width], as the product reads them
-    float *key_scale, *value_scale;    // [blocks][64], [blocks][width]
-    float *key_mean, *value_mean;      // [width]
-    int32_t* key_sum;                  // [blocks][64]: what 128 added to a query has added to its score, negative
-    uint64_t* keep;                    // [blocks]: a bit for each key that is there
-    float* poison;                     // [1]: NaN where a key is not finite, else 0
+    Element *key, *value;            // [blocks][64 keys x width], as the product reads them
+    float *key_scale, *value_scale;  // [blocks][64], [blocks][width]
+    float *key_mean, *value_mean;    // [width]
+    int32_t* key_sum;                // [blocks][64]: what 128 added to a query has added to its score, negative
+    uint64_t* keep;                  // [blocks]: a bit for each key that is there
+    float* poison;                   // [1]: NaN where a key is not finite, else 0
 
     Head(char* at, int64_t key_blocks, int64_t width) {
         const int64_t keys = key_blocks * kBlockKeys;
@@ -80,8 +80,7 @@ LOWBIT_INLINE __m512 exp2_of(__m512 x, float lowest, float factor) {
     __m512 power = _mm512_set1_ps(factor * kPower<Degree>[Degree]);
 #pragma GCC unroll 8
     for (int i = Degree - 1; i >= 0; --i) power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(factor * kPower<Degree>[i]));
-    return _mm512_castsi512_ps(
-        _mm512_add_epi32(_mm512_castps_si512(power), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(power), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
 }
 
 // The bits of a block's keys that are there: before the end, and kept by the mask.
@@ -144,9 +143,7 @@ LOWBIT_INLINE float poison_of(float value) { return value - value; }
 
 LOWBIT_INLINE float not_zero(float absmax) { return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax; }
 
-LOWBIT_INLINE float absmax_of(const float* values, int64_t count) {
-    return as_float(base::largest(values, count, 0));
-}
+LOWBIT_INLINE float absmax_of(const float* values, int64_t count) { return as_float(base::largest(values, count, 0)); }
 
 // A query's numbers from block to block.
 template <int64_t Rows>
@@ -193,8 +190,8 @@ struct Softmax {
 // sums [rows][padded width] / the rows' sums + mean -> output, NaN in rows that met what is not finite. A row without
 // keys gives zeros.
 template <typename Output, int64_t Rows>
-LOWBIT_INLINE void write_attention(const AttentionJob& job, const Softmax<Rows>& softmax, const float* sums,
-                                   const float* mean, const float* poison, int64_t rows, Output* output) {
+LOWBIT_INLINE void write_attention(const AttentionJob& job, const Softmax<Rows>& softmax, const float* sums, const float* mean,
+                                   const float* poison, int64_t rows, Output* output) {
     const int64_t columns = padded(job.width);
     for (int64_t row = 0; row < rows; ++row) {
         const bool empty = softmax.sum[row] == 0.0f;

@@ -23,8 +23,8 @@ using vnni::prefetch_row;
 using vnni::Queries;
 
 constexpr int64_t kKeysTogether = 128;
-constexpr int64_t kQueries = 256;  // a task's
-constexpr int64_t kStepKeys = 32;  // in the 64 bytes of a tile's row
+constexpr int64_t kQueries = 256;              // a task's
+constexpr int64_t kStepKeys = 32;              // in the 64 bytes of a tile's row
 constexpr int64_t kBytesTogether = 512 << 10;  // of keys and values that stay in the second-level cache
 constexpr float kMostAbove = 8.0f;  // that a score may be higher, in powers of two, before what was summed is scaled anew
 
@@ -114,11 +114,11 @@ void prepare_amx(const AttentionJob& job, int64_t first, int64_t last) {
 
 // What a task works with.
 struct AmxAttention {
-    alignas(64) uint8_t query[kQueries * kLargestWidth * 2];  // [8][steps][32 rows][64 bytes]
-    alignas(64) float sums[kQueries * kLargestWidth];         // [8][pairs of panels][2][2][16][16]
-    alignas(64) float scores[2][kRowsTogether * kKeysTogether];  // [4 pairs of panels][2][2][16][16]; one is read, one written
+    alignas(64) uint8_t query[kQueries * kLargestWidth * 2];        // [8][steps][32 rows][64 bytes]
+    alignas(64) float sums[kQueries * kLargestWidth];               // [8][pairs of panels][2][2][16][16]
+    alignas(64) float scores[2][kRowsTogether * kKeysTogether];     // [4 pairs of panels][2][2][16][16]; one is read, one written
     alignas(64) uint8_t powers[kRowsTogether * kKeysTogether * 2];  // [4 steps][32 rows][64 bytes]
-    alignas(64) float sum[kQueries][16];  // in parts
+    alignas(64) float sum[kQueries][16];                            // in parts
     float highest[kQueries], poison[kQueries];
     bool has_sums[kQueries / kRowsTogether];
 };
@@ -241,8 +241,8 @@ struct Softening {
 };
 
 // Blocks [first, last) of 128 keys for 32 of a task's queries.
-void attend_group(const AttentionJob& job, const Queries& queries, const AmxHead& head, int64_t group, int64_t first, int64_t last,
-                  AmxAttention& task) {
+void attend_group(const AttentionJob& job, const Queries& queries, const AmxHead& head, int64_t group, int64_t first,
+                  int64_t last, AmxAttention& task) {
     const int64_t steps = depth_steps(job.width), pairs = width_panels(job.width) / 2, row = group * kRowsTogether;
     const uint8_t* query = task.query + group * steps * kRowsTogether * kStep;
     float* sums = task.sums + group * pairs * kStripSize;
@@ -267,7 +267,10 @@ void attend_group(const AttentionJob& job, const Queries& queries, const AmxHead
         for (int64_t panel = 0; panel < panels; panel += 2)
             multiply_strip<AmxBFloat16>({query, keys + panel * steps * kTileBytes, steps * kTileBytes, steps, false,
                                          reinterpret_cast<uint8_t*>(scores + panel / 2 * kStripSize)},
-                                        [&]() LOWBIT_INLINE_LAMBDA { softening(); softening(); });
+                                        [&]() LOWBIT_INLINE_LAMBDA {
+                                            softening();
+                                            softening();
+                                        });
         if (before >= 0) add_values(before);
         softening.begin(scores, keep, panels, queries.top + row - block * kKeysTogether);
         before = block;
@@ -293,7 +296,8 @@ void attend_amx(const AttentionJob& job, int64_t first, int64_t last) {
         auto* output = queries.output<BFloat16>(job);
         for (int64_t row = 0; row < queries.rows; ++row, output += job.heads * job.width) {
             const float* sums = task.sums + row / kRowsTogether * sums_size;
-            if (!task.has_sums[row / kRowsTogether]) std::memset(task.sums + row / kRowsTogether * sums_size, 0, sums_size * sizeof(float));
+            if (!task.has_sums[row / kRowsTogether])
+                std::memset(task.sums + row / kRowsTogether * sums_size, 0, sums_size * sizeof(float));
             const float sum = _mm512_reduce_add_ps(_mm512_load_ps(task.sum[row]));
             const __m512 factor = _mm512_set1_ps(sum == 0.0f ? 0.0f : 1.0f / sum);
             const __m512 bad = _mm512_set1_ps(task.poison[row] + poison_of(task.highest[row]));
@@ -307,8 +311,8 @@ void attend_amx(const AttentionJob& job, int64_t first, int64_t last) {
     _tile_release();
 }
 
-constexpr AttentionKernels amx_attention = {amx_head_bytes, {nullptr, prepare_amx, nullptr}, {nullptr, attend_amx, nullptr},
-                                           kQueries, kKeysTogether};
+constexpr AttentionKernels amx_attention = {
+    amx_head_bytes, {nullptr, prepare_amx, nullptr}, {nullptr, attend_amx, nullptr}, kQueries, kKeysTogether};
 
 LOWBIT_END
 #endif  // LOWBIT_NATIVE_KERNELS_ATTENTION_AMX_H

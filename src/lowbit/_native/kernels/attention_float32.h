@@ -12,10 +12,10 @@ constexpr int64_t kFloatRows = 96;
 
 // As Tile of vector_tiles.h, with strides of its own: as variables there they took 5% of the integer products' time.
 struct FloatTile {
-    const float* x;          // rows, x_stride apart
-    const float* weight;     // [depth] steps of 16 columns a panel
+    const float* x;       // rows, x_stride apart
+    const float* weight;  // [depth] steps of 16 columns a panel
     int64_t x_stride, panel_stride, step_stride, depth;
-    float* sums;             // rows, sums_stride apart
+    float* sums;  // rows, sums_stride apart
     int64_t sums_stride;
     bool accumulate;
 };
@@ -56,10 +56,9 @@ using MultiplyFloatTile = void (*)(const FloatTile&);
 
 template <int Rows>
 constexpr MultiplyFloatTile kFloatTilesOfRows[kVectorPanels] = {multiply_float_tile<Rows, 1>, multiply_float_tile<Rows, 2>,
-                                                              multiply_float_tile<Rows, 3>, multiply_float_tile<Rows, 4>};
-constexpr const MultiplyFloatTile* kFloatTiles[kVectorRows] = {kFloatTilesOfRows<1>, kFloatTilesOfRows<2>,
-                                                             kFloatTilesOfRows<3>, kFloatTilesOfRows<4>,
-                                                             kFloatTilesOfRows<5>, kFloatTilesOfRows<6>};
+                                                                multiply_float_tile<Rows, 3>, multiply_float_tile<Rows, 4>};
+constexpr const MultiplyFloatTile* kFloatTiles[kVectorRows] = {kFloatTilesOfRows<1>, kFloatTilesOfRows<2>, kFloatTilesOfRows<3>,
+                                                               kFloatTilesOfRows<4>, kFloatTilesOfRows<5>, kFloatTilesOfRows<6>};
 
 LOWBIT_INLINE void multiply_float_rows(FloatTile tile, int64_t rows, int64_t panels) {
     for (int64_t row = 0; row < rows; row += kVectorRows) {
@@ -103,8 +102,7 @@ LOWBIT_INLINE void fake_quantize_channels(float* rows, int64_t width) {
         }
     for (int64_t i = 0; i < width; ++i) scale[i] = (scale[i] < kSmallestAbsmax ? kSmallestAbsmax : scale[i]) / 448.0f;
     for (int64_t key = 0; key < kBlockKeys; ++key)
-        for (int64_t i = 0; i < width; ++i)
-            rows[key * width + i] = round_e4m3(rows[key * width + i] / scale[i]) * scale[i];
+        for (int64_t i = 0; i < width; ++i) rows[key * width + i] = round_e4m3(rows[key * width + i] / scale[i]) * scale[i];
 }
 
 // Heads [first, last) of the group. Keys become [4 panels][width][16 keys], values stay [64 keys][width].
@@ -210,9 +208,9 @@ void attend_float(const AttentionJob& job, int64_t first, int64_t last) {
             const auto bits_of = [&](int64_t row) {
                 return job.causal ? causal_bits(head.keep[block], queries.top + row - start) : head.keep[block];
             };
-            multiply_float_rows({scratch.query, head.key + start * width, width, 16 * width, 16, width, scratch.scores,
-                                 kBlockKeys, false},
-                                queries.rows, 4);
+            multiply_float_rows(
+                {scratch.query, head.key + start * width, width, 16 * width, 16, width, scratch.scores, kBlockKeys, false},
+                queries.rows, 4);
             for (int64_t row = 0; row < queries.rows; ++row)
                 find_highest(scratch.scores + row * kBlockKeys, bits_of(row), softmax.block_highest + row);
             if (softmax.meet_block()) softmax.rescale(scratch.sums, queries.rows, width);
@@ -226,8 +224,7 @@ void attend_float(const AttentionJob& job, int64_t first, int64_t last) {
                                      scratch.sums + channel, width, true},
                                     queries.rows, smaller(kVectorColumns, width - channel) / 16);
         }
-        write_attention(job, softmax, scratch.sums, head.value_mean, scratch.poison, queries.rows,
-                        queries.output<Input>(job));
+        write_attention(job, softmax, scratch.sums, head.value_mean, scratch.poison, queries.rows, queries.output<Input>(job));
     }
 }
 

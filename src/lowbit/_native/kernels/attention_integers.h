@@ -65,9 +65,7 @@ struct Attention16 : Dot16 {
     }
 };
 
-LOWBIT_INLINE __m512i codes_of(__m512 values, __m512 scale) {
-    return _mm512_cvtps_epi32(_mm512_div_ps(values, scale));
-}
+LOWBIT_INLINE __m512i codes_of(__m512 values, __m512 scale) { return _mm512_cvtps_epi32(_mm512_div_ps(values, scale)); }
 
 // rows [64][width] -> [4 panels of 16 keys][words of a row][16 keys], a scale a key.
 template <typename Kind>
@@ -163,8 +161,8 @@ LOWBIT_INLINE void quantize_queries(const AttentionJob& job, const Input* from, 
 
 // A row of 64 integers -> scores, then powers of two relative to the highest, as integers up to kLargestPower. scale >= 0.
 template <typename Kind>
-LOWBIT_INLINE void soften_row(const int32_t* integers, const int32_t* key_sum, const float* key_scale, float scale,
-                              uint64_t bits, typename Kind::Element* powers, float* highest, float* sum) {
+LOWBIT_INLINE void soften_row(const int32_t* integers, const int32_t* key_sum, const float* key_scale, float scale, uint64_t bits,
+                              typename Kind::Element* powers, float* highest, float* sum) {
     __m512 score[4];  // less the scale
     __m512i power[4];
 #pragma GCC unroll 4

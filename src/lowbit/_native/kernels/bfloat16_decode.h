@@ -118,7 +118,8 @@ void decode_bytes(const void* weight, int64_t channel, int64_t first, int64_t co
             done += part, left -= part;
             if (left == 0) ++index, left = job.block_columns;
         }
-        if (!are_numbers(Code{}, largest, largest_scale)) decode_slowly<Code>(job, channel, first + begin, end - begin, output + begin);
+        if (!are_numbers(Code{}, largest, largest_scale))
+            decode_slowly<Code>(job, channel, first + begin, end - begin, output + begin);
     }
 }
 
@@ -180,7 +181,8 @@ LOWBIT_INLINE __m512i look_up_half_blocks(const uint8_t* codes, __m512i words) {
 LOWBIT_INLINE void decode_half_blocks(const uint8_t* codes, int64_t count, const float* scales, BFloat16* output) {
     const __m512 table = base::table_of(E2M1{}, 0.0f);
     for (int64_t i = 0; i < count; i += kWords, codes += kWords / 2, scales += 2) {
-        const __m512 first = _mm512_mul_ps(table, _mm512_set1_ps(scales[0])), second = _mm512_mul_ps(table, _mm512_set1_ps(scales[1]));
+        const __m512 first = _mm512_mul_ps(table, _mm512_set1_ps(scales[0])),
+                     second = _mm512_mul_ps(table, _mm512_set1_ps(scales[1]));
         _mm512_storeu_si512(output + i, look_up_half_blocks(codes, round_pair(first, second)));
     }
 }
@@ -234,8 +236,7 @@ struct LookedUp {
     const WeightJob& job;
     const BFloat16 (*values)[16];
 
-    explicit LookedUp(const void* weight)
-        : job(*static_cast<const WeightJob*>(weight)), values(scaled_e2m1(job).values) {}
+    explicit LookedUp(const void* weight) : job(*static_cast<const WeightJob*>(weight)), values(scaled_e2m1(job).values) {}
 
     void operator()(int64_t channel, int64_t first, int64_t count, BFloat16* output) const {
         const uint64_t at = static_cast<uint64_t>(channel * job.depth + first);
@@ -243,7 +244,8 @@ struct LookedUp {
         const auto* all_scales = static_cast<const uint8_t*>(job.scale) + at / Block;
         const auto* table = values;
         for_registers(count, [=](int64_t from, int64_t j) LOWBIT_INLINE_LAMBDA {
-            const uint8_t *codes = all_codes + from / 2 + j * kWords / 2, *scales = all_scales + from / Block + j * kWords / Block;
+            const uint8_t *codes = all_codes + from / 2 + j * kWords / 2,
+                          *scales = all_scales + from / Block + j * kWords / Block;
             __m512i words;
             if (Block == 16) {
                 // A masked load takes the unit less that looking up waits for than inserting.
@@ -278,7 +280,8 @@ constexpr BytesAsFloats kBytesAsFloats;
 template <typename Scale, int64_t kBlock, bool kHasZero>
 LOWBIT_INLINE void decode_int4(const void* weight, int64_t channel, int64_t first, int64_t count, BFloat16* output) {
     const auto& job = *static_cast<const WeightJob*>(weight);
-    const int64_t block = kBlock ? kBlock : job.block_columns, per_row = block >= job.depth ? 1 : base::quotient(job.depth, block);
+    const int64_t block = kBlock ? kBlock : job.block_columns,
+                  per_row = block >= job.depth ? 1 : base::quotient(job.depth, block);
     const auto* scales = static_cast<const Scale*>(job.scale) + channel * per_row;
     const auto* zeros = static_cast<const uint8_t*>(job.zero_point) + channel * per_row;
     const auto* codes = static_cast<const uint8_t*>(job.weight) + static_cast<uint64_t>(channel * job.depth + first) / 2;
@@ -481,7 +484,8 @@ LOWBIT_INLINE void decode_mxfp8(const void* weight, int64_t channel, int64_t fir
             const __m512i bytes = _mm512_maskz_loadu_epi8(mask, codes + i);
             __m512i words[2];
             const bool is_special = widen_e4m3(bytes, words);
-            if (is_special) has_nan |= _mm512_cmpeq_epi8_mask(_mm512_and_si512(bytes, _mm512_set1_epi8(0x7f)), _mm512_set1_epi8(0x7f)) != 0;
+            if (is_special)
+                has_nan |= _mm512_cmpeq_epi8_mask(_mm512_and_si512(bytes, _mm512_set1_epi8(0x7f)), _mm512_set1_epi8(0x7f)) != 0;
             _mm512_storeu_si512(to + i, times_power(words[0], power_of(scales[i / kWords]), is_special));
             if (mask >> kWords)
                 _mm512_storeu_si512(to + i + kWords, times_power(words[1], power_of(scales[i / kWords + 1]), is_special));
@@ -491,7 +495,9 @@ LOWBIT_INLINE void decode_mxfp8(const void* weight, int64_t channel, int64_t fir
 }
 
 template <typename Code>
-LOWBIT_INLINE __m512i join(Code, __m512 low, __m512 high) { return round_pair(low, high); }
+LOWBIT_INLINE __m512i join(Code, __m512 low, __m512 high) {
+    return round_pair(low, high);
+}
 
 // decode_chunk gives of each 32 inputs of int4 the even ones first.
 LOWBIT_INLINE __m512i join(Int4, __m512 even, __m512 odd) {
@@ -525,7 +531,8 @@ ChannelKernels byte_decoder(const WeightJob& job) {
     if (has_channel_scales(job)) return kKernelsOf<Each<decode_unscaled<Code>>>;
     constexpr int64_t kBlock = BlockE4M3::kScaledInputs;
     const bool are_blocks = job.scale_type == 0 && job.block_columns == kBlock && job.block_rows == kBlock && !job.outer_scale;
-    if (std::is_same<Code, E4M3>::value && are_blocks) return {kKernelsOf<Each<decode_bytes<Code, false>>>.decode, multiply_few_rows<BlockE4M3>};
+    if (std::is_same<Code, E4M3>::value && are_blocks)
+        return {kKernelsOf<Each<decode_bytes<Code, false>>>.decode, multiply_few_rows<BlockE4M3>};
     return kKernelsOf<Each<decode_bytes<Code, false>>>;
 }
 
@@ -562,7 +569,12 @@ BFloat16Decoder weight_decoder(const WeightJob& job) {
     else kernels = kSlowKernelsOf<decode_any<Code>>;
     bool leaves_scales = false;
     if constexpr (kBits == 8) leaves_scales = kernels.decode == kKernelsOf<Each<decode_unscaled<Code>>>.decode;
-    return {kernels.decode, kernels.multiply_few_rows, order, job.weight, job.depth * kBits / 8, 32 * kBits,
+    return {kernels.decode,
+            kernels.multiply_few_rows,
+            order,
+            job.weight,
+            job.depth * kBits / 8,
+            32 * kBits,
             leaves_scales ? channel_scales(job) : nullptr};
 }
 

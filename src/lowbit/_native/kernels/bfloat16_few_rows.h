@@ -22,11 +22,11 @@ struct FewRowsMemory {
 };
 
 // Pairs that are multiplied at once.
-LOWBIT_INLINE int64_t pairs_at_once(const GemmArgs& job) { return job.rows <= kTileRows / 4 ? 4 : job.rows <= kTileRows / 2 ? 2 : 1; }
-
-LOWBIT_INLINE int64_t bytes_of_step(const GemmArgs& job) {
-    return blocks(job.rows, kTileRows) * kTileBytes / pairs_at_once(job);
+LOWBIT_INLINE int64_t pairs_at_once(const GemmArgs& job) {
+    return job.rows <= kTileRows / 4 ? 4 : job.rows <= kTileRows / 2 ? 2 : 1;
 }
+
+LOWBIT_INLINE int64_t bytes_of_step(const GemmArgs& job) { return blocks(job.rows, kTileRows) * kTileBytes / pairs_at_once(job); }
 
 // Steps [first, last) of 32 inputs -> [steps][blocks of 16 rows][16 pairs of inputs][16 rows][2], or
 // [steps][16 / pairs at once][16 / pairs at once rows][pairs at once][2].
@@ -69,7 +69,8 @@ LOWBIT_INLINE __m512bh spread(const BFloat16* inputs) {
 using StepsKernel = void (*)(const BFloat16* channels, const uint8_t* x, int64_t steps, bool accumulate, FewRowsMemory& memory);
 
 template <int kBlocks, int kPairs>
-LOWBIT_NOINLINE void multiply_steps(const BFloat16* channels, const uint8_t* x, int64_t steps, bool accumulate, FewRowsMemory& memory) {
+LOWBIT_NOINLINE void multiply_steps(const BFloat16* channels, const uint8_t* x, int64_t steps, bool accumulate,
+                                    FewRowsMemory& memory) {
     constexpr int kTogether = kBlocks == 1 ? 16 : kBlocks == 4 ? 4 : 8;  // as many channels as there are registers for
     constexpr int kRegisters = 16 / kPairs;
     for (int64_t channel = 0; channel < kTileChannels; channel += kTogether) {
@@ -105,7 +106,8 @@ LOWBIT_NOINLINE void multiply_steps(const BFloat16* channels, const uint8_t* x, 
 }
 
 // By blocks of 16 rows.
-constexpr StepsKernel kStepsKernels[] = {nullptr, multiply_steps<1, 1>, multiply_steps<2, 1>, multiply_steps<3, 1>, multiply_steps<4, 1>};
+constexpr StepsKernel kStepsKernels[] = {nullptr, multiply_steps<1, 1>, multiply_steps<2, 1>, multiply_steps<3, 1>,
+                                         multiply_steps<4, 1>};
 
 LOWBIT_INLINE StepsKernel steps_kernel(const GemmArgs& job) {
     const int64_t pairs = pairs_at_once(job);
@@ -113,8 +115,8 @@ LOWBIT_INLINE StepsKernel steps_kernel(const GemmArgs& job) {
 }
 
 // Adds what the low-rank product adds to the channels from `channel` on.
-LOWBIT_NOINLINE void add_low_rank(const GemmArgs& job, StepsKernel multiply, int64_t channel, BFloat16 (&copied)[kTileChannels][kStride],
-                                  FewRowsMemory& memory) {
+LOWBIT_NOINLINE void add_low_rank(const GemmArgs& job, StepsKernel multiply, int64_t channel,
+                                  BFloat16 (&copied)[kTileChannels][kStride], FewRowsMemory& memory) {
     for (int64_t step = 0; step * kWords < job.low_rank.rank; ++step) {
         for (int64_t i = 0; i < kTileChannels; ++i) _mm512_store_si512(copied[i], low_rank_inputs(job, channel + i, step));
         multiply(copied[0], job.low_rank.tiles + step * bytes_of_step(job), 1, true, memory);
@@ -147,8 +149,8 @@ LOWBIT_INLINE void write_sums(const GemmArgs& job, Sums& all_sums, int64_t colum
 // As multiply_steps with whole chunks of up to 16 rows; `decode` is called for each channel to be decoded meanwhile, `scale` with
 // the sums of each kScaled inputs, if it is not 0.
 template <int kPairs, int64_t kScaled, typename Decode, typename Scale>
-LOWBIT_INLINE void multiply_and_decode(const BFloat16* channels, const uint8_t* x, bool accumulate, FewRowsMemory& memory, Decode decode,
-                                       Scale scale) {
+LOWBIT_INLINE void multiply_and_decode(const BFloat16* channels, const uint8_t* x, bool accumulate, FewRowsMemory& memory,
+                                       Decode decode, Scale scale) {
     constexpr int kTogether = 16 / kPairs * kSteps / kTileChannels;
     __m512 sums[kTileChannels];
 #pragma GCC unroll 16
@@ -159,7 +161,8 @@ LOWBIT_INLINE void multiply_and_decode(const BFloat16* channels, const uint8_t* 
             const __m512i bits = _mm512_load_si512(x);
 #pragma GCC unroll 16
             for (int c = 0; c < kTileChannels; ++c)
-                sums[c] = _mm512_dpbf16_ps(sums[c], reinterpret_cast<const __m512bh&>(bits), spread<kPairs>(channels + c * kStride));
+                sums[c] =
+                    _mm512_dpbf16_ps(sums[c], reinterpret_cast<const __m512bh&>(bits), spread<kPairs>(channels + c * kStride));
         }
         if constexpr (kScaled > 0) {
             constexpr int64_t kChannelsOfScale = kTileChannels * kScaled / kFewInputs;
@@ -189,7 +192,8 @@ void multiply_few_rows(const GemmArgs& job, int64_t first, int64_t last) {
     Chunk chunk{last, 0}, next{first, 0};
     for (int64_t turn = 0; chunk.group < last || next.group < last; turn ^= 1) {
         const Chunk after = next_chunk(job, next, last);
-        const int64_t inputs = smaller(kFewInputs, job.depth / 2 - chunk.input), steps = chunk.group < last ? blocks(inputs, kWords) : 0;
+        const int64_t inputs = smaller(kFewInputs, job.depth / 2 - chunk.input),
+                      steps = chunk.group < last ? blocks(inputs, kWords) : 0;
         const Part decoded = part_of(job, next, last, kTileChannels), asked = part_of(job, after, last, kTileChannels);
         const bool is_whole = decoded.is_whole(kTileChannels) && asked.is_whole(kTileChannels);
         const char* codes = codes_at(*job.decoder, asked.channel, asked.input);

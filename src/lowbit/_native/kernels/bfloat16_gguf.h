@@ -143,7 +143,8 @@ LOWBIT_INLINE void decode_words(BlockQ6_K, const uint8_t* block, BFloat16* outpu
 #pragma GCC unroll 4
         for (int quarter = 0; quarter < 4; ++quarter) {
             const int group = 4 * half + quarter;
-            const __m512i upper = quarter < 2 ? _mm512_slli_epi16(high, 4 - 2 * quarter) : _mm512_srli_epi16(high, 2 * quarter - 4);
+            const __m512i upper =
+                quarter < 2 ? _mm512_slli_epi16(high, 4 - 2 * quarter) : _mm512_srli_epi16(high, 2 * quarter - 4);
             const __m512i codes = join_bits(quarter < 2 ? low[quarter] : _mm512_srli_epi16(low[quarter - 2], 4), upper);
             const __m512 first = _mm512_set1_ps(scales[2 * group]);  // of the first 16 inputs, which are in these words
             const __m512 scale = _mm512_mask_broadcastss_ps(first, 0xf0f0, _mm_load_ss(scales + 2 * group + 1));
@@ -170,7 +171,8 @@ LOWBIT_INLINE void decode_blocks(const void* weight, int64_t row, int64_t first,
     const uint8_t* from = rows.input + row * rows.row_bytes + first / Block::elements * Block::bytes;
     int64_t i = 0;
     if constexpr (std::is_same<Block, BlockQ4_0>::value)
-        for (; i + 2 * Block::elements <= count; i += 2 * Block::elements, from += 2 * Block::bytes) decode_pair(Block{}, from, output + i);
+        for (; i + 2 * Block::elements <= count; i += 2 * Block::elements, from += 2 * Block::bytes)
+            decode_pair(Block{}, from, output + i);
     for (; i < count; i += Block::elements, from += Block::bytes) decode_words(Block{}, from, output + i);
 }
 
@@ -210,7 +212,13 @@ BFloat16Decoder gguf_decoder(const GgufRows& rows) {
     for (const GgufDecoder& known : kGgufDecoders)
         if (known.number == rows.kernels->number) decoder = known;
     const int64_t bytes_of_256 = 256 / rows.kernels->elements * rows.kernels->bytes;
-    return {decoder.kernels.decode, decoder.kernels.multiply_few_rows, decoder.order, rows.input, rows.row_bytes, bytes_of_256, nullptr};
+    return {decoder.kernels.decode,
+            decoder.kernels.multiply_few_rows,
+            decoder.order,
+            rows.input,
+            rows.row_bytes,
+            bytes_of_256,
+            nullptr};
 }
 
 LOWBIT_END

@@ -42,7 +42,8 @@ LOWBIT_INLINE void multiply_pairs(const BFloat16* x, int64_t stride, const BFloa
             int32_t both;
             std::memcpy(&both, x + row * stride + 2 * pair, sizeof both);
             const __m512i inputs = _mm512_set1_epi32(both);
-            total[row] = _mm512_dpbf16_ps(total[row], reinterpret_cast<const __m512bh&>(inputs), reinterpret_cast<const __m512bh&>(weight));
+            total[row] = _mm512_dpbf16_ps(total[row], reinterpret_cast<const __m512bh&>(inputs),
+                                          reinterpret_cast<const __m512bh&>(weight));
         }
     };
     int64_t pair = 0;
@@ -53,8 +54,8 @@ LOWBIT_INLINE void multiply_pairs(const BFloat16* x, int64_t stride, const BFloa
 
 #ifdef LOWBIT_TILES
 // Likewise kTileRows rows and whole steps of 32 inputs, in tiles.
-LOWBIT_INLINE void multiply_pairs_in_tiles(const BFloat16* x, int64_t stride, const BFloat16 (*pairs)[32], int64_t count, float* sums,
-                                           int64_t width) {
+LOWBIT_INLINE void multiply_pairs_in_tiles(const BFloat16* x, int64_t stride, const BFloat16 (*pairs)[32], int64_t count,
+                                           float* sums, int64_t width) {
     _tile_zero(0);
     __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read it
     for (int64_t pair = 0; pair < count; pair += kTileRows) {
@@ -86,7 +87,8 @@ void project_rows(const GemmArgs& job, int64_t first, int64_t last) {
                 multiply_pairs_in_tiles(x + row * low_rank.x_stride, low_rank.x_stride, pairs, count, sums + row * width, width);
 #endif
             for (; row + kRowsOfPass <= job.rows; row += kRowsOfPass)
-                multiply_pairs<kRowsOfPass>(x + row * low_rank.x_stride, low_rank.x_stride, pairs, count, sums + row * width, width);
+                multiply_pairs<kRowsOfPass>(x + row * low_rank.x_stride, low_rank.x_stride, pairs, count, sums + row * width,
+                                            width);
             for (; row < job.rows; ++row)
                 multiply_pairs<1>(x + row * low_rank.x_stride, low_rank.x_stride, pairs, count, sums + row * width, width);
         }

@@ -58,13 +58,14 @@ void sum_rows(const GemmArgs& job, int64_t top, int64_t rows, int64_t column, in
         const int64_t bytes = smaller(kPanelBytes, step_bytes - depth), panel_bytes = bytes * kPanelChannels;
         if (packed.call != job.call || packed.column != column || packed.depth != depth) {
             for (int64_t panel = 0; panel < panels; ++panel)
-                pack_decoded(job, job.weight.data, column + panel * kPanelChannels, depth, smaller(kPanelBytes, job.depth - depth),
-                             packed.decoded, packed.panels + panel * panel_bytes);
+                pack_decoded(job, job.weight.data, column + panel * kPanelChannels, depth,
+                             smaller(kPanelBytes, job.depth - depth), packed.decoded, packed.panels + panel * panel_bytes);
             packed.call = job.call, packed.column = column, packed.depth = depth;
         }
         for (int64_t row = 0; row < rows; row += kVectorRows) {
-            Tile tile{{}, reinterpret_cast<const int8_t*>(packed.panels), panel_bytes, bytes, packed.sums + row * kVectorColumns,
-                      depth != 0};
+            Tile tile{
+                {},        reinterpret_cast<const int8_t*>(packed.panels), panel_bytes, bytes, packed.sums + row * kVectorColumns,
+                depth != 0};
             const int64_t count = smaller(kVectorRows, rows - row);
             for (int64_t i = 0; i < count; ++i) tile.x[i] = x + (top + row + i) * stride + depth;
             kTiles<DotBFloat16>[count - 1][panels - 1](tile);
@@ -76,7 +77,8 @@ void write_rows(const GemmArgs& job, const int32_t* sums, int64_t top, int64_t r
     for (int64_t panel = 0; panel < columns; panel += kPanelChannels) {
         const int64_t channel = column + panel;
         const __mmask16 mask = column_mask(columns - panel);
-        const __m512 scale = job.weight.column_scale ? _mm512_maskz_loadu_ps(mask, job.weight.column_scale + channel) : _mm512_set1_ps(1.0f);
+        const __m512 scale =
+            job.weight.column_scale ? _mm512_maskz_loadu_ps(mask, job.weight.column_scale + channel) : _mm512_set1_ps(1.0f);
         const __m512 bias = job.weight.bias ? _mm512_maskz_loadu_ps(mask, job.weight.bias + channel) : _mm512_setzero_ps();
         auto* to = static_cast<BFloat16*>(job.output) + top * job.columns + channel;
         for (int64_t row = 0; row < rows; ++row, to += job.columns) {

@@ -109,7 +109,8 @@ LOWBIT_INLINE void write_transposed(const GemmArgs& job, const float* sums, int6
     alignas(64) float turned[kTileRows * kTileChannels];
     pack_step(reinterpret_cast<const int8_t*>(sums), kStep, ~__mmask64{0}, reinterpret_cast<int8_t*>(turned));
     const __mmask16 mask = column_mask(job.columns - column);
-    const __m512 scale = job.weight.column_scale ? _mm512_maskz_loadu_ps(mask, job.weight.column_scale + column) : _mm512_set1_ps(1.0f);
+    const __m512 scale =
+        job.weight.column_scale ? _mm512_maskz_loadu_ps(mask, job.weight.column_scale + column) : _mm512_set1_ps(1.0f);
     const __m512 bias = job.weight.bias ? _mm512_maskz_loadu_ps(mask, job.weight.bias + column) : _mm512_setzero_ps();
     auto* to = static_cast<BFloat16*>(job.output) + row * job.columns + column;
     for (int64_t i = 0; i < smaller(kTileRows, job.rows - row); ++i, to += job.columns) {
@@ -186,8 +187,8 @@ LOWBIT_INLINE DecodeChannel part_decoder(const GemmArgs& job) {
 }
 
 // At most `channels` of each.
-LOWBIT_NOINLINE void decode_part(const GemmArgs& job, const Part& decoded, const Part& asked, int64_t channels, DecodeChannel decode,
-                                 BFloat16* output) {
+LOWBIT_NOINLINE void decode_part(const GemmArgs& job, const Part& decoded, const Part& asked, int64_t channels,
+                                 DecodeChannel decode, BFloat16* output) {
     for (int64_t channel = asked.channel; channel < smaller(asked.channel + channels, asked.last); ++channel)
         prefetch_lines(codes_at(*job.decoder, channel, asked.input), bytes_of(*job.decoder, asked.inputs));
     for (int64_t channel = decoded.channel; channel < smaller(decoded.channel + channels, decoded.last); ++channel) {

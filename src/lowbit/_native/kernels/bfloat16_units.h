@@ -16,7 +16,7 @@ using vnni::has_whole_units;
 using vnni::is_whole;
 using vnni::kUnitProducts;
 
-constexpr int64_t kUnitWords = 4;    // registers of words that a unit becomes
+constexpr int64_t kUnitWords = 4;  // registers of words that a unit becomes
 
 struct alignas(64) Unit {
     BFloat16 words[kUnitWords][kWords];
@@ -160,7 +160,8 @@ struct WordWeight : GroupedChannel<Code, kIsWhole, kHasZero> {
 };
 
 template <typename Weight>
-constexpr UnitRowsKernels kWordKernels{{nullptr, nullptr, arrange_units<Weight>}, kUnitProducts<Weight>, sizeof(Unit), WordUnits::unit_floats};
+constexpr UnitRowsKernels kWordKernels{
+    {nullptr, nullptr, arrange_units<Weight>}, kUnitProducts<Weight>, sizeof(Unit), WordUnits::unit_floats};
 
 template <typename Code, bool kHasZero>
 const UnitRowsKernels* word_kernels(const WeightJob& job) {

@@ -139,6 +139,5 @@ void gate(const GateJob& job, int64_t first, int64_t last) {
     gate_values(gates + i, values + i, end - i, output + i);
 }
 
-
 LOWBIT_END
 #endif  // LOWBIT_NATIVE_KERNELS_ELEMENTWISE_H

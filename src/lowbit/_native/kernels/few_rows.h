@@ -19,7 +19,9 @@ constexpr int64_t kGroup = 32;  // inputs decoded at a time
 
 // What the 16 codes stand for, less the zero point; of 8-bit codes unused.
 template <typename Code>
-LOWBIT_INLINE Lanes table_of(Code, float) { return zero_lanes(); }
+LOWBIT_INLINE Lanes table_of(Code, float) {
+    return zero_lanes();
+}
 LOWBIT_INLINE Lanes table_of(E2M1, float) {
     return _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
 }
@@ -47,8 +49,8 @@ LOWBIT_INLINE void decode_group(const Int8* codes, Lanes, __m256i&, Lanes* value
 LOWBIT_INLINE void decode_group(const E4M3* codes, Lanes, __m256i& largest, Lanes* values) {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
     largest = _mm256_max_epu8(largest, _mm256_and_si256(bytes, _mm256_set1_epi8(0x7f)));
-    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7),
-                                          _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
+    const __m512i half =
+        _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7), _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
     values[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
     values[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
 }
@@ -79,8 +81,8 @@ LOWBIT_NOINLINE void load_block_scales(const WeightJob& job, int64_t channel, in
 }
 
 // Sums [channels][rows], and whether a channel holds a NaN, to the output. Not inlined: the same for every weight.
-[[maybe_unused]] LOWBIT_NOINLINE void write_lanes(const WeightJob& job, const Lanes* sums, const int64_t* channels, const bool* have_nan, int64_t count,
-                                 int64_t rows) {
+[[maybe_unused]] LOWBIT_NOINLINE void write_lanes(const WeightJob& job, const Lanes* sums, const int64_t* channels,
+                                                  const bool* have_nan, int64_t count, int64_t rows) {
     for (int64_t c = 0; c < count; ++c) {
         const float poison = have_nan[c] ? as_float(0x7fc00000u) : 0.0f;
         for (int64_t row = 0; row < rows; ++row) write_result(job, row, channels[c], total(sums[c * rows + row]) + poison);
@@ -140,14 +142,15 @@ LOWBIT_INLINE void multiply_channels(const WeightJob& job, const int64_t (&chann
     }
     bool have_nan[Channels];
     for (int c = 0; c < Channels; ++c)
-        have_nan[c] = std::is_same<Code, E4M3>::value && _mm256_movemask_epi8(_mm256_cmpeq_epi8(largest[c], _mm256_set1_epi8(0x7f)));
+        have_nan[c] =
+            std::is_same<Code, E4M3>::value && _mm256_movemask_epi8(_mm256_cmpeq_epi8(largest[c], _mm256_set1_epi8(0x7f)));
     write_lanes(job, sums[0], channels, have_nan, Channels, Rows);
 }
 
 template <typename Code, int Rows, int Block>
 void multiply_few_rows(const WeightJob& job, int64_t first, int64_t last) {
     constexpr int kChannels = Rows <= 2 ? 2 : 1;  // at a time, as registers allow
-    for (; first < last; first += kChannels) {  // a last channel without a second is multiplied twice
+    for (; first < last; first += kChannels) {    // a last channel without a second is multiplied twice
         int64_t channels[kChannels];
         for (int c = 0; c < kChannels; ++c) channels[c] = smaller(first + c, last - 1);
         multiply_channels<Code, Rows, kChannels, Block>(job, channels);

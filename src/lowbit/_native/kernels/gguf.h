@@ -10,21 +10,20 @@ LOWBIT_BEGIN(base)
 #ifdef LOWBIT_AVX512
 template <typename Block>
 LOWBIT_INLINE void decode_block(const uint8_t* block, float* out) {
-    if constexpr (Block::elements == 1)
-        Block::decode(block, out);
-    else
-        Block::unpack(block, [=](int i, __m512 values) LOWBIT_INLINE_LAMBDA { _mm512_storeu_ps(out + i, values); });
+    if constexpr (Block::elements == 1) Block::decode(block, out);
+    else Block::unpack(block, [=](int i, __m512 values) LOWBIT_INLINE_LAMBDA { _mm512_storeu_ps(out + i, values); });
 }
 #else
 template <typename Block>
-LOWBIT_INLINE void decode_block(const uint8_t* block, float* out) { Block::decode(block, out); }
+LOWBIT_INLINE void decode_block(const uint8_t* block, float* out) {
+    Block::decode(block, out);
+}
 #endif
 
 // Elements [0, count) of a row, count a multiple of the block.
 template <typename Block>
 LOWBIT_INLINE void decode_row(const uint8_t* input, int64_t count, float* output) {
-    for (int64_t i = 0; i < count; i += Block::elements, input += Block::bytes)
-        decode_block<Block>(input, output + i);
+    for (int64_t i = 0; i < count; i += Block::elements, input += Block::bytes) decode_block<Block>(input, output + i);
 }
 
 // Not inlined: the same for every block type.
@@ -51,9 +50,9 @@ void decode_blocks(const GgufJob& job, int64_t first, int64_t last) {
 }
 
 #ifdef LOWBIT_AVX512
-constexpr int kGgufRows = 4;       // output channels of a task: decoded side by side
-constexpr int kGgufTile = 6;       // rows of x multiplied at once: 24 accumulators, 4 weights and a value of x
-constexpr int kGgufDepth = 2048;   // decoded at once: 32 KiB stay in the first-level cache
+constexpr int kGgufRows = 4;      // output channels of a task: decoded side by side
+constexpr int kGgufTile = 6;      // rows of x multiplied at once: 24 accumulators, 4 weights and a value of x
+constexpr int kGgufDepth = 2048;  // decoded at once: 32 KiB stay in the first-level cache
 
 template <int Rows>
 LOWBIT_INLINE void multiply_rows(const float (*weight)[kGgufDepth], const float* x, int64_t stride, int64_t depth,
@@ -78,8 +77,7 @@ LOWBIT_INLINE void multiply_rows(const float (*weight)[kGgufDepth], const float*
 #pragma GCC unroll 8
     for (int row = 0; row < Rows; ++row)
 #pragma GCC unroll 8
-        for (int channel = 0; channel < kGgufRows; ++channel)
-            sums[row][channel] += _mm512_reduce_add_ps(totals[row][channel]);
+        for (int channel = 0; channel < kGgufRows; ++channel) sums[row][channel] += _mm512_reduce_add_ps(totals[row][channel]);
 }
 
 using MultiplyRows = void (*)(const float (*)[kGgufDepth], const float*, int64_t, int64_t, float (*)[kGgufRows]);
@@ -196,10 +194,9 @@ constexpr GgufKernels gguf_entry(int number) {
 
 // By ggml's number of the type.
 constexpr GgufKernels gguf_kernels[] = {
-    gguf_entry<PlainF32>(0),   gguf_entry<PlainF16>(1),   gguf_entry<PlainBF16>(30),
-    gguf_entry<BlockQ8_0>(8),  gguf_entry<BlockQ4_0>(2),  gguf_entry<BlockQ4_1>(3),
-    gguf_entry<BlockQ5_0>(6),  gguf_entry<BlockQ5_1>(7),  gguf_entry<BlockQ2_K>(10),
-    gguf_entry<BlockQ3_K>(11), gguf_entry<BlockQ4_K>(12), gguf_entry<BlockQ5_K>(13),
+    gguf_entry<PlainF32>(0),   gguf_entry<PlainF16>(1),     gguf_entry<PlainBF16>(30),   gguf_entry<BlockQ8_0>(8),
+    gguf_entry<BlockQ4_0>(2),  gguf_entry<BlockQ4_1>(3),    gguf_entry<BlockQ5_0>(6),    gguf_entry<BlockQ5_1>(7),
+    gguf_entry<BlockQ2_K>(10), gguf_entry<BlockQ3_K>(11),   gguf_entry<BlockQ4_K>(12),   gguf_entry<BlockQ5_K>(13),
     gguf_entry<BlockQ6_K>(14), gguf_entry<BlockIQ4_NL>(20), gguf_entry<BlockIQ4_XS>(23),
 };
 constexpr int kGgufTypes = sizeof gguf_kernels / sizeof gguf_kernels[0];

@@ -231,8 +231,7 @@ struct BlockQ2_K {
             const float minimum = dmin * static_cast<float>(block[group] >> 4);
             const uint8_t* q = block + 16 + group / 8 * 32 + group % 2 * 16;
             const int shift = group % 8 / 2 * 2;
-            for (int i = 0; i < 16; ++i)
-                out[16 * group + i] = scale * static_cast<float>((q[i] >> shift) & 3) - minimum;
+            for (int i = 0; i < 16; ++i) out[16 * group + i] = scale * static_cast<float>((q[i] >> shift) & 3) - minimum;
         }
     }
 #endif
@@ -296,8 +295,8 @@ LOWBIT_INLINE void scales_and_minimums(const uint8_t* block, float (&out)[16]) {
     const __m128i words = load_bytes(block + 4);  // three; each gives a word of the result, with two bits of another
     const __m128i low = _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(words, 0x98), _mm_set_epi32(4, 0, 0, 0)),
                                       _mm_set_epi32(0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f));
-    const __m128i high = _mm_and_si128(_mm_srli_epi32(_mm_shuffle_epi32(words, 0x50), 2),
-                                       _mm_set_epi32(0x30303030, 0, 0x30303030, 0));
+    const __m128i high =
+        _mm_and_si128(_mm_srli_epi32(_mm_shuffle_epi32(words, 0x50), 2), _mm_set_epi32(0x30303030, 0, 0x30303030, 0));
     const __m512 factors = _mm512_mask_mov_ps(halves_of(block), 0xff00, halves_of(block + 2));
     _mm512_store_ps(out, _mm512_mul_ps(factors, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_or_si128(low, high)))));
     keep_in_memory(out);
@@ -445,7 +444,8 @@ struct BlockIQ4_NL {
 LOWBIT_INLINE void scales_of_iq4_xs(const uint8_t* block, float (&out)[16]) {
     const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
     const __m512i low = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(word_at(block + 4))), _mm512_slli_epi32(steps, 2));
-    const __m512i high = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(word_at(block) >> 16)), _mm512_slli_epi32(steps, 1));
+    const __m512i high =
+        _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(word_at(block) >> 16)), _mm512_slli_epi32(steps, 1));
     const __m512i codes = _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi32(15)),
                                           _mm512_slli_epi32(_mm512_and_si512(high, _mm512_set1_epi32(3)), 4));
     const __m512i less = _mm512_sub_epi32(codes, _mm512_set1_epi32(32));

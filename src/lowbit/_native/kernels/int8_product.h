@@ -62,17 +62,15 @@ void multiply_along(const uint8_t* x, const int8_t* weight, int64_t depth, int32
                 totals[row][channel] = _mm512_dpbusd_epi32(totals[row][channel], activations, weights[channel]);
         }
     }
-    const auto rest = [=](const uint8_t* row, const int8_t* from) LOWBIT_INLINE_LAMBDA {
-        return whole == depth ? 0 : multiply_rest(row, from, whole, depth);
-    };
+    const auto rest = [=](const uint8_t* row, const int8_t* from)
+                          LOWBIT_INLINE_LAMBDA { return whole == depth ? 0 : multiply_rest(row, from, whole, depth); };
 #pragma GCC unroll 4
     for (int channel = 0; channel < Channels; ++channel) {
         const int8_t* from = weight + channel * depth;
         if (HasOwn) own[channel] = _mm512_reduce_add_epi32(totals[Rows + HasOwn - 1][channel]) + rest(nullptr, from);
 #pragma GCC unroll 16
         for (int row = 0; row < Rows; ++row)
-            sums[row * kVectorColumns + channel] =
-                _mm512_reduce_add_epi32(totals[row][channel]) + rest(x + row * depth, from);
+            sums[row * kVectorColumns + channel] = _mm512_reduce_add_epi32(totals[row][channel]) + rest(x + row * depth, from);
     }
 }
 
@@ -115,8 +113,8 @@ struct Dot16 {
 
 // Sums [rows][64] of a group of panels, and the weights' own [64] -> rows of the output.
 template <typename Output, bool HasBias>
-LOWBIT_INLINE void write_rows(const ProductJob& job, const int32_t* own, const int32_t* sums, int64_t row, int64_t rows, int64_t column,
-                              int64_t columns) {
+LOWBIT_INLINE void write_rows(const ProductJob& job, const int32_t* own, const int32_t* sums, int64_t row, int64_t rows,
+                              int64_t column, int64_t columns) {
     for (int64_t panel = 0; panel < columns; panel += kPanelChannels) {
         const __m512i added = _mm512_slli_epi32(_mm512_load_si512(own + panel), 7);
         const __m512 scale = _mm512_loadu_ps(job.weight_scale + column + panel);
@@ -125,7 +123,8 @@ LOWBIT_INLINE void write_rows(const ProductJob& job, const int32_t* own, const i
         for (int64_t i = 0; i < rows; ++i, to += job.columns) {
             // Wraps, because what is subtracted may leave int32 before the difference is back in it.
             const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + i * kVectorColumns + panel), added);
-            const __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(job.x_scale[row + i])), scale);
+            const __m512 value =
+                _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(job.x_scale[row + i])), scale);
             store_narrow(to, 0xffff, HasBias ? _mm512_add_ps(value, bias) : value);
         }
     }
@@ -150,15 +149,16 @@ LOWBIT_INLINE void multiply_group(const ProductJob& job, int64_t top, int64_t ro
             packed.call = job.call, packed.column = column, packed.depth = depth;
         }
         for (int64_t row = 0; row <= rows; row += kVectorRows) {
-            Tile tile{{}, packed.panels, kPanelChannels * kStep * blocks(inputs, kStep), inputs,
-                      sums + row * kVectorColumns, depth != 0};
+            Tile tile{
+                {},        packed.panels, kPanelChannels * kStep * blocks(inputs, kStep), inputs, sums + row * kVectorColumns,
+                depth != 0};
             const int64_t count = smaller(kVectorRows, 1 + rows - row);
-            for (int64_t i = 0; i < count; ++i)
-                tile.x[i] = row + i == 0 ? ones : job.x + (top + row + i - 1) * job.depth + depth;
+            for (int64_t i = 0; i < count; ++i) tile.x[i] = row + i == 0 ? ones : job.x + (top + row + i - 1) * job.depth + depth;
             kTiles<Dot8>[count - 1][columns / kPanelChannels - 1](tile);
             if (depth + inputs < job.depth) continue;
             const int64_t first = row == 0 ? 1 : row;  // behind the row of ones
-            write_rows<Output, HasBias>(job, sums, sums + first * kVectorColumns, top + first - 1, row + count - first, column, columns);
+            write_rows<Output, HasBias>(job, sums, sums + first * kVectorColumns, top + first - 1, row + count - first, column,
+                                        columns);
         }
     }
 }
@@ -190,8 +190,7 @@ void multiply(const ProductJob& job, int64_t first, int64_t last) {
     else multiply_tasks<Output, false>(job, first, last);
 }
 
-constexpr void (*multiplications[3])(const ProductJob&, int64_t, int64_t) = {multiply<float>, multiply<BFloat16>,
-                                                                              multiply<Half>};
+constexpr void (*multiplications[3])(const ProductJob&, int64_t, int64_t) = {multiply<float>, multiply<BFloat16>, multiply<Half>};
 
 LOWBIT_END
 #endif  // LOWBIT_NATIVE_KERNELS_INT8_PRODUCT_H

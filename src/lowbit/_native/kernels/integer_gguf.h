@@ -58,7 +58,8 @@ LOWBIT_INLINE __m512 four_halves(const uint8_t* from) {
 
 // Codes of four bits as they number the values of IQ4_NL.
 LOWBIT_INLINE void look_up_iq4(UnitCodes& unit) {
-    const __m512i values = _mm512_broadcast_i32x4(_mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113));
+    const __m512i values =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113));
     for (__m512i& codes : unit.codes) codes = _mm512_shuffle_epi8(values, codes);
 }
 
@@ -146,7 +147,9 @@ struct LargeBlockWeight : BlockWeight<Block> {
         unit.minimum[r] = _mm512_permutexvar_ps(groups, _mm512_load_ps(minimums));
     }
 
-    LOWBIT_INLINE_LAMBDA static inline __m512 product(const UnitCodes& weight, const Unit& unit) { return apart_product(weight, unit); }
+    LOWBIT_INLINE_LAMBDA static inline __m512 product(const UnitCodes& weight, const Unit& unit) {
+        return apart_product(weight, unit);
+    }
 };
 
 // first, first + 1, ... of `lanes` lanes each, `step` apart.

@@ -59,7 +59,8 @@ void round_activations(const UnitRowsJob& job, int64_t first, int64_t last) {
     for (; first < last; ++first) {
         int16_t codes[kKTile];
         Unit& unit = static_cast<Unit*>(job.units)[first];
-        job.unit_floats[first] = round_unit(static_cast<const Input*>(job.x) + first / units * job.x_stride + first % units * kKTile, codes);
+        job.unit_floats[first] =
+            round_unit(static_cast<const Input*>(job.x) + first / units * job.x_stride + first % units * kKTile, codes);
         int32_t sums[2][16] = {};
         for (int64_t r = 0; r < 2; ++r)
             for (int64_t b = 0; b < 64; ++b) {
@@ -71,7 +72,8 @@ void round_activations(const UnitRowsJob& job, int64_t first, int64_t last) {
             }
         for (int64_t lane = 0; lane < 16; ++lane) {
             unit.sums[0][lane] = static_cast<float>(sums[0][lane]);
-            unit.sums[1][lane] = Weight::is_signed ? as_float(static_cast<uint32_t>(sums[1][lane])) : static_cast<float>(sums[1][lane]);
+            unit.sums[1][lane] =
+                Weight::is_signed ? as_float(static_cast<uint32_t>(sums[1][lane])) : static_cast<float>(sums[1][lane]);
         }
     }
 }
@@ -189,13 +191,16 @@ struct GroupedWeight : GroupedChannel<Code, kIsWhole, kHasZero> {
 };
 
 template <typename Weight>
-constexpr UnitRowsKernels kIntegerKernels{
-    {round_activations<Weight, 16, float>, round_activations<Weight, Weight::run, float>, round_activations<Weight, Weight::run, BFloat16>},
-    kUnitProducts<Weight>, sizeof(Unit), IntegerUnits::unit_floats};
+constexpr UnitRowsKernels kIntegerKernels{{round_activations<Weight, 16, float>, round_activations<Weight, Weight::run, float>,
+                                           round_activations<Weight, Weight::run, BFloat16>},
+                                          kUnitProducts<Weight>,
+                                          sizeof(Unit),
+                                          IntegerUnits::unit_floats};
 
 template <typename Code, bool kHasZero>
 const UnitRowsKernels* grouped_kernels(const WeightJob& job) {
-    return is_whole(job) ? &kIntegerKernels<GroupedWeight<Code, true, kHasZero>> : &kIntegerKernels<GroupedWeight<Code, false, kHasZero>>;
+    return is_whole(job) ? &kIntegerKernels<GroupedWeight<Code, true, kHasZero>>
+                         : &kIntegerKernels<GroupedWeight<Code, false, kHasZero>>;
 }
 
 template <typename Code>

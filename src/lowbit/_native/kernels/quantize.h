@@ -58,9 +58,7 @@ LOWBIT_INLINE void narrow(float value, Half& result) {
 // Adding 1.5 * 2**23 rounds to an integer, which is then in the low bits of the sum. |value| <= 127.5.
 LOWBIT_INLINE void narrow(float value, Int8& code) { code.bits = static_cast<uint8_t>(as_bits(value + 12582912.0f)); }
 
-LOWBIT_INLINE void narrow(float value, Uint8& code) {
-    code.bits = static_cast<uint8_t>(as_bits(value + 12582912.0f) + 128u);
-}
+LOWBIT_INLINE void narrow(float value, Uint8& code) { code.bits = static_cast<uint8_t>(as_bits(value + 12582912.0f) + 128u); }
 
 // |value| <= 448 up to rounding of the division, or NaN.
 LOWBIT_INLINE void narrow(float value, E4M3& code) {
@@ -229,8 +227,7 @@ void quantize(const QuantizeJob& job, int64_t first, int64_t last) {
             const int64_t column = grid_column * job.block_columns;
             const int64_t count = smaller(job.block_columns, job.columns - column);
             uint32_t bits = 0;
-            for (int64_t row = row_begin; row < row_end; ++row)
-                bits = largest(input + row * job.stride + column, count, bits);
+            for (int64_t row = row_begin; row < row_end; ++row) bits = largest(input + row * job.stride + column, count, bits);
             const float absmax = magnitude_of(bits, input);
             const bool finite = (as_bits(absmax) & 0x7f800000u) != 0x7f800000u;
             const float scale = (finite && absmax < 1e-30f ? 1e-30f : absmax) / Code::largest;
@@ -318,8 +315,7 @@ LOWBIT_INLINE void decode_nibbles(const uint8_t* input, int64_t count, float sca
     int64_t i = 0;
 #ifdef LOWBIT_AVX512
     const __m512 values = _mm512_mul_ps(
-        _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f,
-                       -6.0f),
+        _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f),
         _mm512_set1_ps(scale));
     const __m128i mask = _mm_set1_epi8(15);
     for (; i + 8 <= count; i += 8) {
@@ -362,8 +358,8 @@ void decode_fp4(const Fp4Job& job, int64_t first, int64_t last) {
 }
 
 template <typename Output, bool HasScale, bool HasBias>
-LOWBIT_INLINE void scale_row(const float* input, int64_t count, float row_scale, const float* column_scale,
-                             const float* bias, Output* output) {
+LOWBIT_INLINE void scale_row(const float* input, int64_t count, float row_scale, const float* column_scale, const float* bias,
+                             Output* output) {
     for (int64_t i = 0; i < count; ++i) {
         const float value = HasScale ? input[i] * row_scale * column_scale[i] : input[i];
         narrow(HasBias ? value + bias[i] : value, output[i]);
@@ -388,7 +384,6 @@ void scale_product(const ScaleJob& job, int64_t first, int64_t last) {
     else if (job.bias) scale_rows<Output, false, true>(job, first, last);
     else scale_rows<Output, false, false>(job, first, last);
 }
-
 
 LOWBIT_END
 #endif  // LOWBIT_NATIVE_KERNELS_QUANTIZE_H

@@ -10,7 +10,7 @@ using base::narrow;
 using base::store_narrow;
 using base::widen;
 
-constexpr int64_t kStep = 64;    // inputs that a register holds of one channel
+constexpr int64_t kStep = 64;          // inputs that a register holds of one channel
 constexpr int64_t kBytesAhead = 8192;  // prefetch distance of weights, bytes
 
 // Inputs that are there of those from `input` on.

@@ -38,7 +38,8 @@ constexpr int kUnitsTogether = 2;  // channels at a time, so that activations ar
                                    // fit all first-level caches
 
 // Sums [rows][kUnitsTogether] of two channels, which may be the same, to the output. Not inlined: the same for every weight.
-LOWBIT_NOINLINE void write_sums(const UnitRowsJob& job, const __m512* sums, int64_t rows, const float* factors, const int64_t* channels) {
+LOWBIT_NOINLINE void write_sums(const UnitRowsJob& job, const __m512* sums, int64_t rows, const float* factors,
+                                const int64_t* channels) {
     for (int c = 0; c < kUnitsTogether; ++c)
         for (int64_t row = 0; row < rows; ++row)
             write_result(job, row, channels[c], _mm512_reduce_add_ps(sums[row * kUnitsTogether + c]) * factors[c]);
@@ -83,8 +84,8 @@ void multiply_units(const UnitRowsJob& job, int64_t first, int64_t last) {
 
 // By the number of rows, less one.
 template <typename Weight>
-constexpr UnitRowsKernel kUnitProducts[kFewRows] = {multiply_units<Weight, 1>, multiply_units<Weight, 2>, multiply_units<Weight, 3>,
-                                                    multiply_units<Weight, 4>};
+constexpr UnitRowsKernel kUnitProducts[kFewRows] = {multiply_units<Weight, 1>, multiply_units<Weight, 2>,
+                                                    multiply_units<Weight, 3>, multiply_units<Weight, 4>};
 
 // A channel of a WeightJob, whose depth is a multiple of kKTile, and which has so many groups of equal size in a unit, or one scale.
 template <typename Code, bool kIsWhole, bool kHasZero>
@@ -99,7 +100,8 @@ struct GroupedChannel {
     alignas(64) float scales[kIsWhole ? 16 : kMostGroups + 16], zeros[kIsWhole || !kHasZero ? 16 : kMostGroups + 16];
 
     explicit GroupedChannel(const void* weight)
-        : job(*static_cast<const WeightJob*>(weight)), groups(kIsWhole ? 1 : job.depth / job.block_columns),
+        : job(*static_cast<const WeightJob*>(weight)),
+          groups(kIsWhole ? 1 : job.depth / job.block_columns),
           in_unit(kIsWhole ? 0 : kKTile / job.block_columns) {}
 
     // Returns what all sums of a channel are to be multiplied with.
@@ -142,7 +144,8 @@ inline bool is_whole(const WeightJob& job) { return job.block_columns >= job.dep
 
 // Whether a channel is what GroupedChannel reads.
 inline bool has_whole_units(const WeightJob& job) {
-    const bool is_even = kKTile % job.block_columns == 0 && job.block_columns >= 16 && job.depth / job.block_columns <= kMostGroups;
+    const bool is_even =
+        kKTile % job.block_columns == 0 && job.block_columns >= 16 && job.depth / job.block_columns <= kMostGroups;
     return job.depth % kKTile == 0 && (is_whole(job) || is_even) && !(job.outer_columns && job.block_columns > 32);
 }
 

@@ -37,8 +37,7 @@ void multiply_tile(const Tile& tile) {
     for (int64_t i = 0; i < tile.depth; i += 4, weight += 4 * kPanelChannels) {
         __m512i weights[Panels];
 #pragma GCC unroll 8
-        for (int panel = 0; panel < Panels; ++panel)
-            weights[panel] = _mm512_loadu_si512(weight + panel * tile.panel_stride);
+        for (int panel = 0; panel < Panels; ++panel) weights[panel] = _mm512_loadu_si512(weight + panel * tile.panel_stride);
 #pragma GCC unroll 8
         for (int row = 0; row < Rows; ++row) {
             int32_t four;
@@ -62,9 +61,8 @@ template <typename Dot, int Rows>
 constexpr MultiplyTile kTilesOfRows[kVectorPanels] = {multiply_tile<Dot, Rows, 1>, multiply_tile<Dot, Rows, 2>,
                                                       multiply_tile<Dot, Rows, 3>, multiply_tile<Dot, Rows, 4>};
 template <typename Dot>
-constexpr const MultiplyTile* kTiles[kVectorRows] = {kTilesOfRows<Dot, 1>, kTilesOfRows<Dot, 2>,
-                                                     kTilesOfRows<Dot, 3>, kTilesOfRows<Dot, 4>,
-                                                     kTilesOfRows<Dot, 5>, kTilesOfRows<Dot, 6>};
+constexpr const MultiplyTile* kTiles[kVectorRows] = {kTilesOfRows<Dot, 1>, kTilesOfRows<Dot, 2>, kTilesOfRows<Dot, 3>,
+                                                     kTilesOfRows<Dot, 4>, kTilesOfRows<Dot, 5>, kTilesOfRows<Dot, 6>};
 
 LOWBIT_END
 #endif  // LOWBIT_NATIVE_KERNELS_VECTOR_TILES_H

@@ -30,7 +30,9 @@ LOWBIT_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return vfmaq_f32
 LOWBIT_INLINE void store_lanes(float* to, Lanes value) { vst1q_f32(to, value); }
 #else
 constexpr int kLanes = 4;
-struct Lanes { float lane[kLanes]; };
+struct Lanes {
+    float lane[kLanes];
+};
 LOWBIT_INLINE Lanes zero_lanes() { return Lanes{}; }
 LOWBIT_INLINE Lanes load_lanes(const float* from) {
     Lanes value;
@@ -49,7 +51,6 @@ LOWBIT_INLINE void store_lanes(float* to, Lanes value) {
 constexpr int kTileChannels = 4;
 constexpr int kTaskChannels = 2 * kTileChannels;  // of a task of weight_only.h
 constexpr int64_t kChunk = 512;                   // inputs decoded at a time
-
 
 LOWBIT_INLINE float total(Lanes value) {
     float lanes[kLanes];
@@ -120,8 +121,8 @@ LOWBIT_INLINE int64_t decode_as_half(const uint8_t* input, int64_t count, float 
     for (; i + 32 <= count; i += 32) {
         const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(input + i));
         largest_code = _mm256_max_epu8(largest_code, _mm256_and_si256(codes, magnitude));
-        const __m512i half = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7),
-                                              _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
+        const __m512i half =
+            _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7), _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
         const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
         const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
         _mm512_storeu_ps(output + i, _mm512_mul_ps(low, _mm512_set1_ps(factor)));
@@ -134,8 +135,8 @@ LOWBIT_INLINE int64_t decode_as_half(const uint8_t* input, int64_t count, float 
     for (; i + 16 <= count; i += 16) {
         const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(input + i));
         largest_code = _mm_max_epu8(largest_code, _mm_and_si128(codes, magnitude));
-        const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7),
-                                              _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+        const __m256i half =
+            _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
         const __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
         const __m256 high = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
         _mm256_storeu_ps(output + i, _mm256_mul_ps(low, _mm256_set1_ps(factor)));
@@ -171,8 +172,7 @@ LOWBIT_INLINE void decode_codes(const E4M3* input, int64_t count, float scale, f
 
 // Codes of inputs [first, first + count) of one channel, whose scales change every block_columns.
 template <typename Code>
-LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output,
-                                Code) {
+LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output, Code) {
     const Code* codes = static_cast<const Code*>(job.weight) + channel * job.depth + first;
     int64_t block = first / job.block_columns, left = (block + 1) * job.block_columns - first;
     int64_t scale = channel / job.block_rows * blocks(job.depth, job.block_columns) + block;
@@ -214,8 +214,7 @@ LOWBIT_INLINE void decode_group(const uint8_t* codes, int64_t count, float zero,
 }
 
 // As above; in the order of the split activations.
-LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output,
-                                Int4) {
+LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output, Int4) {
     const uint8_t* codes = static_cast<const uint8_t*>(job.weight) + (channel * job.depth + first) / 2;
     int64_t block = first / job.block_columns, left = (block + 1) * job.block_columns - first;
     int64_t group = channel * (job.depth / job.block_columns) + block;
@@ -227,8 +226,7 @@ LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t f
 }
 
 // As above, in the inputs' own order.
-LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output,
-                                E2M1) {
+LOWBIT_INLINE void decode_chunk(const WeightJob& job, int64_t channel, int64_t first, int64_t count, float* output, E2M1) {
     const uint8_t* codes = static_cast<const uint8_t*>(job.weight) + (channel * job.depth + first) / 2;
     int64_t block = first / job.block_columns, left = (block + 1) * job.block_columns - first;
     int64_t group = channel * blocks(job.depth, job.block_columns) + block;
@@ -329,8 +327,8 @@ LOWBIT_INLINE void decode_steps(const Int8* codes, int64_t i, int64_t left, Lane
 LOWBIT_INLINE void decode_steps(const E4M3* codes, int64_t i, int64_t left, Lanes* values) {
     const __m256i bytes = _mm256_maskz_loadu_epi8(first_inputs(left), codes + i), magnitude = _mm256_set1_epi8(0x7f);
     const uint32_t not_numbers = _mm256_cmpeq_epi8_mask(_mm256_and_si256(bytes, magnitude), magnitude);
-    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7),
-                                          _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
+    const __m512i half =
+        _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7), _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
     const Lanes exponent = _mm512_set1_ps(256.0f), nan = _mm512_set1_ps(as_float(0x7fc00000u));
     values[0] = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), exponent);
     values[1] = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), exponent);

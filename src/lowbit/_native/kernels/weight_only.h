@@ -16,7 +16,8 @@ constexpr int kTileRows = 4;  // with kTileChannels channels: 16 sums, 4 weights
 // Ask memory for the codes of a channel that will be wanted after all other channels of the task.
 LOWBIT_INLINE void prefetch_codes(const WeightJob& job, int64_t channel, int64_t first, int64_t count, int bits) {
 #if defined(__GNUC__) || defined(__clang__)
-    const int64_t next = first + kChunk < job.depth ? channel * job.depth + first + kChunk : (channel + kTaskChannels) * job.depth;
+    const int64_t next =
+        first + kChunk < job.depth ? channel * job.depth + first + kChunk : (channel + kTaskChannels) * job.depth;
     const char* codes = static_cast<const char*>(job.weight) + next * bits / 8;
     for (int64_t i = 0; i < count * bits / 8; i += 64) __builtin_prefetch(codes + i);
 #endif
@@ -102,7 +103,6 @@ void decode_int4(const WeightJob& job, int64_t first, int64_t last) {
     for (int64_t channel = first; channel < last; ++channel)
         decode_chunk(job, channel, 0, job.depth, static_cast<float*>(job.output) + channel * job.depth, Int4{});
 }
-
 
 LOWBIT_END
 #endif  // LOWBIT_NATIVE_KERNELS_WEIGHT_ONLY_H
