@@ -35,12 +35,13 @@ LOWBIT_NOINLINE void narrow_all(const float* values, int64_t count, Output* outp
 // Rows [first, last).
 template <typename Block>
 void decode_blocks(const GgufJob& job, int64_t first, int64_t last) {
-    constexpr int64_t kPiece = 256;
+    constexpr int64_t kPiece = 1024;
     float values[kPiece];
     const int64_t row_bytes = job.columns / Block::elements * Block::bytes;
+    const int64_t piece = job.element_type == kFloat32 ? job.columns : kPiece;
     for (int64_t row = first; row < last; ++row) {
-        for (int64_t column = 0; column < job.columns; column += kPiece) {
-            const int64_t count = smaller(kPiece, job.columns - column), at = row * job.columns + column;
+        for (int64_t column = 0; column < job.columns; column += piece) {
+            const int64_t count = smaller(piece, job.columns - column), at = row * job.columns + column;
             float* to = job.element_type == kFloat32 ? static_cast<float*>(job.output) + at : values;
             decode_row<Block>(job.input + row * row_bytes + column / Block::elements * Block::bytes, count, to);
             if (job.element_type == kBFloat16) narrow_all(values, count, static_cast<BFloat16*>(job.output) + at);
