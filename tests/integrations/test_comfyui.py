@@ -325,3 +325,50 @@ def test_any_json_gives_an_error_of_ours_or_loads(small: Model, metadata: Any, m
     save_file(found, self_made.path, {METADATA: json.dumps(metadata)})
     with suppress(CheckpointError, UnsupportedError, ConfigError):
         self_made.load()
+
+
+@pytest.mark.parametrize("how", ["metadata", "nothing"])
+@pytest.mark.parametrize("spelling", ["weight_scale", "scale_weight"])
+def test_a_layer_that_lost_its_scale_is_named(how: str, spelling: str, tmp_path: Path) -> None:
+    made = Model("qwen-image", tmp_path)
+    write(made, "fp8", "markers" if how == "nothing" else how, "")
+    with safe_open(str(made.path), framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    found = {name: tensor for name, tensor in load_file(made.path).items() if not name.endswith("comfy_quant")}
+    found = {name.replace("weight_scale", spelling): tensor for name, tensor in found.items()}
+    del found[f"{LAYERS[1]}.{spelling}"]
+    save_file(found, made.path, metadata if how == "metadata" else {})
+    with pytest.raises(CheckpointError, match=rf"{LAYERS[1]}(\.weight_scale is missing|\.weight \(.*without a scale)"):
+        made.load()
+
+
+def test_a_cast_layer_among_scaled_ones_is_read(tmp_path: Path) -> None:
+    """Its magnitudes say that its codes are values."""
+    made = Model("qwen-image", tmp_path)
+    write(made, "fp8", "markers", "")
+    found = {name: tensor for name, tensor in load_file(made.path).items() if not name.endswith("comfy_quant")}
+    original = made.model.state_dict()[f"{LAYERS[1]}.weight"]
+    found[f"{LAYERS[1]}.weight"] = original.to(E4M3)
+    del found[f"{LAYERS[1]}.weight_scale"]
+    save_file(found, made.path)
+    assert torch.equal(decoded(made.load())[f"{LAYERS[1]}.weight"], original.to(E4M3).float())
+
+
+def test_a_file_without_any_scale_that_was_scaled_is_refused(tmp_path: Path) -> None:
+    made = Model("qwen-image", tmp_path)
+    write(made, "fp8", "markers", "")
+    kept = ("comfy_quant", "weight_scale")
+    save_file({name: tensor for name, tensor in load_file(made.path).items() if not name.endswith(kept)}, made.path)
+    with pytest.raises(CheckpointError, match=r"no tensor has a scale, and weights reach 448"):
+        made.load()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_whole_file_that_was_cast_is_read(name: str, tmp_path: Path) -> None:
+    """Norms, biases, embeddings and Wan's convolution in five dimensions as well."""
+    made = Model(name, tmp_path)
+    original = made.model.state_dict()
+    save_file({name: tensor.to(E4M3).contiguous() for name, tensor in original.items()}, made.path)
+    found = decoded(made.load())
+    for key, tensor in original.items():
+        assert torch.equal(found[key], tensor.to(E4M3).float()), key

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.checkpoints import codes
 from lowbit.checkpoints.checks import TensorHeader
 from lowbit.checkpoints.external import ForeignTensor, ForeignWeights
 from lowbit.checkpoints.hub import resolve_safetensors
@@ -46,6 +47,7 @@ _DTYPES: Mapping[str, tuple[str, ...]] = {
     "mxfp8": ("F8_E4M3", "U8"),
 }
 _FLOATS = ("F32", "F16", "BF16")
+_LOST_SCALE = "The file lost the scales of these tensors: get a whole one"
 _GROUP_SIZES = {"nvfp4": nvfp4.GROUP_SIZE, "mxfp8": mx.GROUP_SIZE}
 # What rows and columns are padded to.
 _PADDING = {"nvfp4": 16, "mxfp8": 32}
@@ -198,7 +200,16 @@ def read_layers(file: SafetensorsFile) -> tuple[dict[str, StoredLayer], dict[str
         raise CheckpointError("\n  ".join([f"{file.path}: {len(problems)} problems", *sorted(problems)]))
     taken = {stored for found in layers.values() for stored in found.names.values()}
     plain = {short: stored for short, stored in names.items() if stored not in taken and short != _LEGACY}
+    _refuse_lost_scales(file, layers, plain)
     return layers, plain
+
+
+def _refuse_lost_scales(file: SafetensorsFile, layers: Mapping[str, StoredLayer], plain: Mapping[str, str]) -> None:
+    """Raise ``CheckpointError`` for float8 codes without a scale that are no values: a layer that lost its own."""
+    unscaled = [layer.names["weight"] for layer in layers.values() if "weight_scale" not in layer.headers]
+    cast = {name: file.headers[name] for name in [*unscaled, *plain.values()] if file.headers[name].dtype in codes.CAST}
+    others_have_scales = len(unscaled) < len(layers)
+    codes.refuse(str(file.path), codes.cast_problems(cast, others_have_scales, file.read), _LOST_SCALE)
 
 
 def _declared(file: SafetensorsFile, grouped: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Any]]:
@@ -274,9 +285,10 @@ def _told_by_tensors(headers: Mapping[str, TensorHeader]) -> str | None:
     Raises:
         ConfigError: it can't be told.
     """
-    dtype = headers["weight"].dtype
+    dtype, scale = headers["weight"].dtype, headers.get("weight_scale")
+    if dtype in codes.CAST and len(headers["weight"].shape) != 2 and scale is None:
+        return None  # a norm or a convolution of a file that was cast whole
     if dtype == "F8_E4M3":
-        scale = headers.get("weight_scale")
         if scale is not None and scale.dtype in ("U8", "F8_E8M0"):
             raise ConfigError("e4m3 with E8M0 scales of an unknown order: nothing in the file names its format")
         return "float8_e4m3fn"
@@ -312,7 +324,8 @@ class _Reader:
         layer, _, parameter = name.rpartition(".")
         sources = self._sources(parts)
         module = self.modules.get(layer) if parameter == "weight" else None
-        if type(module) is not nn.Linear or None in sources or self.config.is_ignored(layer):
+        is_float32 = bool(set(getattr(self.model, "_keep_in_fp32_modules", None) or ()) & set(layer.split(".")))
+        if type(module) is not nn.Linear or None in sources or self.config.is_ignored(layer) or is_float32:
             return None
         formats = {source.format for source in sources if source is not None}
         shared = [{self._shared(source, name) for source in sources if source is not None} for name in _SHARED]
