@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import diffusers
 import pytest
 import torch
@@ -11,6 +13,7 @@ from lowbit.models import FAMILIES, Family, is_diffusion_transformer, kept_layer
 from lowbit.models.patterns import matches_any
 
 
+@functools.cache
 def linear_layers(class_name: str) -> dict[str, nn.Linear]:
     with torch.device("meta"):
         model = getattr(diffusers, class_name)()
@@ -51,3 +54,49 @@ def test_modulation_and_ends_are_kept() -> None:
 )
 def test_diffusion_transformers(library: str, class_name: str, expected: bool) -> None:
     assert is_diffusion_transformer(library, class_name) is expected
+
+
+def transformers_of_diffusers() -> list[str]:
+    """Classes that can be made without arguments."""
+    names = [name for name in dir(diffusers) if "Transformer" in name and name.endswith("Model")]
+    found = []
+    for name in names:
+        try:
+            linear_layers(name)
+        except (TypeError, ValueError):
+            continue
+        found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("class_name", transformers_of_diffusers())
+def test_every_class_of_diffusers_keeps_its_ends_and_quantizes_its_blocks(class_name: str) -> None:
+    layers = linear_layers(class_name)
+    patterns = [pattern for group in kept_layers(class_name).values() for pattern in group]
+    weight_only = {name for name in layers if matches_any(weight_only_layers(class_name), name)}
+    kept = {name for name in layers if matches_any(patterns, name)} - weight_only
+    outside = {name for name in layers if not any(part.isdigit() for part in name.split("."))}
+    assert outside <= kept
+    total = sum(layer.weight.numel() for layer in layers.values())
+    assert sum(layers[name].weight.numel() for name in kept) <= MOST_KEPT.get(class_name, 0.08) * total
+
+
+# Those whose modulation has other names than AdaLayerNormZero's, or that are small by default.
+MOST_KEPT = {
+    "CogVideoXTransformer3DModel": 0.12,
+    "ConsisIDTransformer3DModel": 0.12,
+    "Kandinsky5Transformer3DModel": 0.16,
+    "Kandinsky6SRTransformer3DModel": 0.13,
+    "Kandinsky6Transformer3DModel": 0.14,
+    "MiniMaxH3Transformer3DModel": 0.4,
+    "NucleusMoEImageTransformer2DModel": 0.3,
+    "PRXTransformer2DModel": 0.28,
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head", "thinker.lm_head", "talker.codec_head", "talker.code_predictor.lm_head.3", "audio_proj_out"]
+)
+def test_heads_are_kept_wherever_they_are(name: str) -> None:
+    patterns = [pattern for group in kept_layers("LTX2VideoTransformer3DModel").values() for pattern in group]
+    assert matches_any(patterns, name)

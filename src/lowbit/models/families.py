@@ -15,9 +15,13 @@ COMMON_KEPT_LAYERS: Mapping[str, tuple[str, ...]] = {
     "embedding": ("*embed*", "re:time_proj$", "caption_projection", "image_projector", "glyph_projector"),
     "modulation": ("*modulation*", "img_mod", "txt_mod", "norm*", "adaln*", "distilled_guidance_layer"),
     "first projection": ("re:(img_in|txt_in|proj_in)$",),
-    "last projection": ("re:(proj_out|lm_head)$", "*final_layer*"),
+    "last projection": ("re:proj_out$", "*final_layer*", "lm_head", "codec_head"),
     "router": ("router", "shared_expert_gate", "re:.*mlp[.]gate$"),
 }
+
+# Of a denoising transformer every layer that is in no numbered block: first and last projections, embeddings, adapters
+# of text and sound, whatever their names.
+_OUTSIDE_BLOCKS = {"outside the blocks": (r"re:(?!(?:.*\.)?\d+(?:\.|$)).*$",)}
 
 
 @dataclass(frozen=True)
@@ -126,13 +130,16 @@ def family_of(class_name: str) -> Family | None:
 def kept_layers(class_name: str) -> dict[str, tuple[str, ...]]:
     """Return reason -> patterns of the layers that a model of class ``class_name`` keeps in high precision."""
     family = family_of(class_name)
-    return {**COMMON_KEPT_LAYERS, **(family.kept_layers if family else {})}
+    outside = _OUTSIDE_BLOCKS if is_diffusion_transformer("diffusers", class_name) else {}
+    return {**COMMON_KEPT_LAYERS, **(family.kept_layers if family else {}), **outside}
 
 
 def weight_only_layers(class_name: str) -> tuple[str, ...]:
     """Return patterns of the layers whose weights alone a model of class ``class_name`` has quantized."""
     family = family_of(class_name)
-    return family.weight_only_layers if family else ()
+    if family is not None:
+        return family.weight_only_layers
+    return _ADAPTIVE_NORMS if is_diffusion_transformer("diffusers", class_name) else ()
 
 
 def is_diffusion_transformer(library: str, class_name: str) -> bool:
