@@ -25,7 +25,7 @@ from benchmarks.timing import write
 from lowbit import Omni
 from lowbit.bench.inputs import Workload, step_inputs
 from lowbit.bench.transformers import random_transformer
-from lowbit.quantization import build_quant_config, quantize_model
+from lowbit.quantization import quantize_model
 from lowbit.quantization.plan import quantized_layers
 
 READER = Path(__file__).with_name("auto_round_reader.py")
@@ -59,7 +59,7 @@ def transformer(name: str, options: dict[str, Any]) -> Any:
     if name == "embedded":
         return Omni(quantization_config=config, dtype="float32", device="cpu").pipeline.transformer
     model = random_transformer("FluxTransformer2DModel", FLUX, torch.float32, torch.device("cpu"))
-    quantize_model(model, build_quant_config(config))
+    quantize_model(model, config)
     return model
 
 

@@ -90,7 +90,7 @@ def measure(models: Models, work: Workload, precisions: Sequence[str], repetitio
     }
 
 
-def profile(step: Callable[[], None]) -> dict[str, float]:
+def profile(step: Callable[[], object]) -> dict[str, float]:
     """Return the shares of a step's time in attention, linear layers and the rest."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()

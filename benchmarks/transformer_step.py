@@ -43,7 +43,8 @@ QUICK_VARIANTS = ("bf16", "fp32", "int8", "fp8")
 
 def installed(variants: Sequence[str]) -> tuple[list[str], list[str]]:
     """Divide variants into those that can run and those whose library is missing."""
-    present, missing = [], []
+    present: list[str] = []
+    missing: list[str] = []
     for variant in variants:
         peer = PEERS.get(variant.removesuffix(COMPILED))
         (present if peer is None or peer.installed else missing).append(variant)

@@ -105,7 +105,7 @@ def alternate_by(clock: Clock, cases: Mapping[str, Callable[[], None]], repetiti
     """Time each case ``repetitions`` times by ``clock``, in turn, after one call of each: as ``timing.alternate``."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for repetition in range(repetitions + 1):
-        for name in cases if repetition % 2 == 0 else reversed(cases):
+        for name in cases if repetition % 2 == 0 else reversed([*cases]):
             before = clock()
             cases[name]()
             seconds[name].append(clock() - before)

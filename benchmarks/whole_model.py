@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import summary, write
+from lowbit.quantization import QuantizationConfig
 
 METHODS = ("bf16", "int8", "fp8")
 
@@ -126,7 +127,8 @@ def make_model(class_name: str, config: dict[str, Any], method: str) -> tuple[An
 
     cpu, noise = torch.device("cpu"), random_noise(torch.bfloat16)
     model = hollow_transformer(class_name, config)
-    plan = {} if method == "bf16" else plan_layers(model, build_quant_config(method))
+    chosen = build_quant_config(None if method == "bf16" else method)
+    plan = plan_layers(model, chosen) if isinstance(chosen, QuantizationConfig) else {}
     for name, decision in plan.items():
         if decision.method is not None:
             linear = model.get_submodule(name)

@@ -37,7 +37,7 @@ def main() -> None:
     if arguments.ignored_layers:
         quantization = {"method": quantization, "ignored_layers": arguments.ignored_layers.split(",")}
     omni = Omni(model=arguments.model, quantization_config=quantization)
-    output = omni.generate(
+    (output,) = omni.generate(
         arguments.prompt,
         OmniDiffusionSamplingParams(
             num_inference_steps=arguments.num_inference_steps,

@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -65,7 +66,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {}
     for kind in ("int8", "fp8", "fp8, blocks of 128"):
         for m in ROWS:
-            found[f"{kind}, M = {m}"] = lambda kind=kind, m=m: product(kind, m)
+            found[f"{kind}, M = {m}"] = partial(product, kind, m)
     found["int8 weight-only, M = 1"] = lambda: int8_weight_only.weight_only_mm(
         empty(1, K), empty(N, K, dtype=torch.int8), scale(N, 1), empty(N)
     )
@@ -96,7 +97,9 @@ class Recorder:
 def recorded(call: Callable[[], Any], chip: Chip) -> Any:
     """Return the one launch that ``call`` makes on ``chip``."""
     launches: list[Any] = []
-    patches = [mock.patch.object(module, name, Recorder(getattr(module, name), launches)) for module, name in MODULES]
+    patches: list[Any] = [
+        mock.patch.object(module, name, Recorder(getattr(module, name), launches)) for module, name in MODULES
+    ]
     patches.append(mock.patch.object(launch, "_accelerator", return_value=chip.target))
     for patch in patches:
         patch.start()

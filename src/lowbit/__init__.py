@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowbit.hosts import registration
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lowbit.engine import Omni as Omni
+    from lowbit.engine import OmniDiffusionConfig as OmniDiffusionConfig
+    from lowbit.inputs.data import OmniDiffusionSamplingParams as OmniDiffusionSamplingParams
+    from lowbit.outputs import OmniRequestOutput as OmniRequestOutput
+    from lowbit.quantization import build_quant_config as build_quant_config
+    from lowbit.quantization import quantize_model as quantize_model
+    from lowbit.quantization import register_quantization_method as register_quantization_method
 
 _PUBLIC = {
     "Omni": "lowbit.engine",

@@ -54,7 +54,7 @@ def test_more_rows_than_are_timed_are_scaled(monkeypatch: pytest.MonkeyPatch) ->
 
     def alternate(cases: dict[str, object], **_: object) -> dict[str, list[float]]:
         for case in cases.values():
-            case()  # type: ignore[operator]
+            case()
         return {name: [0.5] for name in cases}
 
     monkeypatch.setattr(shapes, "alternate", alternate)

@@ -52,7 +52,7 @@ def test_the_embedded_model_and_a_transformers_folder_are_real_models(tmp_path: 
     embedded = find_subject(None)
     assert (embedded.component, embedded.class_name) == ("transformer", "ZImageTransformer2DModel")
     model = random_transformer("ZImageTransformer2DModel", SMALL["ZImageTransformer2DModel"], torch.bfloat16, CPU)
-    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    model.save_pretrained(tmp_path)
     subject = find_subject(str(tmp_path), size=64)
     loaded = subject.load(torch.bfloat16, CPU)
     name, weight = next(iter(model.named_parameters()))

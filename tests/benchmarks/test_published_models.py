@@ -57,7 +57,7 @@ def test_every_layer_has_its_rows(name: str) -> None:
     assert max(rows) == (4096 + model.text_tokens if model.joint_layers else 4096)
 
 
-def test_the_memory_plan_adds_up(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_memory_plan_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     memory_plan.main(["--models", "z-image", "--output", str(tmp_path / "plan.json")])
     plans = json.loads((tmp_path / "plan.json").read_text())["z-image"]["bytes"]
     for plan in plans.values():

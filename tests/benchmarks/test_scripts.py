@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from benchmarks import growth, performance_page, transformer_step
 from benchmarks.timing import machine
 from benchmarks.whole_model import make_model
+from lowbit.bench.peers import PEERS
 from lowbit.bench.steps import check_precisions
 from lowbit.bench.transformers import random_transformer
+from lowbit.errors import ConfigError
 from lowbit.quantization.plan import quantize_model
 from tests.bench.models import SMALL
 
@@ -80,8 +83,14 @@ def test_a_model_quantized_weight_by_weight_is_the_one_quantized_whole() -> None
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_step_benchmarks_variants_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_of_libraries_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in (("torchao", "no_such_library.quantization"), ("sdnq", "json"), ("quanto", "json")):
+        monkeypatch.setitem(PEERS, name, replace(PEERS[name], module=module))
     present, missing = transformer_step.installed(transformer_step.VARIANTS)
-    assert sorted([*present, *missing]) == sorted(transformer_step.VARIANTS)
-    assert {"bf16", "fp32", "int8-compiled"} <= set(present)
+    assert missing == ["torchao", "torchao-compiled"]
+    assert {"bf16", "fp32", "int8-compiled", "sdnq", "sdnq-compiled", "quanto"} <= set(present)
     check_precisions(present)
+    with pytest.raises(ConfigError, match="torchao"):
+        check_precisions(missing)
+    with pytest.raises(ConfigError, match="int9"):
+        check_precisions([*present, "int9"])

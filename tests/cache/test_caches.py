@@ -14,7 +14,7 @@ from lowbit import Omni
 from lowbit.cache import CACHE_BACKENDS, build_cache
 from lowbit.cache.tea_cache import TeaCache
 from lowbit.errors import ConfigError
-from tests.cache.test_tea_cache import STEPS, Loop
+from tests.support.denoising import STEPS, Loop
 
 
 def test_names_and_defaults() -> None:

@@ -6,6 +6,7 @@ import random
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,11 @@ def to_write(name: str) -> TensorToWrite:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    metadata = {"general.architecture": "flux", "general.file_type": 14, "comfy.gguf.orig_shape.b": [7, 3]}
+    metadata: dict[str, Any] = {
+        "general.architecture": "flux",
+        "general.file_type": 14,
+        "comfy.gguf.orig_shape.b": [7, 3],
+    }
     write_gguf(tmp_path / "model.gguf", metadata, [to_write(name) for name in WEIGHTS])
     return tmp_path / "model.gguf"
 

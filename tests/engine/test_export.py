@@ -153,7 +153,7 @@ def test_calibration_is_not_repeated_when_what_needs_it_is_there(
 ) -> None:
     caplog.set_level(logging.INFO, "lowbit")
     spec = {"transformer": {"method": "int8", "smoothing": 0.5}, "text_encoder": "int8"}
-    settings = {"calibration_prompts": ["a red circle"]}
+    settings: dict[str, Any] = {"calibration_prompts": ["a red circle"]}
     target = tmp_path / "small"
     uninterrupted = tmp_path / "other" / "small"
     uninterrupted.parent.mkdir()
@@ -204,7 +204,7 @@ def test_another_export_is_not_gone_on_with(tmp_path: Path) -> None:
         ({"model": None}, "files of the model, model"),
     ):
         with pytest.raises(ConfigError, match=f"small.partial holds .* differs in: {different}. Repeat"):
-            export(target, **{"model": str(model), **options})
+            export(target, **{"model": str(model), **dict[str, Any](options)})
     file = model / "vae" / "config.json"
     os.utime(file, ns=(0, 0))
     with pytest.raises(ConfigError, match="differs in: files of the model. Repeat the command it was begun with"):

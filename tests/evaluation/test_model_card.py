@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -26,10 +27,11 @@ MANIFEST = Manifest(
 
 def test_the_hub_reads_what_it_was_made_from() -> None:
     card = ModelCard(model_card("z-image-int8", "Tongyi-MAI/Z-Image-Turbo", {"transformer": MANIFEST}))
-    assert card.data.base_model == "Tongyi-MAI/Z-Image-Turbo"
-    assert card.data.base_model_relation == "quantized"
-    assert card.data.library_name == "diffusers"
-    assert card.data.tags == ["lowbit", "quantized", "int8"]
+    data: Any = card.data
+    assert data.base_model == "Tongyi-MAI/Z-Image-Turbo"
+    assert data.base_model_relation == "quantized"
+    assert data.library_name == "diffusers"
+    assert data.tags == ["lowbit", "quantized", "int8"]
     assert "| transformer | 2 layers int8 | 1 modulation | 0.0 → 0.0 MB (81%) |" in card.text
     assert "Not validated yet" in card.text
 
@@ -37,7 +39,8 @@ def test_the_hub_reads_what_it_was_made_from() -> None:
 @pytest.mark.parametrize("model", [None, "a folder", "/some/where/z-image"])
 def test_a_folder_is_no_base_model_of_the_hub(model: str | None) -> None:
     card = ModelCard(model_card("quantized", model, {"transformer": MANIFEST}))
-    assert card.data.base_model is None
+    data: Any = card.data
+    assert data.base_model is None
     assert "/some/where" not in card.text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from lowbit.evaluation.tuning import Budget, by_worth, exact_pattern, linear_byt
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.models.patterns import matches
 
-HARSH = {"method": "int8", "activation_bits": 4, "ignored_layers": [r"re:(?!layers\.[23])"]}
+HARSH: dict[str, Any] = {"method": "int8", "activation_bits": 4, "ignored_layers": [r"re:(?!layers\.[23])"]}
 PARAMS = OmniDiffusionSamplingParams(num_inference_steps=3)
 TASK = Task(prompts=("a red circle",), params=PARAMS)
 VERIFICATION = Task(prompts=("a large blue square above a small green star",), params=PARAMS)

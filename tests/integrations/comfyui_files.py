@@ -39,7 +39,7 @@ def fp8_layer(weight: torch.Tensor, **extra: torch.Tensor) -> dict[str, torch.Te
     return {"weight": (weight / scale).to(E4M3), "weight_scale": scale, **extra}
 
 
-FORMATS = {
+FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fp8": (fp8_layer, {"format": "float8_e4m3fn"}),
     "fp8 static": (lambda w: fp8_layer(w, input_scale=torch.tensor([0.02])), {"format": "float8_e4m3fn"}),
     "int8": (lambda w: int8_layer(w, None, per_row=False), {"format": "int8_tensorwise"}),

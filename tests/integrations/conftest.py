@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit.quantization import Fp8Config, Int8Config
+from lowbit.quantization import QuantizationConfig
 from tests.integrations.models import CONFIGS, FAMILIES, Family, save
 
 
@@ -30,7 +30,7 @@ def z_family() -> Family:
 
 
 @pytest.fixture(params=CONFIGS)
-def config(request: pytest.FixtureRequest) -> Int8Config | Fp8Config:
+def config(request: pytest.FixtureRequest) -> QuantizationConfig:
     return CONFIGS[request.param]
 
 

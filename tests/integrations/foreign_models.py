@@ -18,7 +18,7 @@ from lowbit.quantization.base import QuantizationConfig
 from tests.integrations import ascend_files, comfyui_files
 from tests.integrations.models import FAMILIES, save
 from tests.integrations.nunchaku_files import Written
-from tests.quantization.test_modelopt import FIXTURES, complete
+from tests.support.modelopt import FIXTURES, complete
 
 BF16 = torch.bfloat16
 

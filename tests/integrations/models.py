@@ -27,11 +27,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from lowbit.quantization import Fp8Config, Int8Config, QuantizationConfig, build_quant_config, quantize_model
 from lowbit.quantization.calibration.smoothing import watched_inputs
 from lowbit.quantization.calibration.static import calibration
+from tests.support.kernels import skip_if_refused
 
 
 @dataclass(frozen=True)
 class Family:
-    make: Callable[[], torch.nn.Module]
+    make: Callable[[], Any]
     inputs: Callable[[torch.dtype], dict[str, Any]]
     # One layer that takes the method, one that is kept.
     quantized: str
@@ -193,7 +194,8 @@ STATIC = ("fp8-static", "modelopt-FP8", "modelopt-NVFP4")
 
 
 def quantized_model(family: Family, method: str) -> Any:
-    """A small model of the family, in BF16, quantized in memory with a method of ``METHODS``."""
+    """A small model of the family, in BF16, quantized in memory with a method of ``METHODS``; skips what can't run."""
+    skip_if_refused(METHODS[method])
     return copy.deepcopy(_quantized_model(family, method))
 
 

@@ -100,13 +100,13 @@ class Written:
             )
             if (identity and layer not in done) or names_of(layer, dict.fromkeys(self.layout.modulation, ("",))):
                 sources[layer] = [layer]
-        for source, targets in sources.items():
-            present = [target for target in targets if target in linear]
+        for source, names in sources.items():
+            present = [target for target in names if target in linear]
             parts = next((n for p, n in self.layout.modulation.items() if names_of(source, {p: ("",)})), 0)
             if parts:
                 self._modulation(source, linear[source], parts)
-            elif present and all(target in linear for target in targets):
-                self._fused(source, [(target, linear[target]) for target in targets])
+            elif present and all(target in linear for target in names):
+                self._fused(source, [(target, linear[target]) for target in names])
             elif present:
                 raise AssertionError(source)
             done.update(targets)

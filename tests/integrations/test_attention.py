@@ -20,7 +20,7 @@ from lowbit.hosts.attention import (
 )
 from lowbit.ops.attention import TORCH, UNQUANTIZED, AttentionProblem, select_kernel
 from tests.integrations.models import FAMILIES
-from tests.ops.test_attention import relative_error
+from tests.support.attention import relative_error
 
 CPU = torch.device("cpu")
 DTYPE = torch.float32
@@ -156,4 +156,4 @@ def test_speeding_up_leaves_what_was_chosen_and_what_it_does_not_know() -> None:
     model.reset_attention_backend()
     quantize(model)
     assert speed_up_attention(model, device=CPU, dtype=DTYPE) is None
-    assert attention_record(model).kind == "int8"  # type: ignore[union-attr]
+    assert attention_record(model).kind == "int8"

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from examples.custom_method import ToyConfig
 from lowbit import Omni, build_quant_config, quantize_model, register_quantization_method
+from lowbit.checkpoints.skeleton import empty_component
 from lowbit.cli.info import info
 from lowbit.cli.quantize import refuse_other_backends
 from lowbit.engine.loading import read_components, resolve_model
@@ -19,7 +21,6 @@ from lowbit.hosts.routing import claims
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.quantization import ComponentQuantizationConfig
 from lowbit.quantization.backends import BACKENDS, BackendConfig
-from tests.quantization.toy import ToyConfig
 
 PARAMS = OmniDiffusionSamplingParams(num_inference_steps=2, seed=0)
 
@@ -30,8 +31,8 @@ def needs(*names: str) -> pytest.MarkDecorator:
 
 
 def picture(omni: Omni) -> Any:
-    output = omni.generate("a large red circle", PARAMS, progress=False)
-    return np.asarray(output.images[0]).astype(float)  # type: ignore[union-attr]
+    output = omni.generate("a large red circle", PARAMS, progress=False)[0]
+    return np.asarray(output.images[0]).astype(float)
 
 
 def test_every_backend_has_an_entry() -> None:
@@ -180,7 +181,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 def test_layers_to_keep() -> None:
     source = resolve_model(None)
     config = BackendConfig(backend="torchao", ignored_layers=("to_q",))
-    skeleton = backends.empty_component(source, "transformer", *read_components(source)["transformer"])
+    skeleton = empty_component(source, "transformer", *read_components(source)["transformer"])
     kept = backends.kept_by_name(skeleton, config)
     assert kept["layers.0.attention.to_q"] == "ignored_layers"
     assert kept["layers.0.attention.to_k"] == ""

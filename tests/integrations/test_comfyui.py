@@ -189,7 +189,8 @@ def test_fused_layers_are_split(tmp_path: Path) -> None:
         loaded = made.load()
         whole = comfyui_dequantize(
             config["format"],
-            *(tensors[f"{key}.{n}"] for n in ("weight", "weight_scale")),
+            tensors[f"{key}.weight"],
+            tensors[f"{key}.weight_scale"],
             tensors.get(f"{key}.weight_scale_2"),
         )
         result = decoded(loaded)

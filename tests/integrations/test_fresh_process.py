@@ -7,13 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lowbit import Omni
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "int8": {"method": "int8"},
     "fp8": {"method": "fp8"},
     "mxfp8": {"method": "mxfp8"},
@@ -90,7 +91,7 @@ def test_plain_from_pretrained_works(folders: dict[str, tuple[Path, Omni]]) -> N
     for name, (folder, omni) in folders.items():
         loaded = found[str(folder)]
         assert loaded["layers"] == {part: len(made.quantized) for part, made in omni.manifests.items()}, name
-        assert loaded["methods"] == sorted({layer.method for layer in omni.manifests["transformer"].quantized})
+        assert loaded["methods"] == sorted({str(layer.method) for layer in omni.manifests["transformer"].quantized})
         with torch.no_grad():
             states = omni.pipeline.text_encoder(TOKENS, output_hidden_states=True).hidden_states
             hidden = states[-2].double().sum().item()

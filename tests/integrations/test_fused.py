@@ -10,7 +10,7 @@ import torch
 
 from lowbit.hosts import fused
 from lowbit.hosts.fused import fuse_elementwise, unfuse_elementwise
-from lowbit.ops.cpu import elementwise
+from lowbit.ops.cpu import elementwise, helper
 from lowbit.quantization import quantize_model
 from tests.integrations.models import FAMILIES
 
@@ -137,8 +137,8 @@ def test_nothing_is_fused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     own = kinds(model)
     assert fuse_elementwise(model, device=torch.device("meta"), dtype=torch.float32) == 0
     assert fuse_elementwise(model, device=CPU, dtype=torch.float64) == 0
-    monkeypatch.setattr(elementwise.helper, "available", lambda: False)
-    monkeypatch.setattr(elementwise.helper, "refusal", lambda: "turned off")
+    monkeypatch.setattr(helper, "available", lambda: False)
+    monkeypatch.setattr(helper, "refusal", lambda: "turned off")
     assert fuse_elementwise(model, device=CPU, dtype=torch.float32) == 0
     assert kinds(model) == own
 

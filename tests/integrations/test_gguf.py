@@ -6,6 +6,7 @@ import http.server
 import json
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -33,7 +34,7 @@ from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
 from lowbit.ops.gguf_decode_small import SMALL_DECODERS
 from lowbit.quantization import GgufConfig, QuantizedLinear, quantize_model
 from tests.integrations.models import FAMILIES, same_but_for_order, save, stored_config, tensors
-from tests.ops.cpu.test_gguf import random_weight
+from tests.support.gguf import random_weight
 
 package = pytest.importorskip("gguf")
 
@@ -114,8 +115,7 @@ class Exported:
         """Write the file again with other tensors or metadata."""
         file = open_gguf(self.path)
         found = {
-            name: TensorToWrite(name, t.type.name, t.shape, lambda t=t: file.rows(t))
-            for name, t in file.tensors.items()
+            name: TensorToWrite(name, t.type.name, t.shape, partial(file.rows, t)) for name, t in file.tensors.items()
         }
         change(found)
         new = {key: value for key, value in {**file.metadata, **metadata}.items() if value is not None}
@@ -332,7 +332,7 @@ def test_missing_unexpected_and_wrong_tensors_in_one_error(tmp_path: Path) -> No
 
 def test_names_of_the_reference_that_are_missing(tmp_path: Path) -> None:
     exported = Exported("flux", tmp_path)
-    path = exported.rewrite(lambda found: found.pop("double_blocks.0.img_attn.qkv.weight"))
+    path = exported.rewrite(lambda found: found.__delitem__("double_blocks.0.img_attn.qkv.weight"))
     with pytest.raises(CheckpointError, match="in the file: double_blocks.0.img_attn.qkv.weight"):
         exported.load(path)
 

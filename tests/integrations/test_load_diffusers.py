@@ -306,7 +306,7 @@ def test_a_quantized_checkpoint_is_multiplied_with_where_it_is_mapped(
 def test_progress_counts_the_bytes_that_were_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bars: list[Any] = []
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
             bars.append(self)

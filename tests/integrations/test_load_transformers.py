@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ from lowbit.quantization import (
     QuantizationConfig,
     QuantizedLinear,
     SvdQuantConfig,
-    build_quant_config,
     quantize_model,
 )
 from lowbit.quantization.calibration.static import calibration
@@ -231,7 +231,7 @@ WHOLE = {
 @pytest.mark.parametrize("method", WHOLE)
 def test_every_tensor_that_is_missing_is_named(method: str, tmp_path: Path) -> None:
     model = language_model().to(BF16)
-    quantize_model(model, build_quant_config(WHOLE[method]))
+    quantize_model(model, WHOLE[method])
     model.save_pretrained(tmp_path)
     whole = tensors(tmp_path)
     layer = model.get_submodule(LAYER)
@@ -261,8 +261,8 @@ def test_scales_of_other_shapes(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_wrong_and_missing_tensors_in_one_error(auto: type, quantized: bool, folder: Path, tmp_path: Path) -> None:
-    options = {"dtype": BF16, "quantization_config": Int8Config()}
+def test_wrong_and_missing_tensors_in_one_error(auto: Any, quantized: bool, folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dtype": BF16, "quantization_config": Int8Config()}
     if quantized:
         AutoModelForCausalLM.from_pretrained(folder, **options).save_pretrained(tmp_path / "int8")
         folder, options = tmp_path / "int8", {}

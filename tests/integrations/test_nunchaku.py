@@ -7,6 +7,7 @@ import json
 import struct
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,10 +35,10 @@ def test_every_layer_is_what_its_packed_tensors_stand_for(name: str, precision: 
     for layer, codes in written.codes.items():
         assert torch.equal(found[f"{layer}.qweight"].view(torch.uint8), codes), layer
     for key, expected in written.expected.items():
-        layer = quantized.get(key.rpartition(".")[0])
-        if layer is not None and key.endswith(".weight"):
-            layer.method.restore_weights(layer)
-            tensor = layer.method.dequantize_weight(layer)
+        found_layer: Any = quantized.get(key.rpartition(".")[0])
+        if found_layer is not None and key.endswith(".weight"):
+            found_layer.method.restore_weights(found_layer)
+            tensor = found_layer.method.dequantize_weight(found_layer)
         else:
             tensor = found[key]
         assert (tensor.double() - expected).norm() <= 1e-6 * expected.norm(), key

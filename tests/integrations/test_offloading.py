@@ -19,6 +19,7 @@ from lowbit.quantization import QuantizedLinear
 from lowbit.quantization.plan import quantize_model, quantized_layers
 from tests.integrations.foreign_models import FOREIGN, foreign_model
 from tests.integrations.models import FAMILIES, METHODS, STATIC, Family, quantized_model, same_bytes
+from tests.support.kernels import skip_if_refused
 
 CPU = torch.device("cpu")
 
@@ -124,6 +125,7 @@ MOVABLE = [method for method in METHODS if method not in STATIC and method != "s
 
 @pytest.mark.parametrize("method", MOVABLE)
 def test_the_kernel_follows_tensors_that_others_move(method: str) -> None:
+    skip_if_refused(METHODS[method])
     linear = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
     parent = torch.nn.Sequential(torch.nn.Linear(64, 64, dtype=torch.bfloat16), linear)
     options = {name: value for name, value in METHODS[method].items() if name not in ("smoothing", "kernel")}
@@ -152,7 +154,7 @@ def test_a_pipeline() -> None:
         output = omni.generate(
             "a red circle", OmniDiffusionSamplingParams(num_inference_steps=1, seed=0), progress=False
         )
-        return output.images[0]  # type: ignore[union-attr]
+        return output.images[0]
 
     omni = Omni(quantization_config={"transformer": "mxfp4", "text_encoder": "int8"}, device="cpu")
     expected = picture(omni)

@@ -16,6 +16,7 @@ from diffusers.quantizers import auto as diffusers_auto
 from transformers import AutoModel
 from transformers.quantizers import auto as transformers_auto
 
+from examples.custom_method import ToyConfig
 from lowbit import Omni, quantize_model, register_quantization_method
 from lowbit.errors import ConfigError
 from lowbit.inputs.data import OmniDiffusionSamplingParams
@@ -27,7 +28,6 @@ from lowbit.quantization import (
     factory,
 )
 from tests.integrations.models import Family, language_model, relative_error, stored_config, tensors
-from tests.quantization.toy import ToyConfig
 
 BF16 = torch.bfloat16
 NAME = ToyConfig.get_name()
@@ -83,7 +83,7 @@ def test_pipelines(tmp_path: Path) -> None:
         "text_encoder": {NAME},
     }
     output = omni.generate("a red circle", OmniDiffusionSamplingParams(num_inference_steps=1, seed=0), progress=False)
-    assert output.images  # type: ignore[union-attr]
+    assert output.images
     omni.save_pretrained(str(tmp_path / "saved"))
     mapping = {"transformer": ToyConfig(kernel="plain")}
     reloaded = DiffusionPipeline.from_pretrained(
@@ -134,7 +134,7 @@ try:
     main()
 except SystemExit as end:
     assert not end.code, end.code
-assert "tests.quantization.toy" in sys.modules
+assert "examples.custom_method" in sys.modules
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[-1])
 assert pipeline.transformer.lowbit_manifest.by_kernel().keys() == {("toy_int8", "plain")}
@@ -147,8 +147,8 @@ def test_an_installed_package_adds_to_the_command_line(tmp_path: Path) -> None:
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text(
         "[lowbit.quantization_methods]\n"
-        "toy_int8 = tests.quantization.toy:ToyConfig\n"
-        "int8 = tests.quantization.toy:ToyConfig\n"
+        "toy_int8 = examples.custom_method:ToyConfig\n"
+        "int8 = examples.custom_method:ToyConfig\n"
         "lost = no_such_module:Config\n"
     )
     root = str(Path(__file__).parents[2])

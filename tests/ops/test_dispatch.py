@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import importlib
 import logging
+import pkgutil
 
 import pytest
 import torch
 
+from lowbit import ops
 from lowbit.errors import ConfigError, UnsupportedError
-from lowbit.ops import dispatch, fp8, int8
-from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem, select
+from lowbit.ops import dispatch
+from lowbit.ops.attention import AttentionProblem
+from lowbit.ops.dispatch import ANY_DEVICE, AnyProblem, Implementation, Problem, select
 
 PROBLEM = Problem(torch.device("cpu"), torch.bfloat16, 64, 64)
 GPU_ONLY = Implementation("gpu", "lowbit.ops.int8", frozenset({"cuda"}))
@@ -56,9 +60,21 @@ def test_nothing_fits_lists_every_reason() -> None:
     assert "absent: can't be imported" in str(error.value)
 
 
-@pytest.mark.parametrize("family", [int8, fp8])
-def test_every_family_runs_on_every_device(family: object) -> None:
-    table = family.IMPLEMENTATIONS  # type: ignore[attr-defined]
-    for device in ("cpu", "meta"):
-        problem = Problem(torch.device(device), torch.bfloat16, 64, 64)
-        assert select("test", table, problem).refusal(problem) is None
+FAMILIES = {
+    module.name: getattr(importlib.import_module(f"lowbit.ops.{module.name}"), "IMPLEMENTATIONS", ())
+    for module in pkgutil.iter_modules(ops.__path__)
+}
+WEIGHT_FORMATS = {"gguf": "Q4_K", "mx": "mxfp4"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "cuda", "xpu", "mps"])
+@pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table])
+def test_auto_finds_something_for_every_family_on_every_device(family: str, device: str) -> None:
+    problem: AnyProblem = Problem(
+        torch.device(device), torch.bfloat16, 64, 128, weight_format=WEIGHT_FORMATS.get(family, "")
+    )
+    if family == "attention":
+        problem = AttentionProblem(torch.device(device), torch.bfloat16, "int8", 64)
+    chosen = select(family, FAMILIES[family], problem)
+    assert chosen.automatic
+    assert chosen.devices == ANY_DEVICE or device in chosen.devices

@@ -11,6 +11,7 @@ import torch
 from lowbit.errors import UnsupportedError
 from lowbit.ops import gguf, gguf_decode_small
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
+from tests.support.gguf import random_blocks, same_bits
 
 package = pytest.importorskip("gguf")
 
@@ -18,20 +19,9 @@ EXACT = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 SEARCHED = {"Q4_K": (32, 15), "Q5_K": (32, 31), "Q6_K": (16, 63)}
 
 
-def random_blocks(kind: str, blocks: int = 3000) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(BLOCK_TYPES[kind].number)
-    return torch.randint(0, 256, (blocks // 4, 4 * BLOCK_TYPES[kind].bytes), dtype=torch.uint8, generator=generator)
-
-
 def reference(raw: torch.Tensor, kind: str) -> torch.Tensor:
     with np.errstate(all="ignore"):
         return torch.from_numpy(package.quants.dequantize(raw.numpy().copy(), package.GGMLQuantizationType[kind]))
-
-
-def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    view = {4: torch.int32, 2: torch.int16}[left.dtype.itemsize]
-    same = (left.view(view) == right.view(view)) | (left.isnan() & right.isnan())
-    return left.shape == right.shape and bool(same.all())
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -100,4 +100,4 @@ def test_modulation_comes_back(parts: int) -> None:
 )
 def test_wrong_shapes_are_refused(unpack: object) -> None:
     with pytest.raises(ValueError, match="not|fit"):
-        unpack()  # type: ignore[operator]
+        unpack()

@@ -35,7 +35,7 @@ def test_errors_stay_within_half_a_unit(case: str, search: bool, adversarial: di
 
 def test_dequantization_is_exact() -> None:
     packed = torch.arange(256, dtype=torch.uint8).repeat(127, 1)
-    scale = torch.arange(127, dtype=torch.uint8).view(nvfp4.E4M3).reshape(127, 1).repeat(1, 32)
+    scale = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(127, 1).repeat(1, 32)
     global_scale = torch.tensor(0.37)
     result = nvfp4.dequantize_nvfp4(packed, scale, global_scale)
     np.testing.assert_allclose(result.numpy(), exact_values(packed, scale, global_scale), rtol=1e-7)

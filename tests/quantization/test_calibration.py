@@ -25,7 +25,7 @@ def test_input_scales_are_the_largest_input_over_448() -> None:
             model(x)
     assert uncalibrated_layers(model) == []
     expected = max(x.abs().max().item() for x in inputs) / 448
-    assert static_layers(model)["0"].input_scale.item() == pytest.approx(expected)
+    assert static_layers(model)["0"].get_parameter("input_scale").item() == pytest.approx(expected)
 
 
 def test_calibrated_model_is_close_and_saves_its_scales() -> None:

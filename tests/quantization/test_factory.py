@@ -99,7 +99,7 @@ def test_what_is_written_is_read_again(method: str) -> None:
     again = build_quant_config(written)
     assert again == config.as_serialized(["layers.1.w1"])
     assert again is not None
-    assert again.is_serialized  # type: ignore[union-attr]
+    assert again.is_serialized
 
 
 def test_what_is_written_holds_nothing_a_strict_reader_refuses() -> None:
@@ -128,7 +128,7 @@ def test_values_of_the_wrong_kind_are_named(spec: dict[str, Any], message: str) 
 
 
 # Of every JSON type, and numbers, names and containers that some option takes.
-VALUES = (
+VALUES: tuple[Any, ...] = (
     *(
         None,
         False,

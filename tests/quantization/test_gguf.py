@@ -74,7 +74,7 @@ def test_configuration_survives_json() -> None:
 
 def test_layer() -> None:
     model = nn.Sequential(nn.Linear(256, 32), nn.Linear(32, 48), nn.Linear(48, 8))
-    weight, x = model[0].weight.detach().clone(), torch.randn(3, 256)
+    weight, x = next(model.parameters()).detach().clone(), torch.randn(3, 256)
     manifest = quantize_model(model, "gguf", gguf_type="Q4_K")
     assert [record.method for record in manifest.layers] == ["gguf Q4_K", "gguf Q5_0", None]
     assert "no multiple of 32" in manifest.layers[2].reason

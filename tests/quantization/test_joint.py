@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def test_kernels_are_alone_only_where_they_take_the_layers_own_tensors(name: str
         given.extend(arguments)
         return arguments[0]
 
-    layer.kernel, x = SimpleNamespace(linear=linear), torch.randn(1, 256)
+    kernel: Any = SimpleNamespace(linear=linear)
+    layer.kernel, x = kernel, torch.randn(1, 256)
     layer.method.apply(layer, x, layer.bias)
     wanted = [x, *(layer._parameters.get(name) for name in ("weight", "weight_scale", "bias"))]
     is_alone = all(a is b for a, b in zip(given, wanted, strict=False)) and set(given[4:]) <= {None}
@@ -96,7 +98,7 @@ def test_what_does_more_is_computed_alone(case: str, calls: list[int]) -> None:
         first.register_forward_hook(lambda *arguments: seen.append(arguments))
     elif case == "wrapped forward":
         forward = first.forward
-        first.forward = lambda x: (seen.append(x), forward(x))[1]
+        first.forward = lambda x: forward((seen.append((x,)), x)[1])
     elif case == "offloaded":
         first.let_others_move()
     elif case == "another method":

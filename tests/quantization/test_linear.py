@@ -19,6 +19,7 @@ from lowbit.quantization import (
 )
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.plan import quantize_layer
+from tests.support.kernels import skip_if_refused
 
 CONFIGS = [
     Int8Config(),
@@ -39,6 +40,13 @@ CONFIGS = [
 ]
 
 
+@pytest.fixture(params=CONFIGS, ids=str)
+def config(request: pytest.FixtureRequest) -> QuantizationConfig:
+    skip_if_refused(request.param)
+    chosen: QuantizationConfig = request.param
+    return chosen
+
+
 def quantized(config: QuantizationConfig, dtype: torch.dtype = torch.bfloat16) -> QuantizedLinear:
     torch.manual_seed(3)
     return quantize_layer(nn.Linear(200, 72).to(dtype), config.linear_method(), "block.to_q")
@@ -48,7 +56,6 @@ def same_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
 class TestEveryMethod:
     def test_is_a_linear_layer(self, config: QuantizationConfig) -> None:
         layer = quantized(config)

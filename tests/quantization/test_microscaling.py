@@ -229,7 +229,7 @@ def test_broken_checkpoints_name_file_and_tensor(method: str, change: Any, messa
 
 def test_leading_blocks_stay_as_they_are() -> None:
     model = FAMILIES["flux"].make()
-    plan = plan_layers(model, build_quant_config({"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 1}))
+    plan = plan_layers(model, Mxfp4DualScaleConfig(num_bf16_fallback_layers=1))
     reasons = {name: decision.reason for name, decision in plan.items()}
     assert reasons["transformer_blocks.0.attn.to_q"] == "num_bf16_fallback_layers"
     assert plan["single_transformer_blocks.0.attn.to_q"].method is not None

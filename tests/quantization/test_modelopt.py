@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +18,11 @@ from lowbit.hosts.routing import claims
 from lowbit.quantization import ModelOptConfig, QuantizedLinear, build_quant_config, quantize_model
 from lowbit.quantization.calibration.static import calibration
 from lowbit.quantization.plan import quantized_layers
-from tests.integrations.models import FAMILIES, save, stored_config, tensors
-
-FIXTURES = sorted((Path(__file__).parents[1] / "fixtures" / "modelopt").iterdir())
-
-
-def rest_of_the_model(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Random tensors for a model of which only the quantized layers are known."""
-    torch.manual_seed(0)
-    kind = getattr(diffusers, config["_class_name"])
-    model = kind.from_config({name: value for name, value in config.items() if name != "quantization_config"})
-    return model.to(torch.bfloat16).state_dict()
+from tests.integrations.models import FAMILIES, stored_config, tensors
+from tests.support.modelopt import FIXTURES, complete
 
 
-def complete(fixture: Path, folder: Path) -> Path:
-    """Write the whole checkpoint that ``fixture`` is the quantized part of."""
-    config = json.loads((fixture / "config.json").read_text())
-    (file,) = fixture.glob("*.safetensors")
-    folder.mkdir()
-    shutil.copy(fixture / "config.json", folder)
-    save_file({**rest_of_the_model(config), **load_file(file)}, folder / file.name, {"format": "pt"})
-    return folder
-
-
-def load(folder: Path, **options: Any) -> torch.nn.Module:
+def load(folder: Path, **options: Any) -> Any:
     kind = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
     return kind.from_pretrained(folder, torch_dtype=torch.bfloat16, **options)
 
@@ -61,8 +41,8 @@ class TestExports:
         assert sorted(layers) == sorted(expected["weights"])
         for name, layer in layers.items():
             # Of NVFP4_SVD modelopt decodes the part that is NVFP4.
-            decode = type(layer.method).__mro__[1 if "svd" in fixture.name else 0].dequantize_weight
-            weight = decode(layer.method, layer)
+            decode: Any = type(layer.method).__mro__[1 if "svd" in fixture.name else 0]
+            weight = decode.dequantize_weight(layer.method, layer)
             assert hashlib.sha256((weight + 0.0).numpy().tobytes()).hexdigest() == expected["weights"][name], name
 
     def test_layers_compute_what_modelopt_simulates(self, fixture: Path, tmp_path: Path) -> None:
@@ -242,4 +222,3 @@ def test_save_and_load_of_a_saved_source(tmp_path: Path) -> None:
     folder = complete(SIMPLE, tmp_path / "model")
     with pytest.raises(ConfigError, match="already quantized with 'modelopt'"):
         load(folder, quantization_config=build_quant_config("fp8"))
-    assert save is not None

@@ -1,8 +1,11 @@
 """The transformer and its text encoder, trained together by flow matching on latents."""
 
+from __future__ import annotations
+
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._inductor.config
@@ -138,7 +141,8 @@ def prepare(modules: Modules) -> None:
     assert isinstance(transformer, ZImageTransformer2DModel)
     torch._inductor.config.cpp.threads = 1  # the loop's shards are the threads
     for block in _blocks(transformer):
-        block.attention.set_processor(RealRotation())
+        attention: Any = block.attention
+        attention.set_processor(RealRotation())
         if shutil.which("c++") or shutil.which("g++"):
             block.compile(dynamic=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -230,7 +231,7 @@ class Omni:
             deadline=deadline,
         )
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the pipeline with its quantized components to ``folder``; ``Omni(folder)`` loads it again."""
         self.pipeline.save_pretrained(folder, safe_serialization=True)
         if self.defaults:

@@ -10,7 +10,7 @@ from lowbit.ops import attention as reference
 from lowbit.ops import sdpa
 from lowbit.ops.attention import KINDS, UNQUANTIZED, AttentionProblem
 from lowbit.ops.cpu import attention, helper
-from tests.ops.test_attention import Case, exact, make, relative_error
+from tests.support.attention import Case, exact, make, relative_error
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

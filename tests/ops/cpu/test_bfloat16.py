@@ -9,15 +9,14 @@ import torch
 
 from lowbit.ops import fp8, int8, nvfp4, svdquant, w4a4, w4a16, w8a16
 from lowbit.ops.cpu import fp8 as cpu_fp8
-from lowbit.ops.cpu import gguf_native, helper, int8_weight_only, native, weight_only
+from lowbit.ops.cpu import gguf_native, int8_weight_only, native, weight_only
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.cpu import w8a16 as cpu_w8a16
 from lowbit.ops.gguf import gguf_dequantize
 from lowbit.ops.gguf_types import block_type
-from tests.ops.cpu.conftest import selected_isa
-from tests.ops.cpu.test_four_bits import FORMATS, Layer
-from tests.ops.cpu.test_gguf import NATIVE_TYPES, random_weight
-from tests.ops.cpu.test_integer_rows import MOST_INTEGER_ROWS, UNIT
+from tests.support.few_rows import MOST_INTEGER_ROWS, UNIT
+from tests.support.four_bits import FORMATS, Layer
+from tests.support.gguf import NATIVE_TYPES, random_weight
 
 # See bfloat16_units.h, bfloat16_few_rows.h and bfloat16_product.h for what differs by rows; and amx_few_rows.h and
 # amx_product.h.
@@ -29,13 +28,6 @@ EACH_ISA = pytest.mark.parametrize("isa", ROWS_OF, indirect=True)
 BF16 = block_type("BF16").number  # weights as they are
 
 pytestmark = pytest.mark.usefixtures("isa")
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if helper.refusal() is not None:
-        pytest.skip(f"native helper {helper.refusal()}")
-    yield from selected_isa(request.param)
 
 
 def one_input_a_row(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:

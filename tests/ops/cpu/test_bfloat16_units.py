@@ -10,9 +10,9 @@ import torch
 from lowbit.ops import fp8
 from lowbit.ops.cpu import fp8 as cpu_fp8
 from lowbit.ops.cpu import helper
-from tests.ops.cpu.conftest import selected_isa
-from tests.ops.cpu.test_four_bits import FORMATS
-from tests.ops.cpu.test_integer_rows import GROUPS, UNIT, Linear, make
+from tests.support.cpu import selected_isa
+from tests.support.few_rows import GROUPS, UNIT, Linear, make
+from tests.support.four_bits import FORMATS
 
 KINDS = ["fp8", "fp8 128", *FORMATS, *GROUPS]
 

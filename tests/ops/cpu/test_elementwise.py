@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit.ops.cpu import elementwise, helper, native
-from tests.ops.test_elementwise import DTYPES, angles, exact, is_near
+from tests.support.elementwise import DTYPES, angles, exact, is_near
 
 REFUSAL = helper.refusal()
 pytestmark = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))

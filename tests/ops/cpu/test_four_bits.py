@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from lowbit.ops import mx, mx_weight_only, nvfp4, nvfp4_weight_only
-from lowbit.ops.cpu import blocked, fp4, helper, native, weight_only
+from lowbit.ops import mx, mx_weight_only, nvfp4_weight_only
+from lowbit.ops.cpu import blocked, native, weight_only
 from lowbit.ops.cpu import mx as cpu_mx
 from lowbit.ops.cpu import nvfp4 as cpu_nvfp4
 from lowbit.ops.dispatch import Problem
-from tests.ops.cpu.conftest import at_the_end_of_memory, same
+from lowbit.ops.e2m1 import decode_e2m1_pairs
+from tests.support.cpu import at_the_end_of_memory, same
+from tests.support.four_bits import FORMATS, Layer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMATS = ["mxfp8", "mxfp4", "dualscale", "nvfp4"]
 # One rounding of the result in float32; the weight is rounded too where products are made in 16 bits.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-
-
-class Layer:
-    """A weight in one format with the reference's decoding and the CPU's product."""
-
-    def __init__(self, kind: str, features: int, columns: int) -> None:
-        weight = torch.randn(features, columns) / 8
-        if kind == "nvfp4":
-            scale = nvfp4.global_scale_of(weight.abs().amax())
-            self.tensors = (*nvfp4.quantize_nvfp4(weight, scale), scale)
-            self.module, self.decode = cpu_nvfp4, nvfp4.dequantize_nvfp4
-        else:
-            quantizers = {
-                "mxfp8": mx.quantize_mxfp8,
-                "mxfp4": mx.quantize_mxfp4,
-                "dualscale": mx.quantize_mxfp4_dualscale,
-            }
-            self.tensors = quantizers[kind](weight)
-            self.module, self.decode = cpu_mx, mx.dequantize_mx
-
-    def weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self.decode(*self.tensors, dtype=dtype)
-
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        packed, scale, *rest = self.tensors
-        return self.module.linear(x, self.module.pack_weight(packed), scale, bias, *rest)
 
 
 @pytest.fixture(params=["own", "float32"])
@@ -54,15 +27,6 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         weight_only, "fast_matmul_dtype", (lambda dtype: dtype) if chosen == "own" else (lambda dtype: torch.float32)
     )
     return chosen
-
-
-@pytest.fixture(params=range(len(helper.ISA_NAMES)), ids=helper.ISA_NAMES)
-def isa(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Run with one instruction set after the other."""
-    if helper.refusal() is not None or helper.select_isa(request.param) != request.param:
-        pytest.skip("not here")
-    yield request.param
-    helper.select_isa(helper.BEST_ISA)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,7 +56,7 @@ def test_agrees_with_float64(
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 64])
 @pytest.mark.parametrize("columns", [32, 1046, 1312])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_few_rows_on_every_isa(kind: str, columns: int, rows: int, isa: int) -> None:
+def test_few_rows_on_every_isa(kind: str, columns: int, rows: int, isa: str) -> None:
     layer = Layer(kind, 19, columns)
     x, bias = torch.randn(rows, columns), torch.randn(19)
     assert weight_only.has_few_rows(x)
@@ -102,7 +66,7 @@ def test_few_rows_on_every_isa(kind: str, columns: int, rows: int, isa: int) -> 
 
 
 @pytest.mark.parametrize("kind", ["mxfp8", "mxfp4", "nvfp4"])
-def test_every_scale_code_in_products_of_few_rows(kind: str, isa: int) -> None:
+def test_every_scale_code_in_products_of_few_rows(kind: str, isa: str) -> None:
     layer = Layer(kind, 256, 32)
     packed, scale, *rest = layer.tensors
     codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(scale.shape).contiguous()
@@ -128,13 +92,13 @@ def test_rows_decode_as_the_reference_does(dtype: torch.dtype, kind: str, first:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [16, 32, 50])
-def test_every_byte_decodes_on_every_isa(dtype: torch.dtype, group_size: int, isa: int) -> None:
+def test_every_byte_decodes_on_every_isa(dtype: torch.dtype, group_size: int, isa: str) -> None:
     packed = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
     scale = torch.randn(3, -(-512 // group_size)).exp()
     scale[1, 0] = torch.nan
     output, expected = torch.empty(3, 512, dtype=dtype), torch.empty(3, 512, dtype=dtype)
     native.decode_fp4(packed, scale, output, group_size)
-    values = fp4.decode_e2m1_pairs(packed).flatten(-2)
+    values = decode_e2m1_pairs(packed).flatten(-2)
     expected = (values * mx.expand_groups(scale, group_size, 512)).to(dtype)
     assert same(output, expected)
 

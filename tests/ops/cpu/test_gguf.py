@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,27 +9,16 @@ from lowbit.ops.cpu import gguf_native, helper, native
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
 from lowbit.ops.gguf_decode_small import SMALL_DECODERS
-from tests.ops.cpu.conftest import at_the_end_of_memory
-from tests.ops.test_gguf import random_blocks, same_bits
-
-NATIVE_TYPES = [kind for kind in BLOCK_TYPES if kind not in SMALL_DECODERS]
+from tests.support.cpu import at_the_end_of_memory
+from tests.support.gguf import NATIVE_TYPES, random_blocks, random_weight, same_bits
 
 needs_native = pytest.mark.skipif(not helper.available(), reason=f"native helper {helper.refusal()}")
-
-
-@pytest.fixture(params=range(len(helper.ISA_NAMES)), ids=helper.ISA_NAMES)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[int]:
-    if helper.select_isa(request.param) != request.param:
-        helper.select_isa(helper.BEST_ISA)
-        pytest.skip("not on this CPU")
-    yield request.param
-    helper.select_isa(helper.BEST_ISA)
 
 
 @needs_native
 @pytest.mark.parametrize("kind", NATIVE_TYPES)
 @pytest.mark.parametrize("dtype", native.ELEMENT_TYPES)
-def test_native_decoding_is_exact(kind: str, dtype: torch.dtype, instruction_set: int) -> None:
+def test_native_decoding_is_exact(kind: str, dtype: torch.dtype, isa: str) -> None:
     raw = random_blocks(kind, 400)
     assert same_bits(blocked.gguf_dequantize(raw, kind, dtype), gguf_dequantize(raw, kind, dtype))
 
@@ -44,7 +31,7 @@ def products(x: torch.Tensor, kind: str, bias: torch.Tensor | None, function: ob
     decoded = gguf_dequantize(raw, kind).double()
     expected = x.double() @ decoded.t() + (0 if bias is None else bias.double())
     bound = x.double().abs() @ decoded.abs().t() + 1e-30
-    result = function(x, raw, kind, bias)  # type: ignore[operator]
+    result = function(x, raw, kind, bias)
     assert result.dtype == x.dtype
     assert result.shape == expected.shape
     return float(((result.double() - expected).abs() / bound).max()), result
@@ -59,17 +46,6 @@ def test_native_products(kind: str, rows: int) -> None:
     for bias in (None, torch.randn(37)):
         assert products(x, kind, bias, gguf_native.linear)[0] < 1e-6
     assert products(x.bfloat16(), kind, None, gguf_native.linear)[0] < 5e-3
-
-
-def random_weight(kind: str, features: int, columns: int) -> torch.Tensor:
-    """Return blocks of random bytes: NaN and infinity in every seventh row only, no sum out of float32's range."""
-    block = BLOCK_TYPES[kind]
-    raw = torch.randint(0, 256, (features, columns // block.elements, block.bytes), dtype=torch.uint8)
-    decoded = gguf_dequantize(raw.flatten(1), kind).view(features, -1, block.elements)
-    finite = decoded.isfinite().all(dim=2)
-    finite[::7] = True
-    raw[~finite | (decoded.abs() > 1e30).logical_and(decoded.isfinite()).any(dim=2)] = 0
-    return raw.flatten(1)
 
 
 @needs_native

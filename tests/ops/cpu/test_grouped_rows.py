@@ -11,7 +11,7 @@ import torch
 from lowbit.ops import w4a16, w8a16
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.cpu import w8a16 as cpu_w8a16
-from tests.ops.cpu.conftest import at_the_end_of_memory, awkward, selected_isa
+from tests.support.cpu import at_the_end_of_memory, awkward, selected_isa
 
 MOST_ROWS = 16
 ROWS = {

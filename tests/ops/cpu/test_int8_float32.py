@@ -8,7 +8,7 @@ import torch
 from lowbit.ops import int8
 from lowbit.ops.cpu import int8_float32
 from lowbit.ops.dispatch import Problem
-from tests.ops.cpu.conftest import awkward, same
+from tests.support.cpu import awkward, same
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

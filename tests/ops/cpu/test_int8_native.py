@@ -8,7 +8,7 @@ import torch
 from lowbit.ops import int8
 from lowbit.ops.cpu import helper, int8_native
 from lowbit.ops.dispatch import Problem
-from tests.ops.cpu.conftest import at_the_end_of_memory, awkward, same
+from tests.support.cpu import at_the_end_of_memory, awkward, same
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowbit.ops import int8
 from lowbit.ops.cpu import int8_onednn as onednn
 from lowbit.ops.dispatch import Problem
-from tests.ops.cpu.conftest import awkward, same
+from tests.support.cpu import awkward, same
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 64, 32), (7, 333, 100), (30, 1, 5), (300, 256, 96)]  # M, K, N

@@ -9,7 +9,7 @@ import torch
 
 from lowbit.ops import int8
 from lowbit.ops.cpu.int8_weight_only import int8_weight_only_mm
-from tests.ops.cpu.conftest import at_the_end_of_memory, awkward, selected_isa
+from tests.support.cpu import at_the_end_of_memory, awkward, selected_isa
 
 MOST_ROWS = 21  # three times as many fill the tiles
 ROWS = pytest.mark.parametrize("rows", [1, 2, 5, 6, 10, 11, 16, MOST_ROWS])

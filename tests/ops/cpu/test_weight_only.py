@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lowbit.ops.cpu import fp8 as cpu_fp8
 from lowbit.ops.cpu import helper, weight_only
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.dispatch import Problem
-from tests.ops.cpu.conftest import awkward
+from tests.support.cpu import awkward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
@@ -31,14 +32,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=range(len(helper.ISA_NAMES)), ids=helper.ISA_NAMES)
-def isa(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Run with one instruction set after the other."""
-    if helper.select_isa(request.param) != request.param:
-        helper.select_isa(helper.BEST_ISA)
-        pytest.skip("not on this CPU")
-    yield request.param
-    helper.select_isa(helper.BEST_ISA)
+def _fp8_linear(
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    block: tuple[int, int] | None,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return cpu_fp8.linear(x, values, scales, bias, None, block)
+
+
+def _w4a16_linear(tensors: Sequence[torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    packed, scale, zero = tensors
+    return cpu_w4a16.linear(x, packed, scale, bias, zero)
 
 
 def eight_bit_layers(weight: torch.Tensor) -> Iterator[tuple[Layer, torch.Tensor]]:
@@ -50,7 +56,7 @@ def eight_bit_layers(weight: torch.Tensor) -> Iterator[tuple[Layer, torch.Tensor
             fp8.quantize_fp8_per_token(weight) if block is None else fp8.quantize_fp8_per_block(weight, block)
         )
         yield (
-            lambda x, bias, w=values, s=scales, b=block: cpu_fp8.linear(x, w, s, bias, None, b),
+            partial(_fp8_linear, values, scales, block),
             fp8.dequantize_fp8(values, scales, block),
         )
 
@@ -61,7 +67,7 @@ def four_bit_layers(weight: torch.Tensor) -> Iterator[tuple[Layer, torch.Tensor]
         for symmetric, scale_dtype in ((True, torch.float32), (False, torch.bfloat16)):
             tensors = w4a16.quantize_int4_per_group(weight, group_size, symmetric, scale_dtype)
             yield (
-                lambda x, bias, t=tensors: cpu_w4a16.linear(x, t[0], t[1], bias, t[2]),
+                partial(_w4a16_linear, tensors),
                 w4a16.dequantize_int4(*tensors),
             )
 
@@ -73,7 +79,8 @@ def check(layer: Layer, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tenso
     exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     size = x.double().abs() @ weight.double().abs().t() + (0 if bias is None else bias.double().abs())
     in_own_dtype = x.dtype != torch.float32 and not weight_only.has_few_rows(x)
-    summing = 2e-6 if not in_own_dtype or weight_only.fast_matmul_dtype(x.dtype) != x.dtype else ROUNDING[x.dtype]
+    is_fast = vars(weight_only)["fast_matmul_dtype"](x.dtype) == x.dtype
+    summing = ROUNDING[x.dtype] if in_own_dtype and is_fast else 2e-6
     assert ((result.double() - exact).abs() <= ROUNDING[x.dtype] * exact.abs() + summing * size + 1e-7).all()
 
 
@@ -90,7 +97,7 @@ def test_agrees_with_float64(dtype: torch.dtype, shape: tuple[int, int, int], pa
 
 @NEEDS_NATIVE
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_agrees_with_float64_on_every_isa(dtype: torch.dtype, isa: int) -> None:
+def test_agrees_with_float64_on_every_isa(dtype: torch.dtype, isa: str) -> None:
     for rows, columns, features in SHAPES[:6]:
         weight = torch.randn(features, columns) / 8
         for layer, decoded in (*eight_bit_layers(weight), *four_bit_layers(weight)):
@@ -107,7 +114,7 @@ def test_work_is_divided_without_loss(threads: int) -> None:
 
 
 @NEEDS_NATIVE
-def test_every_e4m3_code_decodes(isa: int) -> None:
+def test_every_e4m3_code_decodes(isa: str) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(fp8.E4M3).reshape(256, 1).repeat(1, 64)
     x = torch.zeros(1, 64)
     x[0, 40] = 1.0
@@ -119,7 +126,7 @@ def test_every_e4m3_code_decodes(isa: int) -> None:
 
 
 @NEEDS_NATIVE
-def test_scales_that_are_nearly_too_large_for_float32(isa: int) -> None:
+def test_scales_that_are_nearly_too_large_for_float32(isa: str) -> None:
     codes = torch.tensor([[1.0] * 64, [2.0] * 64]).to(fp8.E4M3)
     result = cpu_fp8.linear(torch.ones(1, 64) / 64, codes, torch.full((2, 1), 2e36), None)  # 256 * 2e36 is no float32
     torch.testing.assert_close(result, torch.tensor([[2e36, 4e36]]))

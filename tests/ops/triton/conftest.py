@@ -69,5 +69,5 @@ def _outcome(case: ElementTree.Element) -> tuple[str, str]:
     for kind in ("failure", "error", "skipped"):
         found = case.find(kind)
         if found is not None:
-            return kind, found.text or found.get("message", "")
+            return kind, found.text or found.get("message") or ""
     return "", ""

@@ -449,12 +449,12 @@ def test_a_missing_tool_leaves_registers_unknown(monkeypatch: pytest.MonkeyPatch
     def missing(*arguments: object, **keywords: object) -> None:
         raise FileNotFoundError("cuobjdump")
 
-    monkeypatch.setattr(ahead_of_time.subprocess, "run", missing)
+    monkeypatch.setattr("subprocess.run", missing)
     assert ahead_of_time._cuda_registers(b"") == (None, None)
 
 
 def test_specialize_sees_what_triton_would() -> None:
-    def kernel(x, y, size, stride, one, big, bias, BLOCK) -> None:  # noqa: N803
+    def kernel(x: Any, y: Any, size: Any, stride: Any, one: Any, big: Any, bias: Any, BLOCK: int) -> None:  # noqa: N803
         """Do nothing."""
 
     stand_in = mock.Mock(arg_names=list(kernel.__code__.co_varnames))

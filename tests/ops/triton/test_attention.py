@@ -7,9 +7,9 @@ pytest.importorskip("triton")
 
 from lowbit.errors import UnsupportedError
 from lowbit.ops import attention as reference
-from lowbit.ops.attention import AttentionProblem, select_kernel
+from lowbit.ops.attention import KINDS, AttentionProblem, select_kernel
 from lowbit.ops.triton import attention, launch
-from tests.ops.test_attention import KINDS, Case, make, relative_error
+from tests.support.attention import Case, make, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 

@@ -13,7 +13,7 @@ from lowbit.hosts import fused
 from lowbit.ops import elementwise as reference
 from lowbit.ops.triton import elementwise
 from tests.integrations.models import FAMILIES
-from tests.ops.test_elementwise import angles, exact, is_near
+from tests.support.elementwise import angles, exact, is_near
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 

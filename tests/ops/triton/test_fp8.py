@@ -6,41 +6,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from lowbit.ops.fp8 import quantize_activation
+
 pytest.importorskip("triton")
 
 from lowbit.errors import UnsupportedError
 from lowbit.ops import fp8 as reference
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.triton import fp8, launch, quantize_rows
+from tests.support.fp8 import E4M3, adversarial, every_rounding, random
 
-E4M3 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def adversarial(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of every kind: zero, an outlier, NaN, infinity, tiny, subnormal, large, constant; the rest random."""
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
-    x[0] = 0
-    x[1, 5] = 3000
-    x[2, 3] = torch.nan
-    x[3, 7] = -torch.inf
-    x[4] *= 1e-20
-    x[5] *= 1e-40
-    x[6] *= torch.finfo(dtype).max / 8
-    x[7] = -1.5
-    return x.to(dtype)
-
-
-def every_rounding() -> torch.Tensor:
-    """Every e4m3 value, every middle of two neighbours, the float32 on either side of those, and beyond the range."""
-    values = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
-    finite = values[values.isfinite()].unique()
-    middles = (finite[1:] + finite[:-1]) / 2
-    up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
-    beyond = torch.tensor(
-        [0.0, -0.0, 449.0, 463.9, 464.0, 1e9, -480.0, 3e38, 1e-10, -1e-40, 1e-45, torch.inf, torch.nan]
-    )
-    return torch.cat([finite, middles, middles.nextafter(up), middles.nextafter(down), beyond, -beyond])
 
 
 def assert_same_bytes(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -51,10 +27,6 @@ def assert_same_bytes(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=0, atol=0, equal_nan=True)
-
-
-def random(rows: int, columns: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_product(
@@ -73,9 +45,9 @@ def assert_product(
     """
     left = reference.dequantize_fp8(x, x_scale, None if block is None else (1, block[1]), torch.float64)
     right = reference.dequantize_fp8(weight, weight_scale, block, torch.float64)
-    extra = 0 if bias is None else bias.double()
+    extra = torch.zeros(()).double() if bias is None else bias.double()
     exact = left @ right.t() + extra
-    magnitude = left.abs() @ right.abs().t() + abs(extra)
+    magnitude = left.abs() @ right.abs().t() + extra.abs()
     bound = (1e-6 if actual.device.type == "cpu" else 2**-12) * magnitude
     if actual.dtype != torch.float32:
         # The interpreter cuts bfloat16 off where chips round it: one unit in the last place rather than half.
@@ -108,9 +80,9 @@ def test_rows_longer_than_a_block(device: torch.device, monkeypatch: pytest.Monk
     assert_same(scale, expected_scale)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.0173, 1e-42, 0.0])
-def test_every_rounding_with_a_known_scale(device: torch.device, scale: float) -> None:
-    x, scale = every_rounding(), torch.tensor(scale)
+@pytest.mark.parametrize("value", [1.0, 0.0173, 1e-42, 0.0])
+def test_every_rounding_with_a_known_scale(device: torch.device, value: float) -> None:
+    x, scale = every_rounding(), torch.tensor(value)
     assert_same_bytes(fp8.quantize_fp8_per_tensor(x.to(device), scale.to(device)), reference.to_e4m3(x / scale))
 
 
@@ -345,8 +317,8 @@ def test_layers_with_one_input_quantize_it_once(monkeypatch: pytest.MonkeyPatch)
     x = torch.randn(2, 5, 64).bfloat16()
     alone = [fp8.linear(x, *layer, b) for layer, b in zip(layers, bias, strict=True)]
     quantized: list[torch.Tensor] = []
-    quantize = fp8.quantize_activation
-    monkeypatch.setattr(fp8, "quantize_activation", lambda x, *rest: quantized.append(x) or quantize(x, *rest))
+    quantize = quantize_activation
+    monkeypatch.setattr(fp8, "quantize_activation", lambda x, *rest: quantize((quantized.append(x), x)[1], *rest))
     together = fp8.linears(x, [weight for weight, _ in layers], [scale for _, scale in layers], bias)
     assert len(quantized) == 1
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

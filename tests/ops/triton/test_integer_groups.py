@@ -13,7 +13,9 @@ from lowbit.ops.triton.integer_groups import FUSED_ROWS
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
-def weight_of(bits: int, rows: int, columns: int, groups: int, symmetric: bool) -> tuple[torch.Tensor, ...]:
+def weight_of(
+    bits: int, rows: int, columns: int, groups: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     scale = torch.rand(rows, groups) / 8 + 0.01
     if bits == 4:
         zero = None if symmetric else torch.randint(0, 17, (rows, groups), dtype=torch.uint8)
@@ -37,7 +39,7 @@ def test_product_against_float64(
     x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
     function = triton_w4a16.w4a16_mm if bits == 4 else triton_w8a16.w8a16_mm
     on_device = [None if part is None else part.to(device) for part in (x, packed, scale, bias, zero)]
-    result = function(*on_device).cpu()  # type: ignore[arg-type]
+    result = function(*on_device).cpu()
     weight = decoded.to(dtype).double()
     exact = x.double() @ weight.t() + bias.double()
     magnitude = x.double().abs() @ weight.abs().t() + bias.double().abs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from lowbit.ops import mx as mx_reference
 from lowbit.ops import nvfp4 as nvfp4_reference
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.triton import launch, mx, mx_weight_only, nvfp4, nvfp4_weight_only
-from tests.ops.triton.test_fp8 import adversarial, every_rounding, random
+from tests.support.fp8 import adversarial, every_rounding, random
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(9, 64), (9, 582)]
@@ -55,7 +56,7 @@ def test_nvfp4_quantization_is_the_references_bit_for_bit(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     x = awkward(*shape, dtype, device)
-    found = nvfp4.quantize_nvfp4_per_token(x.to(device))
+    found: Any = nvfp4.quantize_nvfp4_per_token(x.to(device))
     for actual, expected in zip(found, nvfp4_reference.quantize_nvfp4_per_token(x), strict=True):
         assert_same_bytes(actual, expected)
     scale = torch.tensor(0.003)
@@ -89,9 +90,9 @@ QUANTIZERS = {
 
 def check(result: torch.Tensor, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Compare with the product in float64, against the sum of the products' magnitudes."""
-    extra = 0 if bias is None else bias.double()
+    extra = torch.zeros(()).double() if bias is None else bias.double()
     exact = left.double() @ right.double().t() + extra
-    magnitude = left.double().abs() @ right.double().abs().t() + abs(extra)
+    magnitude = left.double().abs() @ right.double().abs().t() + extra.abs()
     bound = (1e-6 if result.device.type == "cpu" else 2**-12) * magnitude
     if result.dtype != torch.float32:
         # The interpreter cuts bfloat16 off where chips round it: one unit in the last place rather than half.

@@ -20,14 +20,14 @@ from tools.train_embedded.drawing import (
 )
 
 
-def test_same_seed_same_picture():
+def test_same_seed_same_picture() -> None:
     scene = parse("a red star above a blue square")
     first, second, third = (draw(scene, random.Random(seed), loose=True) for seed in (3, 3, 4))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, third)
 
 
-def test_objects_stay_inside_and_apart():
+def test_objects_stay_inside_and_apart() -> None:
     rng = random.Random(0)
     for _ in range(300):
         placed = layout(random_scene(rng), rng)
@@ -44,7 +44,7 @@ def test_objects_stay_inside_and_apart():
     ("relation", "axis", "sign"),
     [("left of", "x", 1), ("right of", "x", -1), ("above", "y", 1), ("below", "y", -1)],
 )
-def test_relations_hold(relation: str, axis: str, sign: int):
+def test_relations_hold(relation: str, axis: str, sign: int) -> None:
     scene = Scene(Thing("red", "circle"), relation, Thing("blue", "star"))
     for seed in range(20):
         first, second = layout(scene, random.Random(seed))
@@ -52,7 +52,7 @@ def test_relations_hold(relation: str, axis: str, sign: int):
 
 
 @pytest.mark.parametrize("size", EXTENTS)
-def test_sizes_are_drawn_from_their_ranges(size: str | None):
+def test_sizes_are_drawn_from_their_ranges(size: str | None) -> None:
     low, high = EXTENTS[size]
     for seed in range(20):
         (placed,) = layout(Scene(Thing("red", "circle", size)), random.Random(seed))
@@ -61,7 +61,7 @@ def test_sizes_are_drawn_from_their_ranges(size: str | None):
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_colours_are_exact_away_from_edges(shape: str, background: str):
+def test_colours_are_exact_away_from_edges(shape: str, background: str) -> None:
     picture = render([Placed(Thing("purple", shape), 64, 64, 25.0)], background)
     assert picture.shape == (CANVAS, CANVAS, 3)
     assert picture.dtype == np.uint8
@@ -69,19 +69,19 @@ def test_colours_are_exact_away_from_edges(shape: str, background: str):
     assert tuple(picture[2, 2]) == PALETTE[background]
 
 
-def test_edges_are_antialiased():
+def test_edges_are_antialiased() -> None:
     picture = render([Placed(Thing("red", "circle"), 64, 64, 20.0)], "white")
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
 
 
-def test_more_pictures_begin_with_the_same_ones():
+def test_more_pictures_begin_with_the_same_ones() -> None:
     few, captions = training_pictures(3, seed=5)
     more, more_captions = training_pictures(5, seed=5)
     assert few.equal(more[:3])
     assert captions == more_captions[:3]
 
 
-def test_a_crowd_is_apart_on_the_grid_and_what_the_detector_finds():
+def test_a_crowd_is_apart_on_the_grid_and_what_the_detector_finds() -> None:
     rng = random.Random(0)
     counts, backgrounds = set(), set()
     for _ in range(40):

@@ -1,3 +1,7 @@
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,28 +25,28 @@ LONGEST = "a small orange circle right of a large purple triangle on a white bac
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> Any:
     return text.build_tokenizer()
 
 
-def test_each_word_is_one_token(tokenizer):
+def test_each_word_is_one_token(tokenizer: Any) -> None:
     words = [*COLOURS, *SHAPES, *" ".join(RELATIONS).split(), "a", "an", "small", "background"]
     for word in words:
         assert len(tokenizer(word).input_ids) == 1, word
 
 
-def test_the_longest_caption_fits_the_transformer_s_padding(tokenizer):
+def test_the_longest_caption_fits_the_transformer_s_padding(tokenizer: Any) -> None:
     ids, mask = text.tokenize(tokenizer, [LONGEST, ""])
     assert ids.shape[1] <= 32
     assert mask.sum(dim=1).tolist() == [len(LONGEST.split()) + 2, 2]
 
 
-def test_case_and_blanks_do_not_matter(tokenizer):
+def test_case_and_blanks_do_not_matter(tokenizer: Any) -> None:
     ids, _ = text.tokenize(tokenizer, ["A  RED circle", "a red circle"])
     assert ids[0].equal(ids[1])
 
 
-def test_training_s_forward_is_the_stock_one(tokenizer):
+def test_training_s_forward_is_the_stock_one(tokenizer: Any) -> None:
     torch.manual_seed(0)
     model, encoder = build_transformer().eval(), text.build_text_encoder().eval()
     initialize(model)
@@ -62,7 +66,7 @@ def test_training_s_forward_is_the_stock_one(tokenizer):
     assert torch.allclose(torch.stack(list(stock)).squeeze(2), ours, atol=1e-4)
 
 
-def test_latents_are_normalized():
+def test_latents_are_normalized() -> None:
     pictures, _ = training_pictures(60, seed=0)
     latents = compute_basis(pictures).encode(pictures)
     assert latents.shape == (60, CHANNELS, 16, 16)

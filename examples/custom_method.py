@@ -1,0 +1,107 @@
+"""A quantization method of your own, whole: int8 weights under one scale for the layer, 16-bit activations.
+
+python examples/custom_method.py
+
+A package that is installed names the class as an entry point instead (docs/structure.md); then ``--quantization
+toy_int8`` works in every command. This module is its own kernel too: ``supports``, ``pack_weight``, ``unpack_weight``
+and ``linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lowbit import Omni, OmniDiffusionSamplingParams, register_quantization_method
+from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
+from lowbit.quantization import LinearMethod, QuantizationConfig, QuantizedLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(QuantizationConfig):
+    """The method's options; they are written to ``config.json`` with the checkpoint.
+
+    Attributes:
+        levels: codes go from ``-levels`` to ``levels``.
+        is_checkpoint_serialized: whether the checkpoint holds quantized weights.
+    """
+
+    levels: int = 127
+    is_checkpoint_serialized: bool = False
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "toy_int8"
+
+    @property
+    def is_serialized(self) -> bool:
+        return self.is_checkpoint_serialized
+
+    def linear_method(self) -> LinearMethod:
+        return ToyLinearMethod(self.levels, self.kernel)
+
+    def as_serialized(self, ignored_layers: Sequence[str]) -> ToyConfig:
+        return replace(self, is_checkpoint_serialized=True, ignored_layers=list(ignored_layers))
+
+
+class ToyLinearMethod(LinearMethod):
+    """What a layer holds, how it gets there from the original weight, and what it computes."""
+
+    name = "toy_int8"
+    family = "toy"
+    table = (Implementation("plain", __name__, ANY_DEVICE),)
+
+    def __init__(self, levels: int, kernel: str) -> None:
+        super().__init__(kernel)
+        self.levels = levels
+
+    def create_weights(self, layer: QuantizedLinear) -> None:
+        layer.register_quantized("weight", (layer.out_features, layer.in_features), torch.int8)
+        layer.register_quantized("weight_scale", (), torch.float32)
+
+    def quantize_weight(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        scale = weight.float().abs().amax() / self.levels
+        return {"weight": (weight.float() / scale).round().to(torch.int8), "weight_scale": scale}
+
+    def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
+        return layer.get_parameter("weight").float() * layer.get_parameter("weight_scale")
+
+    def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert layer.kernel is not None
+        result: torch.Tensor = layer.kernel.linear(x, layer.weight, layer.get_parameter("weight_scale"), bias)
+        return result
+
+
+def supports(problem: Problem) -> str | None:
+    """Return why the kernel cannot run ``problem``; this one can run all."""
+    return None
+
+
+def pack_weight(weight: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
+    """Return a weight [N, K] as ``linear`` reads it: [1, K, N]."""
+    return weight.t().contiguous().unsqueeze(0)
+
+
+def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
+    """Undo ``pack_weight``: checkpoints and state dicts hold [N, K]."""
+    return packed[0].t().contiguous()
+
+
+def linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Dequantize the weight and multiply in float32."""
+    result = x.float() @ (packed[0].float() * scale)
+    return (result if bias is None else result + bias).to(x.dtype)
+
+
+def main() -> None:
+    register_quantization_method("toy_int8", ToyConfig)
+    omni = Omni(quantization_config={"method": "toy_int8", "levels": 63})
+    print(omni.manifests["transformer"].summary())
+    output = omni.generate("a green star", OmniDiffusionSamplingParams(seed=0))
+    print(f"wrote {output[0].save_images('star.png')[0]}")
+
+
+if __name__ == "__main__":
+    main()
