@@ -17,6 +17,7 @@ import torch
 from lowbit import Omni, OmniDiffusionSamplingParams, register_quantization_method
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
 from lowbit.quantization import LinearMethod, QuantizationConfig, QuantizedLinear
+from lowbit.quantization.tensors import K, N, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,8 @@ class ToyLinearMethod(LinearMethod):
         super().__init__(kernel)
         self.levels = levels
 
-    def create_weights(self, layer: QuantizedLinear) -> None:
-        layer.register_quantized("weight", (layer.out_features, layer.in_features), torch.int8)
-        layer.register_quantized("weight_scale", (), torch.float32)
+    def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
+        return TensorSpec("weight", torch.int8, (N, K)), TensorSpec("weight_scale", torch.float32)
 
     def quantize_weight(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         scale = weight.float().abs().amax() / self.levels

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import subprocess
 import sys
 
 import pytest
 
+HEAVY = ["diffusers", "transformers", "accelerate", "peft", "triton", "torch_npu", "fastapi", "uvicorn"]
+
 
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("lowbit", ["torch", "diffusers", "transformers", "triton", "torch_npu"]),
-        ("lowbit.quantization", ["diffusers", "transformers", "triton", "torch_npu"]),
-        ("lowbit.engine", ["triton", "torch_npu"]),
+        ("lowbit", ["torch", "numpy", *HEAVY]),
+        ("lowbit.quantization, lowbit.ops", ["torch", "numpy", *HEAVY]),
+        ("lowbit.quantization.plan, lowbit.ops.int8, lowbit.ops.attention", HEAVY),
+        ("lowbit.engine", ["triton", "torch_npu", "fastapi", "diffusers.pipelines.z_image", "peft"]),
     ],
 )
 def test_importing_leaves_out(module: str, absent: list[str]) -> None:
     code = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["lowbit", "lowbit.quantization"])
+def test_names_that_are_imported_when_used_have_types(package: str) -> None:
+    module = importlib.import_module(package)
+    (block,) = (node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.If))
+    typed = {
+        (alias.asname, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert typed == set(module._PUBLIC.items())
 
 
 def test_public_names() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,22 +11,16 @@ import pytest
 from PIL import Image
 
 from lowbit.cli.main import main
-from tests.engine.test_export import InterruptedExportError, export, stop_after
+from tests.support.commands import lowbit, spawned
+from tests.support.export import InterruptedExportError, export, stop_after
 from tools.train_embedded.captions import parse
 from tools.train_embedded.detector import judge
 
 PROMPT = "a large red circle left of a small blue square"
 
 
-def lowbit(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    code = "from lowbit.cli.main import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, check=False, timeout=300
-    )
-
-
 def test_generate_writes_the_picture_and_says_what_it_did(tmp_path: Path) -> None:
-    result = lowbit(
+    result = spawned(
         "generate", PROMPT, "-q", "int8", "--attention-quantization", "int8", "--output", "picture.png", cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
@@ -147,7 +140,7 @@ def test_info_lists_what_would_be_quantized(tmp_path: Path) -> None:
 
 def test_help_has_examples(tmp_path: Path) -> None:
     assert "Examples" in lowbit("generate", "--help", cwd=tmp_path).stdout
-    assert "0.1.0" in lowbit("--version", cwd=tmp_path).stdout
+    assert "0.1.0" in spawned("--version", cwd=tmp_path).stdout
 
 
 def test_a_gguf_file_is_written_and_generated_with(tmp_path: Path) -> None:

@@ -12,32 +12,38 @@ import pytest
 from lowbit.cli.main import main
 from lowbit.cli.options import read_prompts
 from lowbit.errors import ConfigError
+from tests.support.commands import lowbit
 
 DOOR = "lowbit.quantization.tools.compare_diffusion_trajectory_similarity"
 PROMPT = "a red circle above a blue star"
 SMOOTHED = '{"method": "int8", "smoothing": 0.5}'
 
 
-@pytest.mark.parametrize(("gate", "status"), [("strict", 0), ("psnr_db>=1000", 1)])
-def test_the_reference_systems_command_works_as_written(tmp_path: Path, gate: str, status: int) -> None:
-    command = [sys.executable, "-m", DOOR, "--task", "t2i", "--model", "embedded", "--candidate-quantization", "fp8"]
-    command += ["--ignored-layers", "feed_forward", "--prompt", PROMPT, "--height", "128", "--width", "128"]
-    command += ["--num-inference-steps", "2", "--seed", "142", "--output-json", "out/result.json"]
-    command += ["--save-output-dir", "out/images", "--enforce-eager", "--gate", gate]
+COMMAND: tuple[str, ...] = ("--task", "t2i", "--model", "embedded", "--candidate-quantization", "fp8")
+COMMAND += ("--ignored-layers", "feed_forward", "--prompt", PROMPT, "--height", "128", "--width", "128")
+COMMAND += ("--num-inference-steps", "2", "--seed", "142")
+COMMAND += ("--output-json", "out/result.json", "--save-output-dir", "out/images", "--enforce-eager")
+
+
+def test_the_reference_systems_command_works_as_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", DOOR, *COMMAND, "--gate", "strict"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == status, result.stderr
-    for word in (
-        "psnr_db",
-        "relative_l2",
-        "s per generation",
-        "MB at most",
-        "result.json",
-        "pass" if not status else "FAIL",
-    ):
-        assert word in result.stdout
-    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result.returncode == 0, result.stderr
+    check_comparison(result.stdout, tmp_path, "pass")
+
+
+def test_a_gate_that_is_missed_ends_with_status_1(tmp_path: Path) -> None:
+    result = lowbit("compare", *COMMAND, "--gate", "psnr_db>=1000", cwd=tmp_path)
+    assert result.returncode == 1, result.stderr
+    check_comparison(result.stdout, tmp_path, "FAIL")
+
+
+def check_comparison(printed: str, folder: Path, verdict: str) -> None:
+    for word in ("psnr_db", "relative_l2", "s per generation", "MB at most", "result.json", verdict):
+        assert word in printed
+    found = json.loads((folder / "out" / "result.json").read_text())
     assert found["output_metrics"]["num_images"] == 1
-    assert sorted(path.name for path in (tmp_path / "out" / "images").iterdir()) == [
+    assert sorted(path.name for path in (folder / "out" / "images").iterdir()) == [
         "000_000_candidate.png",
         "000_000_reference.png",
     ]

@@ -18,56 +18,24 @@ from typing import Any
 import pytest
 
 from lowbit import Omni
-from lowbit.engine.export import export_pipeline
 from lowbit.engine.partial_folder import STATE, partial_folder, partial_path
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models.embedded import embedded_model
 from lowbit.models.generation_defaults import FILE_NAME
 from lowbit.quantization.calibration.static import static_layers, uncalibrated_layers
-from lowbit.quantization.manifest import Manifest
 from tests.integrations.models import same_bytes, save_pipeline
+from tests.support.export import INT8, InterruptedExportError, card, export, stop_after
 
-INT8 = {"transformer": {"method": "int8"}, "text_encoder": {"method": "fp8"}}
 # In which they are written: what is quantized goes first.
 ORDER = ["transformer", "text_encoder", "scheduler", "tokenizer", "vae"]
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests.engine.test_export import INT8, export
+from tests.support.export import INT8, export
 
 export(Path(sys.argv[1]), INT8, after=lambda name: os.kill(os.getpid(), signal.SIGKILL))
 """
-
-
-class InterruptedExportError(Exception):
-    pass
-
-
-def card(manifests: Any) -> str:
-    return "\n".join(manifest.summary() for manifest in manifests.values())
-
-
-def export(target: Path, spec: Any = INT8, model: str | None = None, after: Any = None, **options: Any) -> list[str]:
-    """Export the embedded model and return the components that were written, in this order."""
-    written: list[str] = []
-
-    def report(name: str, manifest: Manifest | None) -> None:
-        written.append(name)
-        if after is not None:
-            after(name)
-
-    settings = {"device": "cpu", "dtype": "bf16", **options}
-    export_pipeline(model, target, quantization_config=spec, card=card, report=report, **settings)
-    return written
-
-
-def stop_after(component: str) -> Any:
-    def stop(name: str) -> None:
-        if name == component:
-            raise InterruptedExportError
-
-    return stop
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -39,6 +39,7 @@ from tests.integrations.models import (
     stored_config,
     tensors,
 )
+from tests.support.kernels import skip_if_refused
 
 BF16 = torch.bfloat16
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -230,6 +231,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("method", WHOLE)
 def test_every_tensor_that_is_missing_is_named(method: str, tmp_path: Path) -> None:
+    skip_if_refused(WHOLE[method])
     model = language_model().to(BF16)
     quantize_model(model, WHOLE[method])
     model.save_pretrained(tmp_path)

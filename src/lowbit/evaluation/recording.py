@@ -220,6 +220,9 @@ def record(
     return recording
 
 
+# How a recording's process begins: it shares nothing with this one, which may have initialized a device.
+START_METHOD = "spawn"
+
 _DEATHS = {
     -9: ": killed, perhaps for want of memory",
     1: '; a script that compares needs `if __name__ == "__main__":` before its own calls, for the process imports it',
@@ -232,7 +235,7 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     Raises:
         RuntimeError: the process died (out of memory, most often), or raised what can't be sent.
     """
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(START_METHOD)
     ours, theirs = context.Pipe()
     process = context.Process(target=_child, args=(theirs, function, arguments))
     process.start()

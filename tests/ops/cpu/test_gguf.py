@@ -66,7 +66,11 @@ def test_products_of_few_rows(kind: str, rows: int) -> None:
     assert torch.equal(result[:, ~finite].isnan(), expected[:, ~finite].isnan())
     assert torch.equal(result[:, ~finite].isposinf(), expected[:, ~finite].isposinf())
     torch.set_num_threads(1)
-    assert same_bits(gguf_native.linear(x, raw, kind, bias), result)
+    alone = gguf_native.linear(x, raw, kind, bias)
+    if helper.multiplies_gguf():
+        assert same_bits(alone, result)
+    else:  # torch's GEMM: its order of adding depends on the number of threads
+        assert ((alone.double() - expected).abs() <= 1e-6 * bound)[:, finite].all()
 
 
 @pytest.mark.parametrize("rows", [1, 70])

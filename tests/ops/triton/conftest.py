@@ -1,8 +1,8 @@
 """Where kernels run: on the GPU if there is one, in Triton's interpreter if not.
 
 The interpreter replaces the compiler when a kernel is decorated, at import, if TRITON_INTERPRET is set then. This
-process must stay without it, as other tests here compile. So the tests that use the ``device`` fixture run in one child
-process that has the variable set, and each is reported here as it went there.
+process must stay without it, as other tests here compile. So the tests of a file that use the ``device`` fixture run in
+a child process that has the variable set, and each is reported here as it went there.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 
-Outcomes = dict[tuple[str, str], tuple[str, str]]
-_outcomes = pytest.StashKey[Outcomes]()
+Outcomes = dict[str, tuple[str, str]]
+_outcomes = pytest.StashKey[dict[Path, Outcomes]]()
 
 
 @pytest.fixture
@@ -39,10 +39,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Report what the child process found, in place of running the test here."""
     if not _needs_interpreter(pyfuncitem):
         return None
-    stash = pyfuncitem.config.stash
-    if _outcomes not in stash:
-        stash[_outcomes] = _run_in_interpreter(pyfuncitem.session)
-    kind, text = stash[_outcomes][pyfuncitem.path.stem, pyfuncitem.name]
+    outcomes = pyfuncitem.config.stash.setdefault(_outcomes, {})
+    if pyfuncitem.path not in outcomes:
+        outcomes[pyfuncitem.path] = _run_in_interpreter(pyfuncitem.session, pyfuncitem.path)
+    kind, text = outcomes[pyfuncitem.path][pyfuncitem.name]
     if kind == "skipped":
         pytest.skip(text)
     if kind:
@@ -50,10 +50,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-def _run_in_interpreter(session: pytest.Session) -> Outcomes:
-    """Run the session's tests that need it with TRITON_INTERPRET set; return kind ("" for passed) and text of each."""
+def _run_in_interpreter(session: pytest.Session, path: Path) -> Outcomes:
+    """Run the tests of a file that need it with TRITON_INTERPRET set; return kind ("" for passed) and text of each."""
     root = session.config.rootpath
-    tests = [item.nodeid for item in session.items if _needs_interpreter(item)]
+    tests = [item.nodeid for item in session.items if item.path == path and _needs_interpreter(item)]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
@@ -62,7 +62,7 @@ def _run_in_interpreter(session: pytest.Session) -> Outcomes:
         if not report.exists():
             pytest.fail(f"The interpreter's process did not report:\n{child.stdout}\n{child.stderr}", pytrace=False)
         cases = ElementTree.parse(report).getroot().iter("testcase")
-        return {(case.get("classname", "").split(".")[-1], case.get("name", "")): _outcome(case) for case in cases}
+        return {case.get("name", ""): _outcome(case) for case in cases}
 
 
 def _outcome(case: ElementTree.Element) -> tuple[str, str]:

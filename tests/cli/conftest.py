@@ -1,0 +1,3 @@
+from tests.support.recordings import forked_recordings
+
+__all__ = ["forked_recordings"]
