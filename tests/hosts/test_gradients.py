@@ -100,7 +100,7 @@ def test_a_language_model(method: str) -> None:
     quantize_model(model, METHODS[method])
     plain = copy.deepcopy(model)
     component.dequantize(plain)
-    found = []
+    found: list[Any] = []
     for each in (model, plain.float()):
         adapters = add_adapter(each, ["q_proj", "up_proj"])
         each(torch.arange(3, 19)[None]).logits.float().logsumexp(-1).sum().backward()
@@ -169,7 +169,7 @@ def test_joint_layers_have_gradients() -> None:
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(64, 96), nn.Linear(64, 96)]).requires_grad_(False)
     quantize_model(model, "int8")
-    x = torch.randn(5, 64, requires_grad=True)
+    x: Any = torch.randn(5, 64, requires_grad=True)
     first, second = linears(list(model), x)
     (first * second).sum().backward()
     assert x.grad is not None
@@ -209,9 +209,9 @@ def test_quantized_attention_has_the_gradient_of_torchs(kind: str, masked: bool)
     grad = torch.randn(2, 70, 4, 32)
     result = attention_operator(*tensors, mask, 32**-0.5, False, kind, "reference")
     found = torch.autograd.grad(result, tensors, grad)
-    heads = [tensor.double().transpose(1, 2) for tensor in tensors]
+    query, key, value = (tensor.double().transpose(1, 2) for tensor in tensors)
     full = None if mask is None else mask[:, None, None, :]
-    plain = nn.functional.scaled_dot_product_attention(*heads, attn_mask=full).transpose(1, 2)
+    plain = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=full).transpose(1, 2)
     expected = torch.autograd.grad(plain, tensors, grad.double())
     for left, right in zip(found, expected, strict=True):
         assert torch.allclose(left, right, atol=1e-4)
@@ -236,7 +236,7 @@ def test_other_operators_refuse_to_be_recorded() -> None:
 def test_a_compiled_layer_has_the_gradient() -> None:
     layer = layer_of("int8", torch.float32)
     compiled = torch.compile(layer, fullgraph=True)
-    x = torch.randn(5, 64, requires_grad=True)
+    x: Any = torch.randn(5, 64, requires_grad=True)
     compiled(x).sum().backward()
     assert x.grad is not None
     found, x.grad = x.grad, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -30,7 +30,10 @@ EXTRA = {
     "auto-round-128": {"method": "auto-round", "group_size": 128},
     "fp8-block-128": {"method": "fp8", "weight_block_size": [128, 128]},
 }
-ONLINE = {**{name: options for name, options in METHODS.items() if name != "int8-onednn"}, **EXTRA}
+ONLINE: dict[str, dict[str, Any]] = {
+    **{name: options for name, options in METHODS.items() if name != "int8-onednn"},
+    **EXTRA,
+}
 
 
 @functools.cache
@@ -148,7 +151,7 @@ def test_every_method_is_in_these_tests() -> None:
 
 @pytest.mark.parametrize("name", [name for name in ONLINE if name not in ("fp8-static", "modelopt-FP8")])
 @pytest.mark.parametrize("along", ["n", "k"])
-def test_the_slices_compute_what_the_whole_does(name: str, along: str) -> None:
+def test_the_slices_compute_what_the_whole_does(name: str, along: Literal["n", "k"]) -> None:
     layer = online(name, 512, 1024)
     assert isinstance(layer, QuantizedLinear)
     torch.manual_seed(1)
