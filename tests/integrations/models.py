@@ -280,4 +280,4 @@ def same_but_for_order(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    return float((found.detach().double() - expected.detach().double()).norm() / expected.detach().double().norm())

@@ -24,7 +24,7 @@ from tests.integrations.models import METHODS
 # With a matrix product in the decoder, whose order of adding depends on the shape.
 INEXACT = ("svdquant", "rotation", "NVFP4_SVD")
 RANKS = (1, 2, 3, 4, 8)
-EXTRA = {
+EXTRA: dict[str, dict[str, Any]] = {
     "gguf-Q4_K": {"method": "gguf", "gguf_type": "Q4_K"},
     "auto-round-per-channel": {"method": "auto-round", "group_size": -1},
     "auto-round-128": {"method": "auto-round", "group_size": 128},

@@ -35,7 +35,7 @@ def assert_same_bytes(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(left.signbit() & ~left.isnan(), right.signbit() & ~right.isnan())
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), zip(DTYPES, mx_reference.ROUNDINGS, strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "rounding"), [*zip(DTYPES, mx_reference.ROUNDINGS, strict=True)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mx_quantization_is_the_references_bit_for_bit(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int], rounding: str
