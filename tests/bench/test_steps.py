@@ -24,7 +24,7 @@ from lowbit.bench.timing import alternate
 from lowbit.bench.transformers import random_transformer, share
 from lowbit.errors import ConfigError
 from lowbit.quantization.plan import quantize_model, quantized_layers
-from tests.bench.models import SMALL
+from tests.support.bench_models import SMALL
 
 CPU = torch.device("cpu")
 WORK = Workload(height=32, width=32, text_tokens=8)

@@ -15,7 +15,7 @@ from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.models import family_of
 from lowbit.models.published import PUBLISHED
 from lowbit.quantization.plan import quantize_model
-from tests.bench.models import SMALL
+from tests.support.bench_models import SMALL
 
 CPU = torch.device("cpu")
 

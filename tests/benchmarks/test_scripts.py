@@ -17,7 +17,7 @@ from lowbit.bench.steps import check_precisions
 from lowbit.bench.transformers import random_transformer
 from lowbit.errors import ConfigError
 from lowbit.quantization.plan import quantize_model
-from tests.bench.models import SMALL
+from tests.support.bench_models import SMALL
 
 ROWS = [
     {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_two_generations_in_turn_do_not_meet(name: str) -> None:
             return [row[0] for row in loop.run(move, steps)], skips.steps()
 
     expected = {move: alone(move, steps) for move, steps in moves.items()}
-    runs = {}
+    runs: dict[Any, Any] = {}
     for move, steps in moves.items():
         own = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler())
         runs[move] = (own, cache.begin(own, loop.transformers, steps), [], loop.stepping(own, move, steps))

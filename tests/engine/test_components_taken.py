@@ -23,7 +23,7 @@ from lowbit.engine.load import check_components, load_pipeline, pipeline_class
 from lowbit.engine.loading import route
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.quantization import ComfyUiConfig, GgufConfig, build_quant_config
-from tests.integrations.models import FAMILIES, save_pipeline
+from tests.support.models import FAMILIES, save_pipeline
 
 BF16 = torch.bfloat16
 # Those of diffusers 0.42.1 that call a transformer optional.

@@ -23,8 +23,8 @@ from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models.embedded import embedded_model
 from lowbit.models.generation_defaults import FILE_NAME
 from lowbit.quantization.calibration.static import static_layers, uncalibrated_layers
-from tests.integrations.models import same_bytes, save_pipeline
 from tests.support.export import INT8, InterruptedExportError, card, export, stop_after
+from tests.support.models import same_bytes, save_pipeline
 
 # In which they are written: what is quantized goes first.
 ORDER = ["transformer", "text_encoder", "scheduler", "tokenizer", "vae"]

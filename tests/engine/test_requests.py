@@ -255,7 +255,7 @@ def test_the_scheduler_runs_no_more_than_asked() -> None:
                 state.is_done = state.left == 0
 
     runner = Counting()
-    scheduler = Scheduler(runner, max_running=2)  # type: ignore[arg-type]
+    scheduler = Scheduler(runner, max_running=2)
     for prompt, steps in (("a", 3), ("b", 1), ("c", 2)):
         scheduler.submit(Request(prompt=prompt, seeds=range(steps)))
     done = []

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from lowbit.cli.main import main
-from tests.integrations.models import wan
+from tests.support.models import wan
 
 
 @pytest.fixture(scope="module")

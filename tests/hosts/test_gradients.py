@@ -17,8 +17,8 @@ from lowbit.ops.dispatch import verdicts
 from lowbit.quantization import QuantizedLinear, build_quant_config, quantize_model
 from lowbit.quantization.joint import gated_linear, linears
 from lowbit.quantization.plan import quantized_layers
-from tests.integrations.foreign_models import FOREIGN, foreign_model
-from tests.integrations.models import FAMILIES, METHODS, language_model, quantized_model
+from tests.support.foreign_models import FOREIGN, foreign_model
+from tests.support.models import FAMILIES, METHODS, language_model, quantized_model
 
 peft = pytest.importorskip("peft")
 

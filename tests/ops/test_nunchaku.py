@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowbit.ops import nunchaku
-from tests import nunchaku_packer as packer
+from tests.support import nunchaku_packer as packer
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.factory import SUPPORTED_QUANTIZATION_METHODS
 from lowbit.quantization.methods import ascend, modelopt
 from lowbit.quantization.methods.auto_round_linear import AutoRoundNvFp4Method
-from tests.integrations.models import METHODS
+from tests.support.models import METHODS
 
 # With a matrix product in the decoder, whose order of adding depends on the shape.
 INEXACT = ("svdquant", "rotation", "NVFP4_SVD")

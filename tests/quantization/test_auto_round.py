@@ -22,8 +22,8 @@ from lowbit.hosts.routing import claims
 from lowbit.ops.auto_round import auto_round_dequantize
 from lowbit.quantization import AutoRoundConfig, build_quant_config, quantize_model
 from lowbit.quantization.plan import quantized_layers
-from tests.integrations.auto_round_files import FIXTURES, FLUX, complete, model_class
-from tests.integrations.models import FAMILIES, language_model, stored_config, tensors
+from tests.support.auto_round_files import FIXTURES, FLUX, complete, model_class
+from tests.support.models import FAMILIES, language_model, stored_config, tensors
 
 INTEGERS = [path for path in FIXTURES if path.name.startswith("w") or path.name == "flux"]
 LAYER = "transformer_blocks.0.attn.to_q"

@@ -16,7 +16,7 @@ from lowbit.ops import mx, nvfp4
 from lowbit.ops.e2m1 import decode_e2m1, unpack_nibbles
 from lowbit.quantization import Mxfp4DualScaleConfig, build_quant_config, quantize_model
 from lowbit.quantization.plan import plan_layers, quantized_layers
-from tests.integrations.models import FAMILIES, relative_error, save, stored_config, tensors
+from tests.support.models import FAMILIES, relative_error, save, stored_config, tensors
 
 METHODS: dict[str, dict[str, Any]] = {
     "mxfp8": {"method": "mxfp8"},

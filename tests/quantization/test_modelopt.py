@@ -18,8 +18,8 @@ from lowbit.hosts.routing import claims
 from lowbit.quantization import ModelOptConfig, QuantizedLinear, build_quant_config, quantize_model
 from lowbit.quantization.calibration.static import calibration
 from lowbit.quantization.plan import quantized_layers
-from tests.integrations.models import FAMILIES, stored_config, tensors
 from tests.support.modelopt import FIXTURES, complete
+from tests.support.models import FAMILIES, stored_config, tensors
 
 
 def load(folder: Path, **options: Any) -> Any:

@@ -12,8 +12,8 @@ from lowbit.errors import CheckpointError, ConfigError
 from lowbit.quantization import NvFp4Config, QuantizedLinear, SvdQuantConfig, build_quant_config, quantize_model
 from lowbit.quantization.calibration.smoothing import watched_inputs
 from lowbit.quantization.plan import quantize_layer
-from tests.integrations.models import FAMILIES, relative_error, save, stored_config, tensors
 from tests.quantization.models import run_transformer, small_transformer
+from tests.support.models import FAMILIES, relative_error, save, stored_config, tensors
 
 PRECISIONS = ("nvfp4", "int4")
 

@@ -19,7 +19,7 @@ from lowbit.quantization import Fp8Config, Int8Config, quantize_model
 from lowbit.quantization.calibration.smoothing import SeenInput, smooth, smoothing_scale, squared_error, watched_inputs
 from lowbit.quantization.plan import quantize_layer
 from lowbit.quantization.transforms import ROTATIONS, rotation_group
-from tests.integrations.models import FAMILIES, relative_error
+from tests.support.models import FAMILIES, relative_error
 
 REFERENCE: dict[str, Any] = {"kernel": "reference"}
 

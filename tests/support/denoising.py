@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from tests.integrations.models import FAMILIES as MODELS
+from tests.support.models import FAMILIES as MODELS
 
 STEPS = 6
 

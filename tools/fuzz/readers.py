@@ -19,10 +19,10 @@ from lowbit.hosts import routing as dispatch
 from lowbit.hosts.preflight import check_component
 from lowbit.quantization import ComfyUiConfig, SvdQuantConfig
 from lowbit.quantization.base import QuantizationConfig
-from tests.integrations import ascend_files, comfyui_files
-from tests.integrations.auto_round_files import FLUX, complete
-from tests.integrations.models import FAMILIES, save
-from tests.integrations.nunchaku_files import Written
+from tests.support import ascend_files, comfyui_files
+from tests.support.auto_round_files import FLUX, complete
+from tests.support.models import FAMILIES, save
+from tests.support.nunchaku_files import Written
 from tools.fuzz.mutations import change_tensor, edit, refused, take, write_changed
 
 SEED, MUTATED = "seed.safetensors", "mutated.safetensors"

@@ -26,7 +26,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tests.integrations.models import language_model, z_image
+from tests.support.models import language_model, z_image
 
 WORDS = ("a", "red", "blue", "star", "circle", "of", "small", "large", "blur", "user")
 CHAT = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }}{% endfor %}"
@@ -148,7 +148,8 @@ MAKERS = {
 def make(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A pipeline of the family with random weights of a size that shows every error."""
     torch.manual_seed(0)
-    pipeline = MAKERS[name]()
+    maker: Any = MAKERS[name]
+    pipeline = maker()
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):

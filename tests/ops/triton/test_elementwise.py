@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 from lowbit.hosts import fused
 from lowbit.ops import elementwise as reference
 from lowbit.ops.triton import elementwise
-from tests.integrations.models import FAMILIES
 from tests.support.elementwise import angles, exact, is_near
+from tests.support.models import FAMILIES
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 

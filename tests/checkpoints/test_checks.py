@@ -12,7 +12,7 @@ from lowbit.checkpoints.checks import read_headers, weight_files
 from lowbit.errors import CheckpointError
 from lowbit.hosts.preflight import check_component
 from lowbit.quantization import Int8Config
-from tests.integrations.models import Family, save
+from tests.support.models import Family, save
 
 BF16 = torch.bfloat16
 NAME = "diffusion_pytorch_model.safetensors"

@@ -17,8 +17,8 @@ from lowbit.models.nunchaku_names import LAYOUTS
 from lowbit.models.reference_names import names_of
 from lowbit.ops.e2m1 import E2M1_VALUES
 from lowbit.quantization import SvdQuantConfig
-from tests import nunchaku_packer as packer
-from tests.integrations.models import FAMILIES, save
+from tests.support import nunchaku_packer as packer
+from tests.support.models import FAMILIES, save
 
 RANK = 16
 SHIFT = 0.171875

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.integrations.models import FAMILIES
+from tests.support.models import FAMILIES
 
 FLUX = FAMILIES["flux"]
 LAYER = "transformer_blocks.0.ff.net.2"  # [64, 256]

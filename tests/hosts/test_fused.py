@@ -12,7 +12,7 @@ from lowbit.hosts import fused
 from lowbit.hosts.fused import fuse_elementwise, unfuse_elementwise
 from lowbit.ops.cpu import elementwise, helper
 from lowbit.quantization import quantize_model
-from tests.integrations.models import FAMILIES
+from tests.support.models import FAMILIES
 
 CPU = torch.device("cpu")
 REFUSAL = elementwise.refusal(torch.float32)

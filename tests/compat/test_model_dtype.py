@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3OmniMoeForC
 
 from lowbit.quantization import build_quant_config, quantize_model
 from lowbit.quantization.calibration.static import uncalibrated_layers
-from tests.integrations.models import FAMILIES, language_model
-from tests.integrations.omni_models import qwen3_omni
+from tests.support.models import FAMILIES, language_model
+from tests.support.omni_models import qwen3_omni
 
 METHODS: dict[str, dict[str, Any]] = {
     "int8": {"method": "int8"},

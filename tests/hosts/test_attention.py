@@ -19,8 +19,8 @@ from lowbit.hosts.attention import (
     speed_up_attention,
 )
 from lowbit.ops.attention import TORCH, UNQUANTIZED, AttentionProblem, select_kernel
-from tests.integrations.models import FAMILIES
 from tests.support.attention import relative_error
+from tests.support.models import FAMILIES
 
 CPU = torch.device("cpu")
 DTYPE = torch.float32

@@ -16,7 +16,7 @@ from lowbit.errors import CheckpointError, ConfigError
 from lowbit.ops.cpu.memory import mapped_ranges
 from lowbit.quantization import Fp8Config, Int8Config, QuantizationConfig, QuantizedLinear, quantize_model
 from lowbit.quantization.calibration.static import calibration
-from tests.integrations.models import FAMILIES, Family, relative_error, save, stored_config, tensors
+from tests.support.models import FAMILIES, Family, relative_error, save, stored_config, tensors
 
 BF16 = torch.bfloat16
 

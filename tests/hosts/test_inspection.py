@@ -14,7 +14,7 @@ from lowbit.cli.info import info
 from lowbit.errors import ConfigError
 from lowbit.models.embedded import embedded_model
 from lowbit.quantization.manifest import Manifest
-from tests.integrations.models import METHODS, STATIC, save_pipeline
+from tests.support.models import METHODS, STATIC, save_pipeline
 
 WRITTEN = [name for name in METHODS if name not in STATIC and not {"smoothing", "kernel"} & METHODS[name].keys()]
 

@@ -12,7 +12,7 @@ from lowbit.checkpoints.component import manifests
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.hosts.preflight import check_pipeline
 from lowbit.quantization import Fp8Config, Int8Config, QuantizedLinear, build_quant_config
-from tests.integrations.models import relative_error, save_pipeline
+from tests.support.models import relative_error, save_pipeline
 
 BF16 = torch.bfloat16
 

@@ -25,8 +25,8 @@ from lowbit.errors import CheckpointError, ConfigError
 from lowbit.hosts.preflight import check_pipeline
 from lowbit.quantization import Int8Config, build_quant_config, quantize_model
 from lowbit.quantization.calibration.static import calibration
-from tests.integrations.models import FAMILIES, METHODS, STATIC, language_model, save, save_pipeline, tensors
-from tests.integrations.omni_models import TEXT, qwen3_moe, qwen3_omni
+from tests.support.models import FAMILIES, METHODS, STATIC, language_model, save, save_pipeline, tensors
+from tests.support.omni_models import TEXT, qwen3_moe, qwen3_omni
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 MODELOPT = {

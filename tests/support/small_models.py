@@ -1,3 +1,5 @@
+"""Fixtures of tests that load and run small models; the conftest of each folder that has some takes them."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,10 +9,10 @@ import pytest
 import torch
 
 from lowbit.quantization import QuantizationConfig
-from tests.integrations.models import CONFIGS, FAMILIES, Family, save
+from tests.support.models import CONFIGS, FAMILIES, Family, save
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
     # The matrices here are so small that a second thread is only waited for.
     threads = torch.get_num_threads()

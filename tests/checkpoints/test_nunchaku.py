@@ -19,8 +19,8 @@ from torch import nn
 from lowbit.checkpoints.external import load_component
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.quantization import QuantizedLinear, SvdQuantConfig
-from tests.integrations.models import FAMILIES, relative_error, save
-from tests.integrations.nunchaku_files import MAKERS, Written
+from tests.support.models import FAMILIES, relative_error, save
+from tests.support.nunchaku_files import MAKERS, Written
 
 
 @pytest.mark.parametrize("precision", ["int4", "nvfp4"])

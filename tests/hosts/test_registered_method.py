@@ -27,7 +27,7 @@ from lowbit.quantization import (
     build_quant_config,
     factory,
 )
-from tests.integrations.models import Family, language_model, relative_error, stored_config, tensors
+from tests.support.models import Family, language_model, relative_error, stored_config, tensors
 
 BF16 = torch.bfloat16
 NAME = ToyConfig.get_name()

@@ -29,7 +29,8 @@ from lowbit.quantization import (
     quantize_model,
 )
 from lowbit.quantization.calibration.static import calibration
-from tests.integrations.models import (
+from tests.support.kernels import skip_if_refused
+from tests.support.models import (
     METHODS,
     STATIC,
     language_model,
@@ -39,7 +40,6 @@ from tests.integrations.models import (
     stored_config,
     tensors,
 )
-from tests.support.kernels import skip_if_refused
 
 BF16 = torch.bfloat16
 LAYER = "model.layers.0.self_attn.q_proj"

@@ -33,8 +33,8 @@ from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
 from lowbit.ops.gguf_decode_small import SMALL_DECODERS
 from lowbit.quantization import GgufConfig, QuantizedLinear, quantize_model
-from tests.integrations.models import FAMILIES, same_but_for_order, save, stored_config, tensors
 from tests.support.gguf import random_weight
+from tests.support.models import FAMILIES, same_but_for_order, save, stored_config, tensors
 
 package = pytest.importorskip("gguf")
 

@@ -15,10 +15,10 @@ from lowbit.checkpoints.external import load_component
 from lowbit.checkpoints.msmodelslim.read import described
 from lowbit.quantization import ComfyUiConfig
 from lowbit.quantization.base import QuantizationConfig
-from tests.integrations import ascend_files, comfyui_files
-from tests.integrations.models import FAMILIES, save
-from tests.integrations.nunchaku_files import Written
+from tests.support import ascend_files, comfyui_files
 from tests.support.modelopt import FIXTURES, complete
+from tests.support.models import FAMILIES, save
+from tests.support.nunchaku_files import Written
 
 BF16 = torch.bfloat16
 

@@ -17,9 +17,9 @@ from lowbit import Omni
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.quantization import QuantizedLinear
 from lowbit.quantization.plan import quantize_model, quantized_layers
-from tests.integrations.foreign_models import FOREIGN, foreign_model
-from tests.integrations.models import FAMILIES, METHODS, STATIC, Family, quantized_model, same_bytes
+from tests.support.foreign_models import FOREIGN, foreign_model
 from tests.support.kernels import skip_if_refused
+from tests.support.models import FAMILIES, METHODS, STATIC, Family, quantized_model, same_bytes
 
 CPU = torch.device("cpu")
 

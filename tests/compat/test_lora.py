@@ -15,8 +15,8 @@ from lowbit.checkpoints import component as loading
 from lowbit.errors import UnsupportedError
 from lowbit.quantization import QuantizedLinear
 from lowbit.quantization.plan import quantized_layers
-from tests.integrations.foreign_models import FOREIGN, foreign_model
-from tests.integrations.models import FAMILIES, METHODS, quantized_model, relative_error, same_bytes
+from tests.support.foreign_models import FOREIGN, foreign_model
+from tests.support.models import FAMILIES, METHODS, quantized_model, relative_error, same_bytes
 
 pytest.importorskip("peft")
 

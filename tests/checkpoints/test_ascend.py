@@ -26,8 +26,8 @@ from lowbit.ops.e2m1 import decode_e2m1_pairs
 from lowbit.ops.int8 import quantize_int8_per_token
 from lowbit.quantization import AscendConfig, build_quant_config
 from lowbit.quantization.plan import quantized_layers
-from tests.integrations.ascend_files import BIAS, E2M1, FLUX, LAYER, LAYERS, K, N, dynamic, mix, mxfp4, static, write
-from tests.integrations.models import FAMILIES, stored_config, tensors
+from tests.support.ascend_files import BIAS, E2M1, FLUX, LAYER, LAYERS, K, N, dynamic, mix, mxfp4, static, write
+from tests.support.models import FAMILIES, stored_config, tensors
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, kernel: str = "auto") -> Any:

@@ -24,8 +24,8 @@ from lowbit.ops import nvfp4
 from lowbit.ops.comfyui import comfyui_dequantize
 from lowbit.ops.fp8 import E4M3
 from lowbit.quantization import ComfyUiConfig, QuantizedLinear
-from tests.integrations.comfyui_files import FORMATS, METADATA, fp8_layer
-from tests.integrations.models import FAMILIES, relative_error, same_but_for_order, same_bytes, save
+from tests.support.comfyui_files import FORMATS, METADATA, fp8_layer
+from tests.support.models import FAMILIES, relative_error, same_but_for_order, same_bytes, save
 
 
 class Model:
