@@ -57,6 +57,7 @@ def test_a_doubled_scale_is_found_as_the_worst_layer(spoilt: Path, tmp_path: Pat
 def test_kept_layers_are_exact(tmp_path: Path) -> None:
     sides = [Side(name=name, device="cpu") for name in ("reference", "candidate")]
     found = compare(Plan(reference=sides[0], candidate=sides[1], task=TASK, layers=True), tmp_path).result["layers"]
+    assert [row["step"] for row in found] == [0, 1, 2]
     for row in found:
         assert row["linear"]
         assert all(errors["relative_l2"] == 0 for errors in row["linear"].values())

@@ -81,7 +81,9 @@ class TestExports:
         assert again.keys() == quantized_layers(model).keys()
 
     def test_layers_compute_with_the_decoded_weight(self, fixture: Path, tmp_path: Path) -> None:
-        for name, layer in quantized_layers(load(complete(fixture, tmp_path / "model"))).items():
+        layers = quantized_layers(load(complete(fixture, tmp_path / "model")))
+        assert layers
+        for name, layer in layers.items():
             x = torch.randn(3, layer.in_features)
             weight = layer.method.dequantize_weight(layer).double()
             expected = x.double() @ weight.t() + (0 if layer.bias is None else layer.bias.double())

@@ -50,7 +50,9 @@ class TestExports:
         folder = complete(fixture, tmp_path / "model")
         stored = json.loads((folder / "config.json").read_text())["quantization_config"]
         config = build_quant_config({**stored, "kernel": "reference"})
-        for name, layer in quantized_layers(load(folder, quantization_config=config)).items():
+        layers = quantized_layers(load(folder, quantization_config=config))
+        assert layers.keys() == expected["weights"].keys()
+        for name, layer in layers.items():
             theirs = torch.tensor(expected["outputs"][name]).reshape(3, -1)
             ours = layer(layer_input(layer.in_features).float())
             # modelopt exports FP8 codes rounded in bfloat16, and simulates with others, rounded in float32.
@@ -207,7 +209,9 @@ def test_what_can_not_be_read_is_said(options: dict[str, Any], error: type[Excep
 def test_low_rank_part_is_in_the_dequantized_weight(tmp_path: Path) -> None:
     (fixture,) = (path for path in FIXTURES if path.name == "wan-nvfp4_svd")
     model = load(complete(fixture, tmp_path / "model"))
-    for layer in quantized_layers(model).values():
+    layers = quantized_layers(model)
+    assert layers
+    for layer in layers.values():
         assert isinstance(layer, QuantizedLinear)
         x = layer_input(layer.in_features).float()
         weight = layer.method.dequantize_weight(layer)

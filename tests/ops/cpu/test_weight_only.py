@@ -154,10 +154,19 @@ def test_no_rows(path: str) -> None:
 
 
 def test_sixteen_bit_matmul_is_taken_where_it_is_fast(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_only, "fast_matmul_dtype", lambda dtype: dtype)
-    weight = torch.randn(40, 640) / 8
+    asked: list[torch.dtype] = []
+
+    def own(dtype: torch.dtype) -> torch.dtype:
+        asked.append(dtype)
+        return dtype
+
+    monkeypatch.setattr(weight_only, "fast_matmul_dtype", own)
+    weight, x, bias = torch.randn(40, 640) / 8, torch.randn(70, 640).bfloat16(), torch.randn(40).bfloat16()
     for layer, decoded in (*eight_bit_layers(weight), *four_bit_layers(weight)):
-        check(layer, decoded, torch.randn(20, 640).bfloat16(), torch.randn(40).bfloat16())
+        asked.clear()
+        layer(x, bias)
+        assert asked or weight_only.takes_bfloat16(x)
+        check(layer, decoded, x, bias)
 
 
 def test_compiles(path: str) -> None:
