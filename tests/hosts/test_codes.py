@@ -23,7 +23,7 @@ from lowbit import Omni
 from lowbit.checkpoints.codes import LARGEST_CAST_WEIGHT, scale_of
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.hosts.preflight import check_pipeline
-from lowbit.quantization import Int8Config, build_quant_config, quantize_model
+from lowbit.quantization import Int8Config, quantize_model
 from lowbit.quantization.calibration.static import calibration
 from tests.support.models import FAMILIES, METHODS, STATIC, language_model, save, save_pipeline, tensors
 from tests.support.omni_models import TEXT, qwen3_moe, qwen3_omni
@@ -227,9 +227,8 @@ def test_a_lost_configuration(method: str, tmp_path: Path) -> None:
     family = FAMILIES["flux"]
     model: Any = family.make().to(BF16).requires_grad_(False)
     text: Any = language_model().to(BF16)
-    config = build_quant_config(METHODS[method])
     for each in (model, text):
-        quantize_model(each, config)
+        quantize_model(each, METHODS[method])
     if method in STATIC:
         with calibration(model):
             family.run(model)
