@@ -109,7 +109,7 @@ class Written:
                 self._fused(source, [(target, linear[target]) for target in names])
             elif present:
                 raise AssertionError(source)
-            done.update(targets)
+            done.update(names)
         plain = {key: tensor for key, tensor in self.model.state_dict().items() if key.rpartition(".")[0] not in done}
         for key, tensor in plain.items():
             layer, dot, parameter = key.rpartition(".")
