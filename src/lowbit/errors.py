@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -18,12 +18,17 @@ class UnsupportedError(ValueError):
     """No implementation can do what was asked.
 
     Attributes:
+        summary: what was asked and can't be done, without the reasons.
         reasons: one line per implementation that was considered, saying why it can't run.
     """
 
-    def __init__(self, message: str, reasons: Sequence[str] = ()) -> None:
+    def __init__(self, summary: str, reasons: Sequence[str] = ()) -> None:
+        self.summary = summary
         self.reasons = tuple(reasons)
-        super().__init__("\n".join([message, *(f"  - {reason}" for reason in self.reasons)]))
+        super().__init__("\n".join([summary, *(f"  - {reason}" for reason in self.reasons)]))
+
+    def __reduce__(self) -> tuple[type[UnsupportedError], tuple[str, tuple[str, ...]]]:
+        return type(self), (self.summary, self.reasons)
 
 
 class AbortedError(RuntimeError):
@@ -42,9 +47,13 @@ def located(where: str) -> Iterator[None]:
     except UnsupportedError as error:
         if where in str(error):
             raise
-        message = str(error).partition("\n  - ")[0]
-        raise UnsupportedError(f"{where}: {message}", error.reasons) from error
+        raise UnsupportedError(f"{where}: {error.summary}", error.reasons) from error
     except (ConfigError, CheckpointError) as error:
         if where in str(error):
             raise
         raise type(error)(f"{where}: {error}") from error
+
+
+def expected_one_of(names: Iterable[object]) -> str:
+    """Return the sentence that ends a message about an unknown name: which ones there are."""
+    return f"Expected one of: {', '.join(map(str, names))}"

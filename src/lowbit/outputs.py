@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.containers.atomic import replace_when_written
 from lowbit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -122,12 +122,7 @@ def check_image_path(path: str | os.PathLike[str]) -> Path:
 
 
 def _write_image(image: Image, file: Path) -> None:
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}.", suffix=file.suffix)
-    os.close(handle)
-    try:
-        image.save(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    from PIL.Image import registered_extensions
+
+    with replace_when_written(file) as stream:
+        image.save(stream, format=registered_extensions()[file.suffix.lower()])

@@ -122,6 +122,21 @@ def test_parameters_the_model_cannot_take(int8: Omni, params: dict[str, int], me
         int8.generate(PROMPT, OmniDiffusionSamplingParams(**params), progress=False)  # type: ignore[arg-type]
 
 
+def test_parameters_one_by_one_and_a_prompt_with_its_negative(int8: Omni) -> None:
+    plain = one(int8.generate(PROMPT, FAST, progress=False))
+    again = one(int8.generate({"prompt": PROMPT}, num_inference_steps=2, seed=0, progress=False))
+    assert again.prompt == PROMPT
+    assert np.array_equal(pixels(plain.images[0]), pixels(again.images[0]))
+    steered = {"guidance_scale": 4.0, "negative_prompt": "a green star"}
+    expected = one(int8.generate(PROMPT, num_inference_steps=2, seed=0, progress=False, **steered))
+    prompt = {"prompt": PROMPT, "negative_prompt": steered.pop("negative_prompt")}
+    (found,) = int8.generate([prompt], num_inference_steps=2, seed=0, progress=False, **steered)
+    assert np.array_equal(pixels(found.images[0]), pixels(expected.images[0]))
+    assert not np.array_equal(pixels(found.images[0]), pixels(plain.images[0]))
+    with pytest.raises(ConfigError, match="Unknown parameter: 'steps'"):
+        int8.generate(PROMPT, steps=4)
+
+
 @pytest.mark.parametrize("prompt", ["", "  ", [], [""]])
 def test_empty_prompts(int8: Omni, prompt: object) -> None:
     with pytest.raises(ConfigError, match="prompt"):

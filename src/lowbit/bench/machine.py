@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lowbit.containers.atomic import write_text
 from lowbit.ops.cpu import helper
 from lowbit.ops.cpu.features import processor_facts, processor_name
 
@@ -61,7 +62,7 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write ``results`` as JSON, with the machine and the date; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
-    path.write_text(json.dumps({**head, **results}, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps({**head, **results}, indent=1) + "\n")
 
 
 def _commit() -> str | None:

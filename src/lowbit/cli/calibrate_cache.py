@@ -35,6 +35,7 @@ def calibrate_cache(
 
     Without prompts, the twelve of `lowbit validate` are used.
     """
+    from lowbit.containers.atomic import write_text
     from lowbit.engine import Omni
     from lowbit.evaluation import comparison
     from lowbit.evaluation.cache_calibration import calibrate
@@ -58,5 +59,5 @@ def calibrate_cache(
         )
         typer.echo(f"coefficients {json.dumps(list(found.coefficients))}")
     if target:
-        comparison.write_text(target, json.dumps({"coefficients": list(fits[0].coefficients)}, indent=2) + "\n")
+        write_text(target, json.dumps({"coefficients": list(fits[0].coefficients)}, indent=2) + "\n")
         typer.echo(f"wrote       {target}")

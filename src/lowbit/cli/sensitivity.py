@@ -44,6 +44,7 @@ def sensitivity(
 
     Without prompts, three of the twelve of `lowbit validate` are used.
     """
+    from lowbit.containers.atomic import write_text
     from lowbit.evaluation import comparison
     from lowbit.evaluation.prompts import validation_prompts
     from lowbit.evaluation.recording import Side, Task
@@ -68,7 +69,7 @@ def sensitivity(
     layers = measure(omni, spec, task, json_file, probes)
     _show(layers)
     if page:
-        comparison.write_text(page, render_sensitivity(layers, settings(omni, config, task, probes)))
+        write_text(page, render_sensitivity(layers, settings(omni, config, task, probes)))
     for path in (json_file, page):
         if path:
             typer.echo(f"wrote       {path}")

@@ -56,6 +56,7 @@ def tune(
     Interrupted, the same command goes on where it was. Without prompts, six of the twelve of `lowbit validate` are
     searched with and the other six verified with.
     """
+    from lowbit.containers.atomic import write_text
     from lowbit.evaluation import comparison, tuning
     from lowbit.evaluation.gates import parse_gate
     from lowbit.evaluation.prompts import validation_prompts
@@ -88,7 +89,7 @@ def tune(
     except KeyboardInterrupt:
         typer.echo(f"interrupted; what is known is in {work}: the same command goes on from there", err=True)
         raise typer.Exit(130) from None
-    comparison.write_text(target, json.dumps(found, indent=2) + "\n")
+    write_text(target, json.dumps(found, indent=2) + "\n")
     proof.write_json(target.with_suffix(".proof.json"))
     _show(found, proof)
     typer.echo(f"wrote       {target}, {target.with_suffix('.proof.json')}")

@@ -25,3 +25,9 @@ def replace_when_written(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file of UTF-8 text as ``replace_when_written`` does."""
+    with replace_when_written(path) as file:
+        file.write(text.encode("utf-8"))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lowbit.cache.base import GenerationCache
+from lowbit.containers.atomic import write_text
 from lowbit.engine.calibrate import calibrate
 from lowbit.engine.config import OmniDiffusionConfig, merge_quantization, parse_device
 from lowbit.engine.load import load
@@ -22,9 +23,10 @@ from lowbit.engine.request import Request, StepHook, draw_seeds
 from lowbit.engine.runner import Runner
 from lowbit.engine.scheduler import Scheduler
 from lowbit.engine.sizes import check_limits, check_size
-from lowbit.errors import ConfigError
 from lowbit.hosts.attention import AttentionRecord
-from lowbit.inputs.data import OmniDiffusionSamplingParams
+from lowbit.inputs.arguments import call_arguments, for_prompt
+from lowbit.inputs.data import OmniDiffusionSamplingParams, merge_params
+from lowbit.inputs.prompts import Prompt, is_single, parse_prompt, parse_prompts
 from lowbit.models.generation_defaults import FILE_NAME, generation_defaults_text
 from lowbit.outputs import OmniRequestOutput
 from lowbit.quantization.factory import QuantizationSpec
@@ -161,22 +163,25 @@ class Omni:
 
     def generate(
         self,
-        prompts: str | Iterable[str],
+        prompts: str | Mapping[str, Any] | Iterable[str | Mapping[str, Any]],
         sampling_params: OmniDiffusionSamplingParams | None = None,
         *,
         progress: bool = True,
         on_step: StepHook | None = None,
         timeout_s: float | None = None,
+        **parameters: Any,
     ) -> OmniRequestOutput | list[OmniRequestOutput]:
         """Make pictures or videos. Several threads may call this: they take turns step by step.
 
         Args:
-            prompts: one prompt, or several, which are made one after the other.
+            prompts: one prompt, or several, which are made one after the other. A prompt is text, or a dictionary with
+                the keys ``prompt`` and ``negative_prompt``.
             sampling_params: how; ``None`` takes the model's defaults.
             progress: show a bar per prompt.
             on_step: called after each denoising step with its index from 0 and the latents, in the pipeline's own
                 shape; what it returns, if not ``None``, takes their place.
             timeout_s: seconds from now after which no further step begins.
+            parameters: of ``OmniDiffusionSamplingParams``, one by one, such as ``num_inference_steps=4``.
 
         Returns:
             An output for one prompt, a list of them for several.
@@ -185,22 +190,20 @@ class Omni:
             ConfigError: a prompt or parameter the model can't take.
             DeadlineError: ``timeout_s`` passed.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts:
-            raise ConfigError("prompts: expected at least one")
+        params = merge_params(sampling_params, parameters)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         options: dict[str, Any] = {"progress": progress, "on_step": on_step, "deadline": deadline}
         scheduler = Scheduler(self.runner)
-        for request in [self.request(text, sampling_params, **options) for text in texts]:
+        for request in [self.request(prompt, params, **options) for prompt in parse_prompts(prompts)]:
             scheduler.submit(request)
         outputs: list[OmniRequestOutput] = []
         while scheduler.is_busy:
             outputs += [state.output() for state in scheduler.step()]
-        return outputs[0] if isinstance(prompts, str) else outputs
+        return outputs[0] if is_single(prompts) else outputs
 
     def request(
         self,
-        prompt: str,
+        prompt: str | Mapping[str, Any] | Prompt,
         sampling_params: OmniDiffusionSamplingParams | None = None,
         *,
         progress: bool = False,
@@ -210,7 +213,7 @@ class Omni:
         """Return a checked request, for ``runner`` to start and step.
 
         Args:
-            prompt: text.
+            prompt: text, or a dictionary as ``generate`` takes it.
             sampling_params: how; ``None`` takes the model's defaults.
             progress: show a bar.
             on_step: see ``generate``.
@@ -219,11 +222,10 @@ class Omni:
         Raises:
             ConfigError: a prompt or parameter the model can't take.
         """
-        params = sampling_params or OmniDiffusionSamplingParams()
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ConfigError("A prompt must be text that is not empty")
+        parsed = parse_prompt(prompt)
+        params = for_prompt(sampling_params or OmniDiffusionSamplingParams(), parsed)
         return Request(
-            prompt=prompt,
+            prompt=parsed.text,
             arguments=self._arguments(params),
             seeds=draw_seeds(params.seed, params.num_outputs_per_prompt),
             progress=progress,
@@ -235,29 +237,12 @@ class Omni:
         """Write the pipeline with its quantized components to ``folder``; ``Omni(folder)`` loads it again."""
         self.pipeline.save_pretrained(folder, safe_serialization=True)
         if self.defaults:
-            (Path(folder) / FILE_NAME).write_text(generation_defaults_text(self.defaults), encoding="utf-8")
+            write_text(Path(folder) / FILE_NAME, generation_defaults_text(self.defaults))
 
     def _arguments(self, params: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Return the pipeline's arguments other than prompt and generator, checked."""
-        asked = {
-            "height": params.height,
-            "width": params.width,
-            "num_inference_steps": params.num_inference_steps,
-            "guidance_scale": params.guidance_scale,
-            "negative_prompt": params.negative_prompt,
-            "num_frames": params.num_frames,
-            "num_images_per_prompt": params.num_outputs_per_prompt if params.num_outputs_per_prompt > 1 else None,
-        }
-        arguments = {**self.defaults, **{key: value for key, value in asked.items() if value is not None}}
-        arguments.update(params.extra_args)
         known = inspect.signature(self.pipeline.__call__).parameters
-        if "num_frames" in known:  # videos are arrays unless asked for otherwise
-            arguments.setdefault("output_type", "pil")
-        unknown = [name for name in arguments if name not in known]
-        if unknown:
-            raise ConfigError(
-                f"{type(self.pipeline).__name__} takes no {', '.join(unknown)}. It takes: {', '.join(known)}"
-            )
+        arguments = call_arguments(params, self.defaults, known, type(self.pipeline).__name__)
         check_size(self.pipeline, arguments.get("height"), arguments.get("width"))
         check_limits(self.pipeline, arguments, self.device)
         return arguments

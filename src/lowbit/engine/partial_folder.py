@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lowbit.containers.atomic import replace_when_written
+from lowbit.containers.atomic import write_text
 from lowbit.errors import ConfigError
 
 try:
@@ -78,7 +78,7 @@ class PartialFolder:
     def finish(self, files: Mapping[str, str]) -> None:
         """Write files beside the components, name -> text, and give the folder its name."""
         for name, text in files.items():
-            (self.path / name).write_text(text, encoding="utf-8")
+            write_text(self.path / name, text)
         self.path.rename(self.target)
         (self.target / STATE).unlink()
 
@@ -106,8 +106,7 @@ class PartialFolder:
 
     def _write_state(self) -> None:
         state = {"fingerprint": self._fingerprint, "finished": self._entries}
-        with replace_when_written(self.path / STATE) as file:
-            file.write(json.dumps(state, indent=1).encode("utf-8"))
+        write_text(self.path / STATE, json.dumps(state, indent=1))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lowbit.containers.atomic import write_text
 from lowbit.errors import ConfigError
 from lowbit.evaluation.gates import RATIOS, Condition, Verdict, judge
 from lowbit.evaluation.metrics import (
@@ -277,19 +277,6 @@ def guidance(perceptual: bool) -> dict[str, Any]:
         "metrics": entries,
         "ratios": dict(RATIOS),
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it: nobody finds half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def check_output_file(path: str | os.PathLike[str], option: str) -> Path:

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 import lowbit
+from lowbit.containers.atomic import write_text
 from lowbit.evaluation.charts import LineChart, Series, line_chart
-from lowbit.evaluation.comparison import write_text
 from lowbit.evaluation.layers import worst_layers
 from lowbit.evaluation.metrics import OUTPUT_METRICS, to_json
 from lowbit.evaluation.perceptual import PERCEPTUAL_METRICS

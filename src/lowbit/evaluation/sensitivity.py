@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowbit.containers.atomic import write_text
 from lowbit.errors import ConfigError
-from lowbit.evaluation.comparison import write_text
 from lowbit.evaluation.recording import Task, generate
 from lowbit.models.embedded import EMBEDDED_NAME
 from lowbit.quantization.base import LinearMethod, QuantizationConfig

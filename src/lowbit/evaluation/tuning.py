@@ -21,8 +21,9 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
+from lowbit.containers.atomic import write_text
 from lowbit.errors import ConfigError
-from lowbit.evaluation.comparison import WORST, Comparison, Plan, compare, write_text
+from lowbit.evaluation.comparison import WORST, Comparison, Plan, compare
 from lowbit.evaluation.gates import RATIOS, Condition, judge
 from lowbit.evaluation.metrics import OUTPUT_METRICS, median_and_worst, picture_metrics, to_json
 from lowbit.evaluation.recording import Side, Task, generate, in_process, stack_pictures
