@@ -69,5 +69,5 @@ def test_bad_input_ends_with_its_message(
     monkeypatch.setattr("sys.argv", ["lowbit", "bench", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err)

@@ -72,7 +72,7 @@ def test_bad_input_ends_with_its_message_and_writes_nothing(
     monkeypatch.setattr(sys, "argv", ["lowbit", "generate", PROMPT, *arguments])
     with pytest.raises(SystemExit) as exit_info:
         main()
-    assert exit_info.value.code == 1
+    assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert "error:" in error
     assert message in error
@@ -91,7 +91,7 @@ def test_quantize_writes_a_checkpoint_that_generates(tmp_path: Path) -> None:
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.size == (128, 128)
     result = lowbit("quantize", "-q", "int8", "--output", "small", cwd=tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "exists already" in result.stderr
 
 
@@ -108,7 +108,7 @@ def test_an_interrupted_export_goes_on(
     with pytest.raises(InterruptedExportError):
         export(tmp_path / "small", {"method": "int8"}, dtype="bfloat16", device=None, after=stop_after("transformer"))
     status, _, error = run("embedded", "-q", "int8", "--ignored-layers", "to_out")
-    assert status == 1
+    assert status == 2
     assert "small.partial holds an unfinished export that differs in: quantization" in error
     status, output, _ = run("embedded", "-q", "int8")
     assert status == 0
@@ -155,7 +155,7 @@ def test_a_gguf_file_is_written_and_generated_with(tmp_path: Path) -> None:
     assert "7 layers gguf Q4_K" in result.stdout
     assert "12 BF16 in the file" in result.stdout
     again = lowbit("quantize", "-q", "gguf", "--gguf-type", "Q4_K", "-o", "model.gguf", cwd=tmp_path)
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert "exists already" in again.stderr
     other = lowbit("quantize", "-q", "int8", "-o", "other.gguf", cwd=tmp_path)
     assert "the method is int8: use --quantization gguf" in other.stderr

@@ -87,7 +87,7 @@ def test_bad_input_is_found_before_anything_is_generated(
     monkeypatch.setattr("lowbit.evaluation.comparison.record", lambda *_: pytest.fail("began to generate"))
     with pytest.raises(SystemExit) as stop:
         main()
-    assert stop.value.code == 1
+    assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

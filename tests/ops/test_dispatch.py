@@ -48,7 +48,7 @@ def test_the_environment_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match="Unknown int8 kernel: 'fast'. Known kernels: auto, gpu, reference"):
+    with pytest.raises(ConfigError, match="Unknown int8 kernel: 'fast'. Expected one of: auto, gpu, reference"):
         select("int8", [GPU_ONLY, REFERENCE], PROBLEM, "fast")
 
 

@@ -7,21 +7,19 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lowbit import env
 from lowbit.containers.atomic import write_text
 from lowbit.ops.cpu import helper
 from lowbit.ops.cpu.features import processor_facts, processor_name
 
 FLAGS_OF_INTEREST = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 PACKAGES = ("torch", "triton", "diffusers", "torchao", "optimum-quanto", "sdnq", "openvino", "gguf")
-ALLOCATOR_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
-INSTRUCTION_VARIABLES = ("ONEDNN_MAX_CPU_ISA", helper.MAX_ISA_VARIABLE)
 
 
 def machine() -> dict[str, Any]:
@@ -38,16 +36,12 @@ def machine() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES if version(name)},
         "commit": _commit(),
         "native": helper.description(),
-        "allocator": _environment(ALLOCATOR_VARIABLES),
-        "held_to": _environment(INSTRUCTION_VARIABLES),
+        "allocator": env.snapshot(env.RECORDED),
+        "held_to": env.snapshot(env.RECORDED_INSTRUCTIONS),
     }
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
     return found
-
-
-def _environment(names: Iterable[str]) -> dict[str, str]:
-    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def version(package: str) -> str | None:

@@ -1,52 +1,32 @@
-"""The ``lowbit`` command."""
+"""The ``lowbit`` command.
+
+Nothing of weight is imported at the top: ``main`` imports after it has prepared for Ctrl-C, and a command's module,
+with torch, only when that command is to run.
+"""
 
 from __future__ import annotations
 
-import logging
+import os
 import sys
-
-import typer
-
-import lowbit
-from lowbit.cli import bench, calibrate_cache, compare, generate, info, quantize, sensitivity, tune, validate
-
-app = typer.Typer(
-    name="lowbit",
-    help="Run diffusion transformers in 8 bits and below.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
-app.command("quantize", epilog=quantize.EXAMPLES)(quantize.quantize)
-app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
-app.command("sensitivity", epilog=sensitivity.EXAMPLES)(sensitivity.sensitivity)
-app.command("tune", epilog=tune.EXAMPLES)(tune.tune)
-app.command("validate", epilog=validate.EXAMPLES)(validate.validate)
-app.command("calibrate-cache", epilog=calibrate_cache.EXAMPLES)(calibrate_cache.calibrate_cache)
-app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
-app.command("info", epilog=info.EXAMPLES)(info.info)
-
-
-def _show_version(value: bool) -> None:
-    if value:
-        typer.echo(f"lowbit {lowbit.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
-) -> None:
-    """Set up messages before any command."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
 
 
 def main() -> None:
-    """Run the command line; bad input ends with its message and exit status 1."""
+    """Run the command line with this process's arguments and end the process with an exit status of ``cli.status``."""
     try:
-        app()
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        from lowbit.cli import interrupt
+
+        with interrupt.at_once():
+            from lowbit.cli.app import run
+
+            status = run(sys.argv[1:])
+        if status == interrupt.STATUS:
+            interrupt.leave()
+    except KeyboardInterrupt:  # before ``at_once``, or after it
+        sys.stderr.write("interrupted\n")
+        sys.stderr.flush()
+        os._exit(130)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

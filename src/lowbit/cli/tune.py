@@ -87,8 +87,8 @@ def tune(
     try:
         found, proof = tuning.tune(side, methods, task, verification, conditions, work, limit, typer.echo)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; what is known is in {work}: the same command goes on from there", err=True)
-        raise typer.Exit(130) from None
+        typer.echo(f"what is known is in {work}: the same command goes on from there", err=True)
+        raise
     write_text(target, json.dumps(found, indent=2) + "\n")
     proof.write_json(target.with_suffix(".proof.json"))
     _show(found, proof)

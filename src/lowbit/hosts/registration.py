@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -56,8 +55,12 @@ def _is_initializing(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
 
 
-class _Finder(MetaPathFinder):
-    """Finds the libraries' modules as the other finders do, and adds the registration to their execution."""
+class _Finder:
+    """Finds the libraries' modules as the other finders do, and adds the registration to their execution.
+
+    It has what ``importlib.abc.MetaPathFinder`` asks for, and is not derived from it: importing that takes longer than
+    the rest of ``import lowbit``.
+    """
 
     def __init__(self) -> None:
         self._searching: set[str] = set()

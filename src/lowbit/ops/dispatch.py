@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -36,7 +35,8 @@ from typing import Protocol
 
 import torch
 
-from lowbit.errors import ConfigError, UnsupportedError
+from lowbit import env
+from lowbit.errors import ConfigError, UnsupportedError, expected_one_of
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def requested_kernel(family: str, option: str = AUTO) -> str:
     """Resolve the kernel name: the option if it names one, else ``LOWBIT_<FAMILY>_KERNEL``, else ``auto``."""
     if option != AUTO:
         return option
-    return os.environ.get(f"LOWBIT_{family.upper()}_KERNEL", AUTO)
+    return env.read_kernel(family) or AUTO
 
 
 def verdicts(table: Sequence[Implementation], problem: AnyProblem) -> Iterator[tuple[Implementation, str | None]]:
@@ -138,8 +138,9 @@ def select(family: str, table: Sequence[Implementation], problem: AnyProblem, op
     name = requested_kernel(family, option)
     candidates = [entry for entry in table if (entry.automatic if name == AUTO else entry.name == name)]
     if not candidates:
-        known = ", ".join([AUTO, *(entry.name for entry in table)])
-        raise ConfigError(f"Unknown {family} kernel: {name!r}. Known kernels: {known}")
+        source = f" of {env.kernel_variable(family)}" if option == AUTO else ""
+        known = expected_one_of([AUTO, *(entry.name for entry in table)])
+        raise ConfigError(f"Unknown {family} kernel: {name!r}{source}. {known}")
     refusals: list[str] = []
     for implementation, reason in verdicts(candidates, problem):
         if reason is None:

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lowbit import env
+from lowbit.errors import ConfigError, expected_one_of
+
 logger = logging.getLogger(__name__)
 
 DIRECTORY = Path(__file__).parents[2] / "_native"
 ISA_NAMES = ("generic", "AVX2", "AVX-512", "AVX512-BF16", "AMX")
 BEST_ISA = -1
-MAX_ISA_VARIABLE = "LOWBIT_MAX_ISA"
-LIBRARY_VARIABLE = "LOWBIT_NATIVE_LIBRARY"
+MAX_ISA_VARIABLE = env.MAX_ISA
+LIBRARY_VARIABLE = env.NATIVE_LIBRARY
 ABI = 1
 """Of the C functions below, ``kAbi`` of ``_native/abi.cpp``: a library with another number is not used."""
 REBUILD = "build it with `pip install .` or `python setup.py build_ext --inplace`"
@@ -74,8 +76,8 @@ _OK, _UNSUPPORTED, _OUT_OF_MEMORY = 0, 1, 2
 @cache
 def _load() -> ctypes.CDLL | str:
     """Return the library, or the reason there is none, which is logged unless the user asked for it."""
-    if os.environ.get("LOWBIT_NATIVE", "1") == "0":
-        return "turned off by LOWBIT_NATIVE=0"
+    if env.read(env.NATIVE) == "0":
+        return f"turned off by {env.NATIVE}=0"
     found = _open()
     if isinstance(found, str):
         logger.warning("native helper %s: CPU kernels run in plain torch, several times slower", found)
@@ -87,9 +89,7 @@ def _load() -> ctypes.CDLL | str:
 
 def _open() -> ctypes.CDLL | str:
     """Return the library with typed functions, or why it can't be used."""
-    file = Path(
-        os.environ.get(LIBRARY_VARIABLE) or DIRECTORY / f"lowbit_cpu{'.dll' if sys.platform == 'win32' else '.so'}"
-    )
+    file = Path(env.read(env.NATIVE_LIBRARY) or DIRECTORY / f"lowbit_cpu{'.dll' if sys.platform == 'win32' else '.so'}")
     if not file.is_file():
         return f"not built (no {file}; it needs a C++ compiler: install g++ or clang++, then {REBUILD})"
     try:
@@ -131,12 +131,12 @@ def _most_isa() -> int:
     """Return the index in ``ISA_NAMES`` that the environment limits to, or ``BEST_ISA``.
 
     Raises:
-        ValueError: It names no instruction set.
+        ConfigError: it names no instruction set.
     """
-    limit = os.environ.get(MAX_ISA_VARIABLE, "")
+    limit = env.read(env.MAX_ISA)
     names = [name.lower() for name in ISA_NAMES]
     if limit and limit.lower() not in names:
-        raise ValueError(f"{MAX_ISA_VARIABLE}={limit} names no instruction set; there are {', '.join(ISA_NAMES)}")
+        raise ConfigError(f"{env.MAX_ISA}: no instruction set {limit!r}. {expected_one_of(ISA_NAMES)}")
     return names.index(limit.lower()) if limit else BEST_ISA
 
 
