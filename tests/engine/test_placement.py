@@ -116,6 +116,22 @@ def test_a_table_of_embeddings_on_the_host_gives_the_same() -> None:
     assert len(list(model.parameters())) == own - 1
     assert sorted(model.state_dict()) == sorted(names)
     assert torch.equal(hidden_states(model)[-1], before[-1])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layer.table.zero_()
+    assert not torch.equal(hidden_states(model)[-1], before[-1])
+    model.load_state_dict(state)  # its own, and that of the model as it was
+    assert torch.equal(hidden_states(model)[-1], before[-1])
+    qwen_vl(tied=False).load_state_dict(state)
+    name = "model.language_model.embed_tokens.weight"
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{name}"'):
+        model.load_state_dict({key: value for key, value in state.items() if key != name})
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}: expected .*got"):
+        model.load_state_dict({**state, name: state[name][:1]})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict({**state, name.replace("weight", "bias"): state[name]})
+    model.load_state_dict({**state, name: state[name].double()}, assign=True)
+    assert layer.weight.dtype == torch.float64
+    model.load_state_dict(state, assign=True)
     model.to("meta")
     assert model.device.type == "meta"
     assert layer.weight.device.type == "cpu"

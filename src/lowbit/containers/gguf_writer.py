@@ -73,7 +73,7 @@ def write_gguf(
             _pad(file)
             raw = tensor.make()
             assert raw.numel() == tensor.bytes, tensor.name
-            raw.contiguous().view(-1).numpy().tofile(file)
+            file.write(raw.contiguous().view(-1).numpy().data)
             if progress is not None:
                 progress(done, len(tensors))
         _pad(file)

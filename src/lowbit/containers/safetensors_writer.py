@@ -67,6 +67,6 @@ def write_safetensors(
         for done, tensor in enumerate(tensors, start=1):
             made = tensor.make().to(tensor.dtype).contiguous()
             assert tuple(made.shape) == tensor.shape, tensor.name
-            made.reshape(-1).view(torch.uint8).numpy().tofile(file)
+            file.write(made.reshape(-1).view(torch.uint8).numpy().data)
             if progress is not None:
                 progress(done, len(tensors))

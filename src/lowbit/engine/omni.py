@@ -14,6 +14,7 @@ import torch
 
 from lowbit.cache.base import GenerationCache
 from lowbit.containers.atomic import write_text
+from lowbit.engine import processes
 from lowbit.engine.calibrate import calibrate
 from lowbit.engine.config import OmniDiffusionConfig, merge_quantization, parse_device
 from lowbit.engine.load import load
@@ -96,6 +97,7 @@ class Omni:
             cache_config=cache_config,
             attention_quantization=attention_quantization,
         ).resolved()
+        processes.enter(parse_device(config.device))
         peak, start = PeakMemory(parse_device(config.device)), time.perf_counter()
         self.loaded = load(config)
         calibrate(self.loaded, config.calibration_prompts)
@@ -190,6 +192,7 @@ class Omni:
             ConfigError: a prompt or parameter the model can't take.
             DeadlineError: ``timeout_s`` passed.
         """
+        processes.enter(self.device)
         params = merge_params(sampling_params, parameters)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         options: dict[str, Any] = {"progress": progress, "on_step": on_step, "deadline": deadline}

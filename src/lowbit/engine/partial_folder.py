@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lowbit.containers.atomic import write_text
-from lowbit.errors import ConfigError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # of systems without it
-    fcntl = None  # type: ignore[assignment]
+from lowbit.containers.atomic import naming_full_disk, write_text
+from lowbit.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +61,8 @@ class PartialFolder:
         staging = self.path / _STAGING
         staging.mkdir()
         try:
-            yield staging
+            with naming_full_disk(self.target / component):
+                yield staging
             (staging / component).mkdir(exist_ok=True)  # nothing may have been written
             for file in _files(staging / component):
                 file.chmod(0o644)  # safetensors makes files for their owner alone
@@ -122,15 +119,18 @@ def partial_folder(target: Path, fingerprint: Mapping[str, Any]) -> Iterator[Par
             something else under its name.
     """
     path = partial_path(target)
-    path.mkdir(exist_ok=True)
     with _locked(path):
-        partial = PartialFolder(target, fingerprint)
+        is_new = not path.exists()
+        path.mkdir(exist_ok=True)
+        partial: PartialFolder | None = None
         try:
-            yield partial
+            with naming_full_disk(target):
+                partial = PartialFolder(target, fingerprint)
+                yield partial
         except BaseException:
-            if partial.finished:
+            if partial is not None and partial.finished:
                 logger.warning("%s is unfinished: the same command again goes on with it", path)
-            else:
+            elif partial is not None or is_new:
                 shutil.rmtree(path, ignore_errors=True)
             raise
 
@@ -142,18 +142,20 @@ def partial_path(target: Path) -> Path:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Keep other processes away from ``folder`` by a lock file beside it."""
+    lock = FileLock(f"{folder}.lock", timeout=0)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{folder} is being written by another process") from error
+        with naming_full_disk(folder):
+            lock.acquire()
+    except Timeout as error:
+        raise ConfigError(f"{folder} is being written by another process: wait for it or stop it") from error
+    try:
         yield
     finally:
-        os.close(descriptor)
+        # Before the release: nobody waits for the lock, so nobody can come to hold the file that is gone.
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def _sizes(folder: Path) -> dict[str, int]:

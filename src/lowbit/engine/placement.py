@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,6 +65,29 @@ class HostEmbedding(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.table
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, torch.Tensor],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}weight"
+        if strict:
+            unexpected_keys += [name for name in state_dict if name.startswith(prefix) and name != key]
+        if key not in state_dict:
+            missing_keys += [key] if strict else []
+        elif state_dict[key].shape != self.table.shape:
+            shapes = f"expected {list(self.table.shape)}, got {list(state_dict[key].shape)}"
+            error_msgs.append(f"size mismatch for {key}: {shapes}")
+        else:  # a table of its own, as the old one may be mapped from a file
+            is_assigned = local_metadata.get("assign_to_params_buffers", False)
+            dtype = state_dict[key].dtype if is_assigned else self.table.dtype
+            self.table = state_dict[key].detach().to("cpu", dtype, copy=not is_assigned)
 
 
 def keep_embeddings_on_host(pipeline: Any, least_bytes: int = LEAST_BYTES) -> dict[str, str]:
