@@ -118,6 +118,9 @@ VARIABLES: tuple[Variable, ...] = (
 RECORDED = ("MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
 RECORDED_INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", MAX_ISA)
 
+# What ``--quiet`` sets.
+QUIET = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+
 _DEFAULTS = {variable.name: variable.default for variable in VARIABLES}
 
 
@@ -141,6 +144,12 @@ def kernel_variable(family: str) -> str:
 def snapshot(names: Iterable[str]) -> Mapping[str, str]:
     """Return the variables of ``names`` that are set, to write down with a result."""
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def hide_progress() -> None:
+    """Have tqdm and the Hub's downloads show no bars, in this process and its children; before they are imported."""
+    for name in QUIET:
+        os.environ.setdefault(name, "1")
 
 
 def unknown_names() -> list[str]:

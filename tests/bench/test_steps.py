@@ -67,7 +67,7 @@ def test_the_systems_allocator_settings_come_first(base: nn.Module) -> None:
 
 
 def test_unknown_and_missing_methods_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="Unknown methods: int3. Known methods: bf16,.*int8,.*torchao"):
+    with pytest.raises(ConfigError, match="Unknown methods: int3. Expected one of: bf16,.*int8,.*torchao"):
         check_precisions(["bf16", "int3"])
     absent = Peer("nothing", "no_such_library.part", ("no-such-library",), lambda *_: None)
     monkeypatch.setattr(peers, "PEERS", {"absent": absent})

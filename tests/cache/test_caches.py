@@ -28,13 +28,13 @@ def test_names_and_defaults() -> None:
 @pytest.mark.parametrize(
     ("backend", "config", "message"),
     [
-        ("teacache", None, "Unknown cache_backend: 'teacache'. There are: tea_cache"),
+        ("teacache", None, "Unknown cache_backend: 'teacache'. Expected one of: tea_cache"),
         (None, {"rel_l1_thresh": 0.2}, "needs a cache_backend"),
-        ("tea_cache", {"threshold": 0.2}, "has no option 'threshold'. Its options: rel_l1_thresh"),
+        ("tea_cache", {"threshold": 0.2}, "has no option 'threshold'. Expected one of: rel_l1_thresh"),
         ("tea_cache", {"rel_l1_thresh": 0}, "positive"),
         ("tea_cache", {"rel_l1_thresh": "0.2"}, "positive"),
         ("tea_cache", {"coefficients": [1, 2]}, "5 numbers"),
-        ("first_block_cache", {"thresh": 1}, "has no option 'thresh'. Its options: threshold"),
+        ("first_block_cache", {"thresh": 1}, "has no option 'thresh'. Expected one of: threshold"),
         ("mag_cache", {}, "mag_ratios"),
     ],
 )

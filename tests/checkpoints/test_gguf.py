@@ -403,7 +403,7 @@ def test_exports_that_make_no_sense(tmp_path: Path) -> None:
     exported = Exported("z-image", tmp_path)
     with pytest.raises(ConfigError, match="gguf_type"):
         export_gguf(exported.folder, "ZImageTransformer2DModel", GgufConfig(), tmp_path / "x.gguf")
-    with pytest.raises(UnsupportedError, match="GlmImageTransformer2DModel is not known. Known: Flux"):
+    with pytest.raises(UnsupportedError, match="GlmImageTransformer2DModel is not known. Expected one of: Flux"):
         export_gguf(exported.folder, "GlmImageTransformer2DModel", GgufConfig(gguf_type="Q8_0"), tmp_path / "x.gguf")
     exported.load().save_pretrained(tmp_path / "saved")
     with pytest.raises(ConfigError, match="quantized already"):

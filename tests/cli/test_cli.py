@@ -21,7 +21,17 @@ PROMPT = "a large red circle left of a small blue square"
 
 def test_generate_writes_the_picture_and_says_what_it_did(tmp_path: Path) -> None:
     result = spawned(
-        "generate", PROMPT, "-q", "int8", "--attention-quantization", "int8", "--output", "picture.png", cwd=tmp_path
+        "generate",
+        PROMPT,
+        "-q",
+        "int8",
+        "--attention-quantization",
+        "int8",
+        "--output",
+        "picture.png",
+        "--seed",
+        "0",
+        cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
     picture = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
@@ -79,6 +89,26 @@ def test_bad_input_ends_with_its_message_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_a_seed_the_one_that_was_drawn_repeats_the_picture(tmp_path: Path) -> None:
+    first = spawned("generate", PROMPT, "--steps", "1", "-o", "a.png", "--quiet", cwd=tmp_path)
+    (seed,) = re.findall(r"^wrote       a.png \(seed (\d+)\)$", first.stdout, re.MULTILINE)
+    assert len(first.stdout.splitlines()) == 1
+    assert first.stderr == ""
+    second = lowbit("generate", PROMPT, "--steps", "1", "-o", "b.png", "--seed", seed, cwd=tmp_path)
+    assert f"wrote       b.png (seed {seed})" in second.stdout
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_quantizing_shows_one_bar(tmp_path: Path) -> None:
+    shown = lowbit("quantize", "-q", "int8", "-o", "a", cwd=tmp_path)
+    assert "Loading" not in shown.stderr
+    assert "Writing" not in shown.stderr
+    assert "text_encoder: 2/5 components" in shown.stderr
+    quiet = lowbit("quantize", "-q", "int8", "-o", "b", "--quiet", cwd=tmp_path)
+    assert quiet.stdout == "wrote       b\n"
+    assert "components" not in quiet.stderr
+
+
 def test_quantize_writes_a_checkpoint_that_generates(tmp_path: Path) -> None:
     result = lowbit("quantize", "-q", "int8", "--output", "small", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -122,14 +152,22 @@ def test_info_tells_which_kernels_run_and_why_not_the_others(tmp_path: Path) -> 
     result = lowbit("info", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for word in (
-        "int8 on cpu",
-        "fp8 on cpu",
-        "int8 attention on cpu",
-        "in use",
-        "native helpers",
+        "kernels on cpu:",
+        "  fp8  ",
+        "  int8 attention  ",
+        "lowbit info --verbose",
+        "native helper",
     ):
         assert word in result.stdout
-    assert re.search(r"triton +no: runs on cuda", result.stdout)
+    assert len(result.stdout.splitlines()) <= 40
+    one = lowbit("info", "-q", "int8", cwd=tmp_path)
+    assert re.search(r"triton +no: runs on cuda", one.stdout)
+    assert "fp8" not in one.stdout
+    for name in ("reference", "weight_only"):  # once, whatever the number of devices it has implementations for
+        assert len(re.findall(rf"^  {name} ", one.stdout.partition("attention")[0], re.MULTILINE)) == 1
+    assert "give the MODEL" in lowbit("info", "--gguf-type", "Q8_0", cwd=tmp_path).stderr
+    assert "kernels of its own" in lowbit("info", "-q", "torchao", cwd=tmp_path).stderr
+    assert "fp8:" in lowbit("info", "--verbose", cwd=tmp_path).stdout
 
 
 def test_info_lists_what_would_be_quantized(tmp_path: Path) -> None:

@@ -64,6 +64,16 @@ def test_each_command_has_examples_and_the_line_of_the_list(command: str) -> Non
     assert f"lowbit {command}" in module.EXAMPLES
 
 
+def test_the_page_lists_the_commands_and_statuses() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    for command, line in app.COMMANDS.items():
+        assert f"| `lowbit {command}` | {line} |" in page
+    for code in (status.FAILED, status.USAGE, status.FAULT, interrupt.STATUS):
+        assert f"\n| {code} | " in page
+    for option in messages.SHARED:
+        assert f"`--{option.replace('_', '-')}" in page
+
+
 def call(monkeypatch: pytest.MonkeyPatch, error: BaseException, *arguments: str) -> int:
     """Run a command that raises ``error``; return the exit status."""
 

@@ -162,7 +162,7 @@ DAMAGE = {
     "beyond the end": (B, entry("b", [7, 3], 0, 2**40), "'b'.*is it cut short"),
     "misaligned": (B, entry("b", [7, 3], 0, 577), "offset 577 is not aligned to 32"),
     "overlap": (B, entry("b", [7, 3], 0, 32), "'b': overlaps 'a.weight'"),
-    "unknown type": (B, entry("b", [7, 3], 999, 576), r"b \(number 999\).*Supported types: F32"),
+    "unknown type": (B, entry("b", [7, 3], 999, 576), r"b \(number 999\).*Expected one of: F32"),
     "known type not read": (B, entry("b", [7, 3], 15, 576), r"b \(Q8_K\)"),
     "twice": (B, entry("d", [7, 3], 0, 576), "'d': is there twice"),
     "string that is too short": (b"flux", b"flu", "metadata entry 1: a string of"),

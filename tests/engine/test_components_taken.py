@@ -142,7 +142,7 @@ def test_a_class_of_nobody_is_left_to_diffusers(tmp_path: Path) -> None:
     [
         ({"scheduler": "int8"}, "no models: scheduler. Models are: text_encoder, transformer, vae"),
         ({"tokenizer": "fp8", "transformer": "int8"}, "no models: tokenizer"),
-        ({"Transformer": "int8"}, "lacks: Transformer. It has: .*transformer"),
+        ({"Transformer": "int8"}, "lacks: Transformer. Expected one of: .*transformer"),
         ({"transformer_9": "int8", "transformer": "int8"}, "lacks: transformer_9"),
     ],
 )

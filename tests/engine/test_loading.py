@@ -44,7 +44,7 @@ def test_routing(spec: Any, expected: dict[str, Any]) -> None:
 
 
 def test_routing_refuses_what_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"lacks: transformer_3\. It has: transformer, transformer_2"):
+    with pytest.raises(ConfigError, match=r"lacks: transformer_3\. Expected one of: transformer, transformer_2"):
         route(build_quant_config({"transformer_3": "int8"}), WAN)
     with pytest.raises(ConfigError, match=r"parts of components: transformer\.blocks\.0.*ignored_layers"):
         route(build_quant_config({"transformer": "int8", "transformer.blocks.0": None}), WAN)

@@ -179,7 +179,7 @@ def test_short_sequences_keep_the_library_s_attention(int8: Omni) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("int4", "Unknown attention_quantization: 'int4'. There are: int8, fp8, none"),
+        ("int4", "Unknown attention_quantization: 'int4'. Expected one of: int8, fp8, none"),
         ({"transformer": "int4"}, "Unknown attention_quantization of transformer: 'int4'"),
         ({"unet": "int8"}, "names components that the pipeline lacks: unet"),
         ({"text_encoder": "int8"}, "Qwen3Model has no attention of diffusers' kind"),

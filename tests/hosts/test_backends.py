@@ -147,7 +147,7 @@ def test_beside_a_method_of_lowbit(backend: str) -> None:
     [
         ({"method": "torchao", "quant_type": "Int3"}, "no quant_type 'Int3'.*Int8WeightOnlyConfig"),
         ({"method": "torchao", "weights_dtype": "int8"}, "Unknown options for torchao's Int8WeightOnlyConfig"),
-        ({"method": "quanto", "bits": 3}, "Unknown options for quanto: bits. Known options: weights_dtype"),
+        ({"method": "quanto", "bits": 3}, "Unknown options for quanto: bits. Expected one of: weights_dtype"),
         ({"method": "quanto", "weights_dtype": "int3"}, "quanto: .*int3"),
         ({"method": "sdnq", "activation_scheme": "static"}, "Unknown options for sdnq: activation_scheme"),
         ({"method": "torchao", "ignored_layers": ["nowhere"]}, "match no layer"),

@@ -133,7 +133,7 @@ def test_selection() -> None:
 def test_kinds() -> None:
     assert check_kind("INT8") == "int8"
     assert check_kind(None) == check_kind("none") == UNQUANTIZED
-    with pytest.raises(ConfigError, match="Unknown attention_quantization: 'int4'. There are: int8, fp8, none"):
+    with pytest.raises(ConfigError, match="Unknown attention_quantization: 'int4'. Expected one of: int8, fp8, none"):
         check_kind("int4")
 
 

@@ -36,7 +36,7 @@ def test_methods_are_routed() -> None:
 
 
 def test_a_component_the_pipeline_lacks_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"transfomer\b.*It has: transformer, vae"):
+    with pytest.raises(ConfigError, match=r"transfomer\b.*Expected one of: transformer, vae"):
         ComponentQuantizationConfig({"transfomer": Int8Config()}).check_components({"transformer": 1, "vae": 2})
     CONFIG.check_components({"transformer": 1, "vae": 2})
 

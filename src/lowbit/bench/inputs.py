@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.errors import ConfigError, UnsupportedError
+from lowbit.errors import ConfigError, UnsupportedError, expected_one_of
 
 PIXELS_PER_LATENT = 8
 FRAMES_PER_LATENT = 4
@@ -145,7 +145,7 @@ def step_inputs(model: nn.Module, workload: Workload, dtype: torch.dtype) -> dic
     class_name = type(model).__name__
     maker = _MAKERS.get(class_name)
     if maker is None:
-        raise UnsupportedError(f"The inputs of {class_name} are not known. Known classes: {', '.join(_MAKERS)}")
+        raise UnsupportedError(f"The inputs of {class_name} are not known. {expected_one_of(_MAKERS)}")
     if workload.num_frames > 1 and class_name not in VIDEO_CLASSES:
         raise ConfigError(f"{class_name} makes pictures: num_frames must be 1, not {workload.num_frames}")
     device = next(model.parameters()).device

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowbit.bench.machine import version
-from lowbit.errors import ConfigError
+from lowbit.errors import ConfigError, expected_one_of
 from lowbit.hosts.other_quantizers import is_plain
 
 
@@ -124,7 +124,7 @@ def check_peers(names: Sequence[str]) -> None:
     """
     unknown = [name for name in names if name not in PEERS]
     if unknown:
-        raise ConfigError(f"Unknown peers: {', '.join(unknown)}. Known peers: {', '.join(PEERS)}")
+        raise ConfigError(f"Unknown peers: {', '.join(unknown)}. {expected_one_of(PEERS)}")
     missing = {name: PEERS[name] for name in names if not PEERS[name].installed}
     if missing:
         packages = " ".join(sorted({package for peer in missing.values() for package in peer.packages}))

@@ -14,7 +14,7 @@ from lowbit.bench.inputs import Workload, step_inputs
 from lowbit.bench.peers import PEERS, check_peers, quantize_with_peer
 from lowbit.bench.timing import alternate, summary, wait_for
 from lowbit.bench.transformers import share
-from lowbit.errors import ConfigError
+from lowbit.errors import ConfigError, expected_one_of
 from lowbit.hosts.attention import speed_up_attention
 from lowbit.hosts.fused import fuse_elementwise
 from lowbit.ops.cpu.memory import keep_freed_memory
@@ -57,7 +57,7 @@ def check_precisions(names: Sequence[str]) -> None:
     known = [*DTYPES, *SUPPORTED_QUANTIZATION_METHODS, *PEERS]
     unknown = [name for name in plain if name not in known]
     if unknown:
-        raise ConfigError(f"Unknown methods: {', '.join(unknown)}. Known methods: {', '.join(known)}")
+        raise ConfigError(f"Unknown methods: {', '.join(unknown)}. {expected_one_of(known)}")
     check_peers([name for name in plain if name in PEERS])
 
 

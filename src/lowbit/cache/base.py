@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lowbit.errors import ConfigError
+from lowbit.errors import ConfigError, expected_one_of
 
 
 @dataclass
@@ -126,14 +126,14 @@ def build_cache(backend: str | None, config: Mapping[str, Any] | None = None) ->
         return None
     entry = _BACKENDS.get(backend.lower().replace("-", "_"))
     if entry is None:
-        raise ConfigError(f"Unknown cache_backend: {backend!r}. There are: {', '.join(CACHE_BACKENDS)}")
+        raise ConfigError(f"Unknown cache_backend: {backend!r}. {expected_one_of(CACHE_BACKENDS)}")
     module, name = entry
     cache_class: type[GenerationCache] = getattr(importlib.import_module(module), name)
     options = dict(config or {})
     unknown = [option for option in options if option not in cache_class.options()]
     if unknown:
         raise ConfigError(
-            f"{backend} has no option {', '.join(map(repr, unknown))}. Its options: {', '.join(cache_class.options())}"
+            f"{backend} has no option {', '.join(map(repr, unknown))}. {expected_one_of(cache_class.options())}"
         )
     try:
         return cache_class(**options)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.cache.base import Calls, GenerationCache, RequestCache, Skips
-from lowbit.errors import ConfigError
+from lowbit.errors import ConfigError, expected_one_of
 from lowbit.models.tea_cache import find_coefficients
 
 POWERS = 5
@@ -173,7 +173,7 @@ def find_family(transformer: nn.Module) -> Family:
     """Return how TeaCache meets a transformer; raises ``ConfigError`` for one of no known family."""
     name = type(transformer).__name__
     if name not in FAMILIES:
-        raise ConfigError(f"tea_cache does not know {name}. It knows: {', '.join(FAMILIES)}")
+        raise ConfigError(f"tea_cache does not know {name}. {expected_one_of(FAMILIES)}")
     return FAMILIES[name]
 
 

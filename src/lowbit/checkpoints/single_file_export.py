@@ -14,7 +14,7 @@ from lowbit.checkpoints.checks import TensorHeader, read_headers, weight_files
 from lowbit.checkpoints.single_file import Rows, find_recipe
 from lowbit.checkpoints.skeleton import empty_component
 from lowbit.containers.json_file import read_json
-from lowbit.errors import ConfigError, UnsupportedError
+from lowbit.errors import ConfigError, UnsupportedError, expected_one_of
 from lowbit.models.patterns import matches_any
 from lowbit.models.reference_names import LAYOUTS, Fused, Layout, reference_tensors
 from lowbit.quantization.base import QuantizationConfig
@@ -45,7 +45,7 @@ def prepare_export(
     """
     layout = LAYOUTS.get(class_name)
     if layout is None:
-        raise UnsupportedError(f"The layout of single files of {class_name} is not known. Known: {', '.join(LAYOUTS)}")
+        raise UnsupportedError(f"The layout of single files of {class_name} is not known. {expected_one_of(LAYOUTS)}")
     if read_json(folder / "config.json").get("quantization_config") is not None:
         raise ConfigError(f"{folder} is quantized already; export from the unquantized model")
     model = empty_component(str(folder.parent), folder.name, "diffusers", class_name)

@@ -101,7 +101,7 @@ def _options(
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit status; never raises."""
-    messages.reset()
+    messages.reset(arguments)
     try:
         found = app(list(arguments), prog_name="lowbit", standalone_mode=False)
         status = found if isinstance(found, int) else 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowbit.cli import options
+from lowbit.cli.messages import say, state
 from lowbit.errors import ConfigError
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.models.embedded import EMBEDDED_NAME
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 EXAMPLES = """Examples:
 
   lowbit generate "a large red circle left of a small blue square" --quantization int8 --output picture.png
+
+  lowbit generate "a small green star" --seed 7 --num-images-per-prompt 4 --output star.png
 
   lowbit generate "a cat on a windowsill" --model Qwen/Qwen-Image -q fp8 --ignored-layers img_mlp --steps 20
 
@@ -43,7 +46,10 @@ def generate(
     ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the starting noise: same seed, same picture.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the starting noise: same seed, same picture. Default: a random one, which is printed."),
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     num_images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures to make, seeds counting up.")] = 1,
@@ -94,28 +100,28 @@ def generate(
         attention_quantization=options.attention_spec(attention_quantization),
     )
     _show_load(omni, model or EMBEDDED_NAME)
-    result = omni.generate(prompt, params)
+    result = omni.generate(prompt, params, progress=not state.quiet)
     assert not isinstance(result, list)
     _show_result(result)
-    for path in result.save_images(target):
-        typer.echo(f"wrote       {path}")
+    for path, drawn in zip(result.save_images(target), result.seeds, strict=True):
+        typer.echo(f"wrote       {path} (seed {drawn})")
 
 
 def _show_load(omni: Omni, model: str) -> None:
     dtype = str(omni.config.dtype).removeprefix("torch.")
-    typer.echo(f"model       {model} ({type(omni.pipeline).__name__}) in {dtype} on {omni.device}")
+    say(f"model       {model} ({type(omni.pipeline).__name__}) in {dtype} on {omni.device}")
     for manifest in omni.manifests.values():
-        typer.echo(f"quantized   {manifest.summary()}")
+        say(f"quantized   {manifest.summary()}")
     for name, record in omni.attention.items():
-        typer.echo(f"attention   {name}: {record.summary()}")
-    as_they_are = [name for name in omni.modules() if name not in {*omni.manifests, *omni.attention}]
-    typer.echo(f"as they are {', '.join(as_they_are) or 'none'}")
-    typer.echo(f"loaded      in {omni.load_time_s:.2f} s, peak memory {omni.load_peak_memory_mb:,.0f} MB")
+        say(f"attention   {name}: {record.summary()}")
+    unquantized = [name for name in omni.modules() if name not in {*omni.manifests, *omni.attention}]
+    say(f"unquantized {', '.join(unquantized) or 'none'}")
+    say(f"loaded      in {omni.load_time_s:.2f} s, peak memory {omni.load_peak_memory_mb:,.0f} MB")
 
 
 def _show_result(result: OmniRequestOutput) -> None:
     skipped = f" ({len(result.skipped_steps)} from the cache)" if result.skipped_steps else ""
-    typer.echo(
+    say(
         f"generated   in {result.generation_time_s:.2f} s: {result.num_inference_steps} steps,"
         f" median {result.step_time_s * 1e3:,.0f} ms{skipped}, seed {result.seeds[0]},"
         f" peak memory {result.peak_memory_mb:,.0f} MB"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -27,6 +28,8 @@ EXAMPLES = """Examples:
 
   lowbit info
 
+  lowbit info --quantization int8                # its kernels on this machine
+
   lowbit info embedded --quantization int8
 
   lowbit info ./z-image --quantization fp8 --ignored-layers feed_forward
@@ -34,6 +37,7 @@ EXAMPLES = """Examples:
   lowbit info ./z-image-int8
 """
 
+IN_USE = "in use"
 _PACKAGES = ("torch", "diffusers", "transformers", "triton")
 
 
@@ -46,26 +50,40 @@ def info(
     gguf_type: options.GgufType = None,
     comfyui_model: options.ComfyUiModel = None,
     svdquant_model: options.SvdQuantModel = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Every kernel on this machine, and why it does not run.")
+    ] = False,
 ) -> None:
     """Show which kernels run here and why not the others; of a MODEL, what is or would be quantized, and why not all.
 
     A model that is quantized already is shown as it is. Of another one, what int8 would do if no method is named.
     """
+    elsewhere = {
+        "--quantization-config": quantization_config,
+        "--ignored-layers": ignored_layers,
+        "--gguf-model": gguf_model,
+        "--gguf-type": gguf_type,
+        "--comfyui-model": comfyui_model,
+        "--svdquant-model": svdquant_model,
+    }
     if model is None:
-        _show_machine()
-    else:
-        _show_model(
-            model,
-            options.quantization_spec(
-                quantization,
-                quantization_config,
-                ignored_layers,
-                gguf_model=gguf_model,
-                gguf_type=gguf_type,
-                comfyui_model=comfyui_model,
-                svdquant_model=svdquant_model,
-            ),
-        )
+        given = [name for name, value in elsewhere.items() if value is not None]
+        if given:
+            raise ConfigError(f"{', '.join(given)}: give the MODEL it is for, such as lowbit info embedded")
+        _show_machine(quantization, verbose)
+        return
+    _show_model(
+        model,
+        options.quantization_spec(
+            quantization,
+            quantization_config,
+            ignored_layers,
+            gguf_model=gguf_model,
+            gguf_type=gguf_type,
+            comfyui_model=comfyui_model,
+            svdquant_model=svdquant_model,
+        ),
+    )
 
 
 def devices() -> list[torch.device]:
@@ -74,43 +92,100 @@ def devices() -> list[torch.device]:
     return [*([accelerator] if accelerator else []), torch.device("cpu")]
 
 
-def _show_machine() -> None:
+def _show_machine(method: str | None, verbose: bool) -> None:
+    """Print a line per method; all kernels of one method, or of all where the user wants more."""
+    kernels = _tables()
+    if method is not None:
+        if method.lower() in BACKENDS:
+            raise ConfigError(
+                f"{method} computes with kernels of its own. Give a MODEL to see which layers it would take"
+            )
+        wanted = config_class(method).get_name()
+        kernels = {what: entry for what, entry in kernels.items() if entry[0] == wanted}
     typer.echo(f"lowbit {lowbit.__version__} on Python {platform.python_version()}, {platform.system()}")
     typer.echo("  ".join(f"{name} {_version(name)}" for name in _PACKAGES))
-    typer.echo(f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
-    typer.echo(f"native helpers: {helper.description()}")
+    threads = torch.get_num_threads()
+    typer.echo(f"cpu: {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads != 1)}")
+    typer.echo(f"     {helper.description()}")
     for device in devices():
-        for method in SUPPORTED_QUANTIZATION_METHODS:
-            typer.echo(f"\n{method} on {device}:")
-            chosen = config_class(method)().linear_method()
-            scheme, weight_format = chosen.activation_scheme, chosen.weight_format
-            _show_kernels(chosen.table, Problem(device, torch.bfloat16, 1024, 1024, scheme, None, weight_format))
-        for kind in attention.KINDS:
-            typer.echo(f"\n{kind} attention on {device}:")
-            problem = attention.AttentionProblem(device, torch.bfloat16, kind, 128)
-            _show_kernels(attention.IMPLEMENTATIONS, problem)
+        typer.echo(f"\nkernels on {device}:")
+        for what, (_, table, make_problem) in kernels.items():
+            rows = kernel_rows(table, make_problem(device))
+            if verbose or method is not None:
+                typer.echo(f"{what}:")
+                for name, verdict in rows.items():
+                    typer.echo(f"  {name:18} {verdict}")
+            else:
+                typer.echo(f"  {what:16} {_summary(rows)}")
+    if method is not None:
+        return
     _show_backends()
-    typer.echo("\nmodel families with known defaults: " + ", ".join(family.name for family in FAMILIES))
+    typer.echo("families with known defaults: " + ", ".join(family.name for family in FAMILIES))
+    if not verbose:
+        typer.echo("\nlowbit info --verbose      every kernel, and why it does not run")
+        typer.echo("lowbit info -q METHOD      those of one method")
+        typer.echo("lowbit info MODEL          what would be quantized in a model")
+
+
+def _tables() -> dict[str, tuple[str, Sequence[Implementation], Callable[[torch.device], AnyProblem]]]:
+    """Return what is computed -> (method, its kernels, the problem on a device)."""
+    found: dict[str, tuple[str, Sequence[Implementation], Callable[[torch.device], AnyProblem]]] = {}
+    for method in SUPPORTED_QUANTIZATION_METHODS:
+        chosen = config_class(method)().linear_method()
+        problem = partial(
+            Problem,
+            dtype=torch.bfloat16,
+            out_features=1024,
+            in_features=1024,
+            activation_scheme=chosen.activation_scheme,
+            weight_format=chosen.weight_format,
+        )
+        found[method] = (method, chosen.table, problem)
+    for kind in attention.KINDS:
+        problem_of_kind = partial(attention.AttentionProblem, dtype=torch.bfloat16, kind=kind, head_dim=128)
+        found[f"{kind} attention"] = (kind, attention.IMPLEMENTATIONS, problem_of_kind)
+    return found
+
+
+def kernel_rows(table: Sequence[Implementation], problem: AnyProblem) -> dict[str, str]:
+    """Return kernel -> whether it runs a problem. Implementations that share a name, for several devices, are one."""
+    reasons: dict[str, list[str]] = {}
+    able: dict[str, Implementation] = {}
+    chosen: Implementation | None = None
+    for implementation, reason in verdicts(table, problem):
+        reasons.setdefault(implementation.name, [])
+        if reason is not None:
+            reasons[implementation.name].append(reason)
+            continue
+        able.setdefault(implementation.name, implementation)
+        if chosen is None and implementation.automatic:
+            chosen = able[implementation.name] = implementation
+    rows = {}
+    for name, refusals in reasons.items():
+        if chosen is not None and name == chosen.name:
+            rows[name] = IN_USE + (f": {chosen.slow}" if chosen.slow else "")
+        elif name in able:
+            rows[name] = "yes, when asked for by name"
+        else:
+            rows[name] = f"no: {'; '.join(dict.fromkeys(refusals))}"
+    return rows
+
+
+def _summary(rows: Mapping[str, str]) -> str:
+    used = [(name, verdict.removeprefix(IN_USE).lstrip(": ")) for name, verdict in rows.items() if IN_USE in verdict]
+    if not used:
+        return "none runs here"
+    name, note = used[0]
+    others = [other for other, verdict in rows.items() if verdict.startswith("yes")]
+    note = f": {note.split(':')[0].split(', so')[0]}" if note else ""
+    return f"{name}{note}" + (f"  (also {', '.join(others)})" if others and not note else "")
 
 
 def _show_backends() -> None:
     from lowbit.hosts.other_quantizers import is_installed
 
-    typer.echo("\nother libraries, through diffusers and transformers:")
-    for backend in BACKENDS:
-        typer.echo(f"  {backend:18} {'installed' if is_installed(backend) else 'not installed'}")
-
-
-def _show_kernels(table: Sequence[Implementation], problem: AnyProblem) -> None:
-    chosen = False
-    for implementation, reason in verdicts(table, problem):
-        if reason is not None:
-            verdict = f"no: {reason}"
-        elif chosen or not implementation.automatic:
-            verdict = "yes, when asked for by name"
-        else:
-            verdict, chosen = "in use" + (f": {implementation.slow}" if implementation.slow else ""), True
-        typer.echo(f"  {implementation.name:18} {verdict}")
+    found = [f"{backend} ({'installed' if is_installed(backend) else 'not installed'})" for backend in BACKENDS]
+    typer.echo(f"\nother libraries: {', '.join(found)}")
 
 
 def _version(package: str) -> str:

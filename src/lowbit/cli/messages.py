@@ -6,6 +6,8 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -97,9 +99,11 @@ def set_level() -> None:
     logging.getLogger("lowbit").setLevel(_level())
 
 
-def reset() -> None:
-    """Forget what the user chose in an earlier run in this process."""
+def reset(arguments: Sequence[str]) -> None:
+    """Forget what the user chose in an earlier run in this process; prepare for what ``arguments`` say."""
     state.level, state.quiet, state.debug = None, False, False
+    if "--quiet" in arguments:  # before any library is imported
+        env.hide_progress()
 
 
 def _level() -> int:
@@ -119,6 +123,17 @@ def say(text: str = "") -> None:
     """Print a line on how it goes, unless the user wants quiet."""
     if not state.quiet:
         typer.echo(text)
+
+
+@contextmanager
+def bar(unit: str) -> Iterator[Any]:
+    """Show a progress bar that leaves no trace, unless the user wants quiet; messages are written above it."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    look: dict[str, Any] = {"bar_format": f"{{desc}}: {{n_fmt}}/{{total_fmt}} {unit}s, {{elapsed}}", "delay": 0.1}
+    with logging_redirect_tqdm(), tqdm(leave=False, disable=state.quiet, **look) as shown:
+        yield shown
 
 
 def silence_libraries() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from lowbit.cli import options
+from lowbit.cli.messages import bar, say, silence_libraries
 from lowbit.errors import ConfigError
 from lowbit.evaluation.model_card import model_card, read_validation
 from lowbit.quantization.backends import BackendConfig
@@ -93,18 +93,31 @@ def write_folder(
     from lowbit.engine.export import export_pipeline
     from lowbit.engine.partial_folder import partial_path
 
-    def report(component: str, manifest: Manifest | None) -> None:
-        typer.echo(f"quantized   {manifest.summary()}" if manifest is not None else f"written     {component}")
+    silence_libraries()
+    with bar("component") as shown:
 
-    export_pipeline(
-        model,
-        target,
-        quantization_config=spec,
-        card=lambda manifests: model_card(target.name, model, manifests, validations),
-        report=report,
-        resumed=lambda names: typer.echo(f"resuming    {partial_path(target)}: there already: {', '.join(names)}"),
-        **settings,
-    )
+        def begin(component: str, done: int, total: int) -> None:
+            shown.set_description(component, refresh=False)
+            shown.total, shown.n = total, done
+            shown.refresh()
+
+        def report(component: str, manifest: Manifest | None) -> None:
+            with shown.external_write_mode():
+                say(f"quantized   {manifest.summary()}" if manifest is not None else f"written     {component}")
+
+        def resumed(names: Sequence[str]) -> None:
+            say(f"resuming    {partial_path(target)}: there already: {', '.join(names)}")
+
+        export_pipeline(
+            model,
+            target,
+            quantization_config=spec,
+            card=lambda manifests: model_card(target.name, model, manifests, validations),
+            report=report,
+            resumed=resumed,
+            begin=begin,
+            **settings,
+        )
     typer.echo(f"wrote       {target}")
 
 
@@ -145,15 +158,16 @@ def write_single_file(model: str | None, spec: Any, target: Path) -> None:
             f"{target} would be a {target.suffix} file, and the method is {config.get_name()}: use --quantization"
             f" {kind.get_name()}"
         )
-    with tqdm(desc="writing", unit="tensor", leave=False) as bar:
+    with bar("tensor") as shown:
+        shown.set_description("writing")
 
         def show(done: int, total: int) -> None:
-            bar.total, bar.n = total, done
-            bar.refresh()
+            shown.total, shown.n = total, done
+            shown.refresh()
 
         export = getattr(importlib.import_module(module), function)
         manifest = export(local_component(source, name), components[name][1], config, target, show)
-    typer.echo(f"quantized   {manifest.summary()}")
+    say(f"quantized   {manifest.summary()}")
     typer.echo(f"wrote       {target}")
 
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, expected_one_of
 from lowbit.ops.gguf_types import BY_NUMBER, OTHER_TYPES, BlockType
 
 MAGIC = b"GGUF"
@@ -210,10 +210,8 @@ class _Header:
             found.append((name, BY_NUMBER[number], shape, offset))
         if unknown:
             shown = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
-            known = ", ".join(kind.name for kind in BY_NUMBER.values())
-            raise CheckpointError(
-                f"{self.path}: {len(unknown)} tensors have types that are not read: {shown}. Supported types: {known}"
-            )
+            known = expected_one_of(kind.name for kind in BY_NUMBER.values())
+            raise CheckpointError(f"{self.path}: {len(unknown)} tensors have types that are not read: {shown}. {known}")
         return found
 
     def _placed(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lowbit.cache import GenerationCache, build_cache
-from lowbit.errors import ConfigError
+from lowbit.errors import ConfigError, expected_one_of
 from lowbit.models.embedded import EMBEDDED_NAME
 from lowbit.ops.attention import UNQUANTIZED, check_kind
 from lowbit.quantization.factory import AnyQuantizationConfig, QuantizationSpec, build_quant_config
@@ -88,7 +88,7 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if dtype in DTYPES.values():
         assert isinstance(dtype, torch.dtype)
         return dtype
-    raise ConfigError(f"Unknown dtype {dtype!r}. Known: {', '.join(DTYPES)}. (Fewer bits are what quantization is for)")
+    raise ConfigError(f"Unknown dtype {dtype!r}. {expected_one_of(DTYPES)}. For fewer bits use quantization")
 
 
 def parse_attention(kind: str | Mapping[str, str | None] | None) -> str | dict[str, str] | None:

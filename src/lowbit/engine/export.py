@@ -31,6 +31,7 @@ SHARD_SIZE = "10GB"
 INDEX = "model_index.json"
 Card = Callable[[Mapping[str, Manifest]], str]
 Report = Callable[[str, Manifest | None], None]
+Begin = Callable[[str, int, int], None]
 
 
 def export_pipeline(
@@ -44,6 +45,7 @@ def export_pipeline(
     card: Card,
     report: Report | None = None,
     resumed: Callable[[Sequence[str]], None] | None = None,
+    begin: Begin | None = None,
 ) -> dict[str, Manifest]:
     """Quantize ``model`` and write it to ``target``, component by component.
 
@@ -61,6 +63,8 @@ def export_pipeline(
         card: makes README.md.
         report: called with every component that was written, and what was done to it.
         resumed: called with the components that an earlier run finished, if there are any.
+        begin: called before each component is loaded and written, with its name, how many are finished and how many
+            there are.
 
     Returns:
         Component -> what was done to it.
@@ -88,7 +92,7 @@ def export_pipeline(
     with partial_folder(target, fingerprint) as partial:
         if partial.finished and resumed is not None:
             resumed(list(partial.finished))
-        _add_components(partial, loader, report)
+        _add_components(partial, loader, report, begin)
         made = _manifests(partial, loader.components)
         partial.finish({INDEX: _index(partial, loader), "README.md": card(made), **_defaults(loader)})
     return made
@@ -117,19 +121,23 @@ def _stamps(root: Path) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def _add_components(partial: PartialFolder, loader: PipelineLoader, report: Report | None) -> None:
+def _add_components(partial: PartialFolder, loader: PipelineLoader, report: Report | None, begin: Begin | None) -> None:
     """Add what is not finished, first what is quantized: it takes longest."""
     quantized = route(loader.config.quantization, loader.components)
-    _add(partial, loader, list(quantized), report)
-    _add(partial, loader, [name for name in loader.components if name not in quantized], report)
+    order = [*quantized, *(name for name in loader.components if name not in quantized)]
+    _add(partial, loader, order, report, begin)
 
 
-def _add(partial: PartialFolder, loader: PipelineLoader, names: Sequence[str], report: Report | None) -> None:
+def _add(
+    partial: PartialFolder, loader: PipelineLoader, names: Sequence[str], report: Report | None, begin: Begin | None
+) -> None:
     unwatched = {name for name, config in loader.routed.items() if config.needs_calibration}
     whole: Omni | None = None
     for name in names:
         if name in partial.finished:
             continue
+        if begin is not None:
+            begin(name, len(partial.finished), len(names))
         pipeline = None if name in unwatched else loader.load([name])
         if pipeline is None or _is_uncalibrated(pipeline.components[name]):
             whole = whole or _calibrated(loader.config, name)

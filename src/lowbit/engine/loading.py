@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lowbit.engine.config import parse_attention
-from lowbit.errors import CheckpointError, ConfigError
+from lowbit.errors import CheckpointError, ConfigError, expected_one_of
 from lowbit.models import is_diffusion_transformer
 from lowbit.models.embedded import EMBEDDED_NAME, embedded_model
 from lowbit.quantization.backends import BackendConfig
@@ -187,7 +187,7 @@ def route_attention(
     missing = [name for name in parsed if name not in components]
     if missing:
         raise ConfigError(
-            f"attention_quantization names components that the pipeline lacks: {', '.join(missing)}. It has:"
-            f" {', '.join(components)}"
+            f"attention_quantization names components that the pipeline lacks: {', '.join(missing)}."
+            f" {expected_one_of(components)}"
         )
     return parsed

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from lowbit.errors import ConfigError
+from lowbit.errors import ConfigError, expected_one_of
 from lowbit.evaluation.metrics import OUTPUT_METRICS
 
 RATIOS: Mapping[str, str] = {
@@ -92,7 +92,7 @@ def parse_gate(text: str, known: Collection[str] | None = None) -> tuple[Conditi
         if metric not in names:
             close = get_close_matches(metric, names, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"--gate: nothing called {metric!r} is computed{hint} There are: {', '.join(names)}")
+            raise ConfigError(f"--gate: nothing called {metric!r} is computed{hint} {expected_one_of(names)}")
         conditions.append(Condition(metric, operator, _number(bound, clause)))
     return tuple(conditions)
 
@@ -112,5 +112,5 @@ def judge(conditions: Sequence[Condition], figures: Mapping[str, float]) -> list
     """
     absent = [condition.metric for condition in conditions if condition.metric not in figures]
     if absent:
-        raise ConfigError(f"--gate: {', '.join(absent)} was not computed. There are: {', '.join(figures)}")
+        raise ConfigError(f"--gate: {', '.join(absent)} was not computed. {expected_one_of(figures)}")
     return [Verdict(condition, figures[condition.metric]) for condition in conditions]

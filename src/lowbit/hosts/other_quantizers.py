@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lowbit.checkpoints.skeleton import empty_component
-from lowbit.errors import ConfigError, UnsupportedError
+from lowbit.errors import ConfigError, UnsupportedError, expected_one_of
 from lowbit.models import kept_layers
 from lowbit.models.patterns import matches_any
 from lowbit.quantization.backends import BackendConfig
@@ -218,7 +218,7 @@ def _known_options(backend: str, kind: Callable[..., Any], options: Mapping[str,
     known = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD and each.name != "self"]
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise ConfigError(f"Unknown options for {backend}: {', '.join(unknown)}. Known options: {', '.join(known)}")
+        raise ConfigError(f"Unknown options for {backend}: {', '.join(unknown)}. {expected_one_of(known)}")
     return dict(options)
 
 
@@ -262,7 +262,7 @@ def _torchao_class(name: object) -> Any:
 
     found = [kind for key, kind in kinds.items() if isinstance(name, str) and plain(key) == plain(name)]
     if not found:
-        raise ConfigError(f"torchao has no quant_type {name!r}. It has: {', '.join(sorted(kinds))}")
+        raise ConfigError(f"torchao has no quant_type {name!r}. {expected_one_of(sorted(kinds))}")
     return found[0]
 
 

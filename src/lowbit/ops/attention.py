@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from lowbit.errors import ConfigError
+from lowbit.errors import ConfigError, expected_one_of
 from lowbit.ops import fp8, int8
 from lowbit.ops.dispatch import ANY_DEVICE, AUTO, Implementation, select
 from lowbit.ops.library import define_operator
@@ -99,7 +99,7 @@ def check_kind(kind: str | None, option: str = "attention_quantization") -> str:
     if kind is None:
         return UNQUANTIZED
     if not isinstance(kind, str) or kind.lower() not in known:
-        raise ConfigError(f"Unknown {option}: {kind!r}. There are: {', '.join(known)}")
+        raise ConfigError(f"Unknown {option}: {kind!r}. {expected_one_of(known)}")
     return kind.lower()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lowbit.errors import UnsupportedError
+from lowbit.errors import UnsupportedError, expected_one_of
 
 
 @dataclass(frozen=True)
@@ -112,5 +112,5 @@ def block_type(name: str) -> BlockType:
     """
     found = BLOCK_TYPES.get(name.upper())
     if found is None:
-        raise UnsupportedError(f"Unknown GGUF type {name!r}. Supported types: {', '.join(BLOCK_TYPES)}")
+        raise UnsupportedError(f"Unknown GGUF type {name!r}. {expected_one_of(BLOCK_TYPES)}")
     return found

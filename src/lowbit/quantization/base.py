@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from lowbit.errors import CheckpointError, ConfigError
+from lowbit.errors import CheckpointError, ConfigError, expected_one_of
 from lowbit.models.patterns import check_syntax, matches_any
 from lowbit.ops.dispatch import AUTO, Implementation, Problem, select
 from lowbit.quantization.tensors import Along, TensorSpec, cut_step
@@ -144,7 +144,7 @@ class QuantizationConfig(ABC):
             if name not in known:
                 raise ConfigError(
                     f"Unknown option {key!r} for quantization method {cls.get_name()!r}."
-                    f" Known options: {', '.join(sorted(known))}"
+                    f" {expected_one_of(sorted(known))}"
                 )
             if name in options and options[name] != value:
                 raise ConfigError(f"Options {name!r} and its other name contradict each other: {config}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lowbit.errors import ConfigError
+from lowbit.errors import ConfigError, expected_one_of
 from lowbit.quantization.backends import BackendConfig
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 
@@ -58,5 +58,5 @@ class ComponentQuantizationConfig:
         if unknown:
             raise ConfigError(
                 f"The quantization configuration names components the pipeline lacks: {', '.join(unknown)}."
-                f" It has: {', '.join(components)}"
+                f" {expected_one_of(components)}"
             )

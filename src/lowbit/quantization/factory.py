@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
-from lowbit.errors import ConfigError
+from lowbit.errors import ConfigError, expected_one_of
 from lowbit.quantization.backends import BACKENDS, BackendConfig
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.component import ComponentQuantizationConfig
@@ -66,8 +66,8 @@ def config_class(method: str) -> type[QuantizationConfig]:
     """
     known = canonical_name(method)
     if known is None:
-        supported = ", ".join([*SUPPORTED_QUANTIZATION_METHODS, *BACKENDS])
-        raise ConfigError(f"Unknown quantization method: {method!r}. Supported methods: {supported}")
+        supported = expected_one_of([*SUPPORTED_QUANTIZATION_METHODS, *BACKENDS])
+        raise ConfigError(f"Unknown quantization method: {method!r}. {supported}")
     entry = _METHODS[known]
     if isinstance(entry, type):
         return entry
