@@ -55,3 +55,16 @@ def test_the_changelog_begins_with_this_version() -> None:
     changelog = Path(__file__).parent.parent / "CHANGELOG.md"
     first = next(line for line in changelog.read_text().splitlines() if line.startswith("## "))
     assert first == f"## {lowbit.__version__}"
+
+
+@pytest.mark.parametrize("package", ["lowbit", "lowbit.quantization"])
+def test_type_checkers_and_users_find_the_same_names(package: str) -> None:
+    import ast
+    import importlib
+    from pathlib import Path
+
+    module = importlib.import_module(package)
+    tree = ast.parse(Path(str(module.__file__)).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    found = {name.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    assert found == module._PUBLIC

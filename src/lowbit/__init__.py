@@ -9,7 +9,7 @@ from lowbit.hosts import registration
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the table below says the same, to what imports them when they are used
     from lowbit.engine import Omni as Omni
     from lowbit.engine import OmniDiffusionConfig as OmniDiffusionConfig
     from lowbit.inputs.data import OmniDiffusionSamplingParams as OmniDiffusionSamplingParams

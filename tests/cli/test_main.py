@@ -31,7 +31,7 @@ sys.meta_path.insert(0, Blocked())
 def run(*arguments: str, block: bool = False, **options: object) -> subprocess.CompletedProcess[str]:
     code = (BLOCK if block else "") + "import runpy; runpy.run_module('lowbit', run_name='__main__')"
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], [], ["nonsense"]], ids=str)

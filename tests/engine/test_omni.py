@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,10 +128,9 @@ def test_parameters_one_by_one_and_a_prompt_with_its_negative(int8: Omni) -> Non
     again = one(int8.generate({"prompt": PROMPT}, num_inference_steps=2, seed=0, progress=False))
     assert again.prompt == PROMPT
     assert np.array_equal(pixels(plain.images[0]), pixels(again.images[0]))
-    steered = {"guidance_scale": 4.0, "negative_prompt": "a green star"}
-    expected = one(int8.generate(PROMPT, num_inference_steps=2, seed=0, progress=False, **steered))
-    prompt = {"prompt": PROMPT, "negative_prompt": steered.pop("negative_prompt")}
-    (found,) = int8.generate([prompt], num_inference_steps=2, seed=0, progress=False, **steered)
+    steered: dict[str, Any] = {"num_inference_steps": 2, "seed": 0, "guidance_scale": 4.0, "progress": False}
+    expected = one(int8.generate(PROMPT, negative_prompt="a green star", **steered))
+    (found,) = int8.generate([{"prompt": PROMPT, "negative_prompt": "a green star"}], **steered)
     assert np.array_equal(pixels(found.images[0]), pixels(expected.images[0]))
     assert not np.array_equal(pixels(found.images[0]), pixels(plain.images[0]))
     with pytest.raises(ConfigError, match="Unknown parameter: 'steps'"):

@@ -58,4 +58,4 @@ def test_other_components_and_models(tmp_path: Path, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     assert "fp8 takes" in told(capsys, str(tmp_path / "fp8"))
     with pytest.raises(ConfigError, match=r"fp8.transformer.*already quantized with 'fp8'.*'int8'"):
-        info(str(tmp_path / "fp8"), "int8", *[None] * 6)
+        info(str(tmp_path / "fp8"), "int8")

@@ -70,9 +70,11 @@ def test_parameters_one_by_one() -> None:
         merge_params({"seed": 1}, {})  # type: ignore[arg-type]
 
 
-IMAGE = ("prompt", "height", "width", "num_inference_steps", "num_images_per_prompt", "negative_prompt", "generator")
-IMAGE = (*IMAGE, "latents", "callback_on_step_end", "return_dict", "guidance_scale", "sigmas")
-VIDEO = (*IMAGE[:4], "num_frames", "num_videos_per_prompt", "output_type", "frame_rate")
+IMAGE: tuple[str, ...] = (
+    *("prompt", "height", "width", "num_inference_steps", "num_images_per_prompt", "negative_prompt", "generator"),
+    *("latents", "callback_on_step_end", "return_dict", "guidance_scale", "sigmas"),
+)
+VIDEO: tuple[str, ...] = (*IMAGE[:4], "num_frames", "num_videos_per_prompt", "output_type", "frame_rate")
 
 
 def arguments(known: tuple[str, ...] = IMAGE, defaults: dict[str, Any] | None = None, **params: Any) -> dict[str, Any]:
