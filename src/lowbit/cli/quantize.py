@@ -97,7 +97,7 @@ def write_folder(
     with bar("component") as shown:
 
         def begin(component: str, done: int, total: int) -> None:
-            shown.set_description(component, refresh=False)
+            shown.set_description_str(component, refresh=False)
             shown.total, shown.n = total, done
             shown.refresh()
 
@@ -159,7 +159,7 @@ def write_single_file(model: str | None, spec: Any, target: Path) -> None:
             f" {kind.get_name()}"
         )
     with bar("tensor") as shown:
-        shown.set_description("writing")
+        shown.set_description_str("writing", refresh=False)
 
         def show(done: int, total: int) -> None:
             shown.total, shown.n = total, done
