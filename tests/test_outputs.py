@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from PIL import Image
@@ -40,8 +41,8 @@ def test_paths_that_cannot_be_written(name: str, tmp_path: Path) -> None:
 def test_a_failed_save_leaves_nothing_and_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(b"old")
 
-    def fail(self: Image.Image, path: str) -> None:
-        Path(path).write_bytes(b"half")
+    def fail(self: Image.Image, stream: BinaryIO, format: str) -> None:
+        stream.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", fail)

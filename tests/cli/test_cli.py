@@ -118,7 +118,8 @@ def test_quantize_writes_a_checkpoint_that_generates(tmp_path: Path) -> None:
     assert "int8 takes" in result.stdout, result.stderr
     result = lowbit("generate", PROMPT, "--model", "small", "--output", "picture.png", cwd=tmp_path)
     assert " 20 steps, " in result.stdout, result.stderr
-    assert Image.open(tmp_path / "picture.png").size == (128, 128)
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (128, 128)
     result = lowbit("quantize", "-q", "int8", "--output", "small", cwd=tmp_path)
     assert result.returncode == 2
     assert "exists already" in result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import diffusers
 import pytest
@@ -15,7 +16,8 @@ from lowbit.models.patterns import matches_any
 
 @functools.cache
 def linear_layers(class_name: str) -> dict[str, nn.Linear]:
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' own classes use what it calls deprecated
         model = getattr(diffusers, class_name)()
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
 
