@@ -72,15 +72,14 @@ def quantized_layer(
 def cases(layer: QuantizedLinear, weight: torch.Tensor, x: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
     """Return the layer in each way, for its weight [N, K] float32 and x [M, K] bfloat16."""
     half, wide = weight.bfloat16(), x.float()
-    assert layer.kernel is not None
-    packed, unpack = layer.get_parameter("weight").data, layer.kernel.unpack_weight
+    restored = layer.bound.kernel.restore(layer.prepared()).weight
 
     def decoded() -> torch.Tensor:
         return layer.method.dequantize_weight(canonical)
 
     canonical = QuantizedLinear.like(layer, layer.method, "", torch.bfloat16)
     for name in layer.quantized_names:
-        canonical.replace_tensor(name, unpack(packed) if name == "weight" else layer.get_parameter(name).data)
+        canonical.replace_tensor(name, restored if name == "weight" else layer.get_parameter(name).data)
     return {
         "quantized": lambda: layer(x),
         "bf16": lambda: linear(x, half),
@@ -114,10 +113,9 @@ def measure(
     times = {way: summary([value / LAYERS for value in values]) for way, values in seconds.items()}
     layer = layers[0]
     ours = times["quantized"]["median_ms"]
-    assert layer.implementation is not None
     return {
         "method": name,
-        "kernel": layer.implementation.name,
+        "kernel": layer.bound.implementation.name,
         "m": rows,
         "k": columns,
         "n": features,

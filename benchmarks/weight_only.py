@@ -29,6 +29,7 @@ from lowbit.ops import fp8, int8, int8_weight_only, mx, w4a16
 from lowbit.ops.cpu import fp8 as cpu_fp8
 from lowbit.ops.cpu import mx as cpu_mx
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
+from lowbit.ops.weight_format import Prepared, WeightFormat
 
 SHAPES = ("3840x3840", "3840x10240", "10240x3840", "256x23040")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1088)
@@ -68,18 +69,18 @@ def make_layers(weight: torch.Tensor) -> dict[str, Layer]:
     block_values, block_scale = fp8.quantize_fp8_per_block(weight, BLOCK)
     packed, group_scale, _ = w4a16.quantize_int4_per_group(weight, GROUP_SIZE, True, torch.bfloat16)
     elements, element_scale = mx.quantize_mxfp4(weight)
-    plain = torch.nn.functional.linear
+    plain, blocks = torch.nn.functional.linear, WeightFormat(block=BLOCK)
     found: dict[str, tuple[Linear, tuple[torch.Tensor, ...]]] = {
         "bf16": (lambda x: plain(x, half), (half,)),
         "fp32": (lambda x: plain(x, weight), (weight,)),
-        "int8": (lambda x: int8_weight_only.linear(x, codes, scale, None), (codes, scale)),
-        "fp8": (lambda x: cpu_fp8.linear(x, values, channel_scale, None), (values, channel_scale)),
+        "int8": (lambda x: int8_weight_only.linear(x, Prepared(codes, scale), None), (codes, scale)),
+        "fp8": (lambda x: cpu_fp8.linear(x, Prepared(values, channel_scale), None), (values, channel_scale)),
         "fp8-block": (
-            lambda x: cpu_fp8.linear(x, block_values, block_scale, None, None, BLOCK),
+            lambda x: cpu_fp8.linear(x, Prepared(block_values, block_scale, format=blocks), None),
             (block_values, block_scale),
         ),
-        "int4": (lambda x: cpu_w4a16.linear(x, packed, group_scale, None), (packed, group_scale)),
-        "mxfp4": (lambda x: cpu_mx.linear(x, elements, element_scale, None), (elements, element_scale)),
+        "int4": (lambda x: cpu_w4a16.linear(x, Prepared(packed, group_scale), None), (packed, group_scale)),
+        "mxfp4": (lambda x: cpu_mx.linear(x, Prepared(elements, element_scale), None), (elements, element_scale)),
     }
     return {name: Layer(*parts) for name, parts in found.items()}
 

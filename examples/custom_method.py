@@ -3,8 +3,8 @@
 python examples/custom_method.py
 
 A package that is installed names the class as an entry point instead (docs/structure.md); then ``--quantization
-toy_int8`` works in every command. This module is its own kernel too: ``supports``, ``pack_weight``, ``unpack_weight``
-and ``linear``.
+toy_int8`` works in every command. This module is its own kernel too: ``can_run``, ``prepare``, ``restore`` and
+``linear``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from lowbit import Omni, OmniDiffusionSamplingParams, register_quantization_method
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation, Problem
+from lowbit.ops.weight_format import Prepared
 from lowbit.quantization import LinearMethod, QuantizationConfig, QuantizedLinear
 from lowbit.quantization.tensors import K, N, TensorSpec
 
@@ -68,30 +69,28 @@ class ToyLinearMethod(LinearMethod):
     def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
         return layer.get_parameter("weight").float() * layer.get_parameter("weight_scale")
 
-    def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        assert layer.kernel is not None
-        result: torch.Tensor = layer.kernel.linear(x, layer.weight, layer.get_parameter("weight_scale"), bias)
-        return result
+    def tensors(self, layer: QuantizedLinear) -> Prepared:
+        return Prepared(layer.get_parameter("weight"), layer.get_parameter("weight_scale"), format=self.format)
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why the kernel cannot run ``problem``; this one can run all."""
     return None
 
 
-def pack_weight(weight: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
+def prepare(tensors: Prepared, overwrite: bool = False) -> Prepared:
     """Return a weight [N, K] as ``linear`` reads it: [1, K, N]."""
-    return weight.t().contiguous().unsqueeze(0)
+    return tensors._replace(weight=tensors.weight.t().contiguous().unsqueeze(0))
 
 
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Undo ``pack_weight``: checkpoints and state dicts hold [N, K]."""
-    return packed[0].t().contiguous()
+def restore(prepared: Prepared) -> Prepared:
+    """Undo ``prepare``: checkpoints and state dicts hold [N, K]."""
+    return prepared._replace(weight=prepared.weight[0].t().contiguous())
 
 
-def linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Dequantize the weight and multiply in float32."""
-    result = x.float() @ (packed[0].float() * scale)
+    result = x.float() @ (prepared.weight[0].float() * prepared.scales)
     return (result if bias is None else result + bias).to(x.dtype)
 
 

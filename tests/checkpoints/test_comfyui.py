@@ -49,7 +49,7 @@ def decoded(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {name: tensor.float() for name, tensor in model.state_dict().items()}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear):
-            layer.method.restore_weights(layer)
+            layer.leave_kernel()
             found[f"{name}.weight"] = layer.method.dequantize_weight(layer)
     return found
 

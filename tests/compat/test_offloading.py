@@ -141,11 +141,11 @@ def test_the_kernel_follows_tensors_that_others_move(method: str) -> None:
         for name in canonical:
             set_module_tensor_to_device(layer, name, "meta")
         assert layer(x.to("meta")).shape == expected.shape
-        assert layer.kernel_device == torch.device("meta")
+        assert layer.bound.device == torch.device("meta")
     for name, tensor in canonical.items():
         set_module_tensor_to_device(layer, name, "cpu", value=tensor)
     assert torch.equal(layer(x), expected)
-    assert layer.kernel_device == CPU
+    assert layer.bound.device == CPU
     assert same_bytes(layer.state_dict(), before)
 
 

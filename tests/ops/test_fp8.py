@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lowbit.ops import fp8, fp8_weight_only
+from tests.support import calls
 
 CASES = ["ordinary", "outlier", "zero_rows", "tiny", "huge", "constant"]
 
@@ -83,7 +84,7 @@ def test_linear_agrees_with_float64(scheme: str, dtype: torch.dtype) -> None:
     left = as_numpy(x_quantized) * fp8.expand_scale(x_scale, x.shape, block and (1, 128)).double().numpy()
     right = as_numpy(quantized) * fp8.expand_scale(scale, weight.shape, block).double().numpy()
     exact = left @ right.T + bias.double().numpy()
-    result = fp8.linear(x, quantized, scale, bias, input_scale, block)
+    result = calls.linear(fp8, x, quantized, scale, bias, input_scale, block)
     bound = {torch.bfloat16: 2**-8, torch.float32: 2**-21}[dtype]
     assert (np.abs(result.double().numpy() - exact) <= bound * np.abs(exact) + 2e-6 * np.abs(exact).max()).all()
 
@@ -96,7 +97,7 @@ def test_poisoned_rows_and_only_they_give_nan(poison: float, scheme: str) -> Non
     block = (128, 128) if scheme == "group" else None
     weight = torch.randn(8, 256)
     tensors = fp8.quantize_fp8_per_block(weight, block) if block else fp8.quantize_fp8_per_token(weight)
-    result = fp8.linear(x, *tensors, None, torch.tensor(0.02) if scheme == "tensor" else None, block)
+    result = calls.linear(fp8, x, *tensors, None, torch.tensor(0.02) if scheme == "tensor" else None, block)
     assert result[2].isnan().all()
     assert result[[0, 1, 3]].isfinite().all()
 
@@ -106,7 +107,7 @@ def test_weight_only_leaves_activations_alone() -> None:
     quantized, scale = fp8.quantize_fp8_per_token(weight)
     restored = as_numpy(quantized) * scale.double().numpy()
     exact = x.double().numpy() @ restored.T + bias.double().numpy()
-    result = fp8_weight_only.linear(x, quantized, scale, bias)
+    result = calls.linear(fp8_weight_only, x, quantized, scale, bias)
     np.testing.assert_allclose(result.double().numpy(), exact, rtol=1e-4, atol=1e-4)
 
 

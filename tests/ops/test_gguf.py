@@ -11,6 +11,7 @@ import torch
 from lowbit.errors import UnsupportedError
 from lowbit.ops import gguf, gguf_decode_small
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
+from tests.support import calls
 from tests.support.gguf import random_blocks, same_bits
 
 package = pytest.importorskip("gguf")
@@ -150,7 +151,7 @@ def test_linear(dtype: torch.dtype) -> None:
     weight, x, bias = torch.randn(5, 64), torch.randn(2, 3, 64).to(dtype), torch.randn(5).to(dtype)
     raw = gguf_quantize(weight, "Q8_0")
     expected = x.double() @ gguf_dequantize(raw, "Q8_0").double().t() + bias.double()
-    result = gguf.linear(x, raw, "Q8_0", bias)
+    result = calls.linear(gguf, x, raw, "Q8_0", bias)
     assert result.dtype == dtype
     assert torch.allclose(result.double(), expected, rtol=0.01 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 

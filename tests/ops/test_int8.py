@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lowbit.ops import int8
+from tests.support import calls
 
 CASES = ["ordinary", "outlier", "zero_rows", "tiny", "huge", "constant"]
 
@@ -66,7 +67,7 @@ def test_linear_agrees_with_float64(dtype: torch.dtype, rows: int) -> None:
     quantized, scale = int8.quantize_int8_per_token(weight)
     x_quantized, x_scale = int8.quantize_int8_per_token(x)
     exact = (x_quantized.double() * x_scale.double()) @ (quantized.double() * scale.double()).t() + bias.double()
-    result = int8.linear(x, quantized, scale, bias)
+    result = calls.linear(int8, x, quantized, scale, bias)
     assert result.dtype == dtype
     bound = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-21}[dtype]
     assert ((result.double() - exact).abs() <= bound * exact.abs() + 1e-6 * exact.abs().max()).all()
@@ -76,7 +77,7 @@ def test_linear_agrees_with_float64(dtype: torch.dtype, rows: int) -> None:
 def test_poisoned_rows_and_only_they_give_nan(poison: float) -> None:
     x = torch.randn(4, 64)
     x[2, 5] = poison
-    result = int8.linear(x, *int8.quantize_int8_per_token(torch.randn(8, 64)), None)
+    result = calls.linear(int8, x, *int8.quantize_int8_per_token(torch.randn(8, 64)), None)
     assert result[2].isnan().all()
     assert result[[0, 1, 3]].isfinite().all()
 
@@ -85,8 +86,10 @@ def test_leading_dimensions_and_strides() -> None:
     weight, scale = int8.quantize_int8_per_token(torch.randn(8, 64))
     x = torch.randn(64, 3, 2).permute(2, 1, 0)
     assert not x.is_contiguous()
-    assert torch.equal(int8.linear(x, weight, scale, None), int8.linear(x.contiguous(), weight, scale, None))
-    assert int8.linear(x[:, :0], weight, scale, None).shape == (2, 0, 8)
+    assert torch.equal(
+        calls.linear(int8, x, weight, scale, None), calls.linear(int8, x.contiguous(), weight, scale, None)
+    )
+    assert calls.linear(int8, x[:, :0], weight, scale, None).shape == (2, 0, 8)
 
 
 def test_operators_pass_opcheck() -> None:

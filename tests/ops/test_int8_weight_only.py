@@ -6,6 +6,7 @@ import torch
 from lowbit.ops import int8_weight_only as reference
 from lowbit.ops.cpu import int8_weight_only as cpu
 from lowbit.ops.int8 import IMPLEMENTATIONS, quantize_int8_per_token
+from tests.support import calls
 
 # Half a unit in the last place of the result.
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -39,7 +40,7 @@ def test_bad_rows_stay_apart(m: int) -> None:
     weight, scale = layer(24, 64)
     x = torch.randn(m + 3, 64).bfloat16()
     x[0, 3], x[1, 5], x[2] = torch.nan, torch.inf, 0
-    result = reference.linear(x, weight, scale, None)
+    result = calls.linear(reference, x, weight, scale, None)
     assert result[0].isnan().all()
     assert not result[1].isfinite().any()
     assert (result[2] == 0).all()
@@ -50,7 +51,7 @@ def test_inputs_of_many_dimensions_and_strides() -> None:
     weight, scale = layer(24, 64)
     x = torch.randn(2, 64, 5).bfloat16().transpose(1, 2)
     torch.testing.assert_close(
-        reference.linear(x, weight, scale, None), reference.linear(x.contiguous(), weight, scale, None)
+        calls.linear(reference, x, weight, scale, None), calls.linear(reference, x.contiguous(), weight, scale, None)
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from lowbit.ops import nvfp4, nvfp4_weight_only
 from lowbit.ops.e2m1 import decode_e2m1, unpack_nibbles
+from tests.support import calls
 
 CASES = ["ordinary", "outlier", "zero_rows", "tiny", "huge", "constant"]
 
@@ -88,7 +89,7 @@ def test_linear_agrees_with_float64(scheme: str, dtype: torch.dtype, rows: int) 
     input_scale = torch.tensor(0.0015) if scheme == "tensor" else None
     left = x.double().numpy() if scheme == "none" else exact_values(*nvfp4.quantize_activation(x, input_scale))
     exact = left @ exact_values(packed, scale, global_scale).T + bias.double().numpy()
-    result = nvfp4.linear(x, packed, scale, bias, global_scale, input_scale, scheme == "none")
+    result = calls.linear(nvfp4, x, packed, scale, bias, global_scale, input_scale, scheme == "none")
     assert result.dtype == dtype
     bound = {torch.bfloat16: 2**-8, torch.float32: 2**-21}[dtype]
     assert (np.abs(result.double().numpy() - exact) <= bound * np.abs(exact) + 2e-6 * np.abs(exact).max()).all()
@@ -102,7 +103,7 @@ def test_poisoned_rows_and_only_they_are_not_finite(poison: float, scheme: str) 
     global_scale = torch.tensor(0.001)
     packed, scale = nvfp4.quantize_nvfp4(torch.randn(8, 256), global_scale)
     input_scale = torch.tensor(0.001) if scheme == "tensor" else None
-    result = nvfp4.linear(x, packed, scale, None, global_scale, input_scale, scheme == "none")
+    result = calls.linear(nvfp4, x, packed, scale, None, global_scale, input_scale, scheme == "none")
     assert not result[2].isfinite().any()
     assert result[[0, 1, 3]].isfinite().all()
 
@@ -112,7 +113,7 @@ def test_weight_only_leaves_activations_alone() -> None:
     global_scale = nvfp4.global_scale_of(weight.abs().amax())
     packed, scale = nvfp4.quantize_nvfp4(weight, global_scale)
     exact = x.double().numpy() @ exact_values(packed, scale, global_scale).T + bias.double().numpy()
-    result = nvfp4_weight_only.linear(x, packed, scale, bias, global_scale)
+    result = calls.linear(nvfp4_weight_only, x, packed, scale, bias, global_scale)
     np.testing.assert_allclose(result.double().numpy(), exact, rtol=1e-4, atol=1e-4)
 
 

@@ -11,11 +11,13 @@ import pytest
 from lowbit.ops import attention, fp8, gguf, int8, int8_static, mx, nvfp4, w4a4, w4a16, w8a16
 from lowbit.ops.dispatch import Implementation
 
-LINEAR = ("supports", "pack_weight", "unpack_weight", "linear")
+LINEAR = ("can_run", "prepare", "restore", "linear")
 FUNCTIONS = {
     **dict.fromkeys((int8, int8_static, fp8, gguf, mx, nvfp4, w4a4, w4a16, w8a16), LINEAR),
-    attention: ("supports", "attention"),
+    attention: ("can_run", "attention"),
 }
+FAMILIES = tuple(family for family in FUNCTIONS if family is not attention)
+CAPABILITIES = {"joint": "linears", "gated": "gated_linear"}
 BACKENDS = [
     pytest.param(
         family, implementation, function, id=f"{family.__name__.rsplit('.', 1)[-1]}-{implementation.name}-{function}"
@@ -38,3 +40,16 @@ def test_same_arguments(family: ModuleType, implementation: Implementation, func
     except ImportError as error:
         pytest.skip(f"{implementation.module} can't be imported here: {error}")
     assert arguments(module, function) == arguments(family, function)
+
+
+@pytest.mark.parametrize("function", LINEAR)
+def test_one_signature_for_every_format(function: str) -> None:
+    assert len({str(arguments(family, function)) for family in FAMILIES}) == 1
+
+
+@pytest.mark.parametrize("implementation", [entry for family in FAMILIES for entry in family.IMPLEMENTATIONS])
+def test_capabilities_are_declared_and_there(implementation: Implementation) -> None:
+    module = pytest.importorskip(implementation.module, exc_type=ImportError)
+    for capability, function in CAPABILITIES.items():
+        assert (capability in implementation.capabilities) == (function in vars(module))
+    assert implementation.capabilities <= {*CAPABILITIES, "low_rank"}

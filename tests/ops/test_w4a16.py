@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lowbit.ops import int8, int8_weight_only, w4a16
+from tests.support import calls
 
 
 def test_bytes_are_those_of_little_endian_words_of_eight_codes() -> None:
@@ -50,7 +51,7 @@ def test_the_product_is_that_of_the_decoded_weight() -> None:
         for i in range(64):
             expected[row, i] = (int(codes[row, i]) - int(zero[row, i // 32])) * float(scale[row, i // 32])
     x, bias = torch.randn(2, 3, 64), torch.randn(6)
-    result = w4a16.linear(x, w4a16.pack_int4(codes), scale, bias, zero)
+    result = calls.linear(w4a16, x, w4a16.pack_int4(codes), scale, bias, zero)
     torch.testing.assert_close(result.double(), x.double() @ expected.t() + bias.double(), rtol=1e-5, atol=1e-5)
 
 
@@ -64,5 +65,5 @@ def test_int8_reference() -> None:
     codes, scale = int8.quantize_int8_per_token(torch.randn(6, 40))
     x, bias = torch.randn(2, 3, 40), torch.randn(6)
     expected = x.double() @ (codes.double() * scale.double()).t() + bias.double()
-    result = int8_weight_only.linear(x, codes, scale, bias)
+    result = calls.linear(int8_weight_only, x, codes, scale, bias)
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)

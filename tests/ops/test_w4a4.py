@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowbit.ops import w4a4, w4a4_weight_only, w4a16
+from tests.support import calls
 
 
 def signed(codes: torch.Tensor) -> torch.Tensor:
@@ -45,12 +46,12 @@ def test_both_products_against_float64(weight: tuple[torch.Tensor, torch.Tensor]
     decoded = signed(codes) * scale.double().repeat_interleave(64, dim=1)
     packed = w4a4.pack_weight(codes)
     plain = x.double() @ decoded.t() + bias.double()
-    assert torch.allclose(w4a4_weight_only.linear(x, packed, scale, bias).double(), plain, atol=1e-3)
+    assert torch.allclose(calls.linear(w4a4_weight_only, x, packed, scale, bias).double(), plain, atol=1e-3)
     groups = x.double().unflatten(1, (2, 64))
     steps = (groups.float().abs().amax(-1, keepdim=True) / 7).double()
     rounded = ((groups / steps).round() * steps).flatten(1)
     expected = rounded @ decoded.t() + bias.double()
-    assert torch.allclose(w4a4.linear(x, packed, scale, bias).double(), expected, atol=1e-3)
+    assert torch.allclose(calls.linear(w4a4, x, packed, scale, bias).double(), expected, atol=1e-3)
     assert not torch.allclose(plain, expected, atol=1e-1)
 
 
@@ -58,7 +59,7 @@ def test_rows_of_zeros_and_values_that_are_not_finite(weight: tuple[torch.Tensor
     codes, scale = weight
     x = torch.zeros(3, 128)
     x[1, 3], x[2, 70] = torch.inf, torch.nan
-    result = w4a4.linear(x, w4a4.pack_weight(codes), scale, None)
+    result = calls.linear(w4a4, x, w4a4.pack_weight(codes), scale, None)
     assert torch.equal(result[0], torch.zeros(24))
     assert result[1:].isnan().all()
 

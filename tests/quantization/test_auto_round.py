@@ -21,6 +21,7 @@ from lowbit.hosts.preflight import check_component
 from lowbit.hosts.routing import claims
 from lowbit.ops.auto_round import auto_round_dequantize
 from lowbit.quantization import AutoRoundConfig, build_quant_config, quantize_model
+from lowbit.quantization.linear import State
 from lowbit.quantization.plan import quantized_layers
 from tests.support.auto_round_files import FIXTURES, FLUX, complete, model_class
 from tests.support.models import FAMILIES, language_model, stored_config, tensors
@@ -180,7 +181,7 @@ def test_online_writes_what_loads_back_bit_identically(options: dict[str, Any], 
     assert before.keys() == after.keys()
     for name, layer in before.items():
         held = {key: (tensor.shape, tensor.dtype) for key, tensor in layer.state_dict().items()}
-        layer.awaits_tensors = True
+        layer.state = State.AWAITING_TENSORS
         assert {key: (tensor.shape, tensor.dtype) for key, tensor in layer.state_dict().items()} == held
         assert layer.state_dict()["qweight"].is_meta
         for parameter in layer.quantized_names:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 from lowbit.ops.cpu import int8_native
-from lowbit.ops.dispatch import AUTO, Problem
+from lowbit.ops.dispatch import ANY_DEVICE, AUTO, Implementation, Problem
 from lowbit.quantization import QuantizedLinear, quantize_model
 from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.joint import gated_linear, linears
+from lowbit.quantization.linear import Binding
 from lowbit.quantization.methods.comfyui import ComfyUiFp8LinearMethod
 from lowbit.quantization.methods.fp8 import Fp8LinearMethod
 from lowbit.quantization.methods.int8 import Int8LinearMethod
@@ -29,7 +30,7 @@ METHODS: dict[str, LinearMethod] = {
     "modelopt, static": ModelOptFp8LinearMethod("static", AUTO),
     "comfyui": ComfyUiFp8LinearMethod(),
 }
-REFUSAL = int8_native.supports(Problem(torch.device("cpu"), torch.float32, 64, 64))
+REFUSAL = int8_native.can_run(Problem(torch.device("cpu"), torch.float32, 64, 64))
 
 
 def make(method: str | None, features: tuple[int, ...] = (64, 32, 48)) -> nn.ModuleList:
@@ -41,19 +42,22 @@ def make(method: str | None, features: tuple[int, ...] = (64, 32, 48)) -> nn.Mod
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_kernels_are_alone_only_where_they_take_the_layers_own_tensors(name: str) -> None:
+def test_kernels_are_alone_only_where_a_layer_is_a_scale_per_token_and_channel(name: str) -> None:
     layer = QuantizedLinear(256, 256, True, METHODS[name])
-    given: list[object] = []
+    given: list[Any] = []
 
-    def linear(*arguments: torch.Tensor) -> torch.Tensor:
+    def linear(*arguments: Any) -> torch.Tensor:
         given.extend(arguments)
-        return arguments[0]
+        result: torch.Tensor = arguments[0]
+        return result
 
-    kernel: Any = SimpleNamespace(linear=linear)
-    layer.kernel, x = kernel, torch.randn(1, 256)
+    entry, kernel = Implementation("fake", "", ANY_DEVICE), cast(Any, SimpleNamespace(linear=linear))
+    layer.binding, x = Binding(entry, kernel, torch.device("cpu"), torch.strided, False, None), torch.randn(1, 256)
     layer.method.apply(layer, x, layer.bias)
-    wanted = [x, *(layer._parameters.get(name) for name in ("weight", "weight_scale", "bias"))]
-    is_alone = all(a is b for a, b in zip(given, wanted, strict=False)) and set(given[4:]) <= {None}
+    prepared = given[1]
+    assert prepared.weight is layer.weight
+    is_per_channel = prepared.scales.shape == (256, 1) and prepared.format.block is None
+    is_alone = given[0] is x and given[2] is layer.bias and is_per_channel and prepared.input_scale is None
     assert layer.method.is_kernel_alone == is_alone
 
 

@@ -115,7 +115,7 @@ def test_what_has_no_fold_is_multiplied_while_running() -> None:
     manifest = quantize_model(model, Int8Config(smoothing=0.5, **REFERENCE), seen_inputs=seen)
     assert manifest.quantized
     layer = model.get_submodule(family.quantized)
-    assert layer.is_smoothed
+    assert layer.bound.facts.is_smoothed
     assert relative_error(family.run(model), expected) < 0.02
 
 

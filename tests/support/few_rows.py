@@ -12,6 +12,7 @@ from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.cpu import w8a16 as cpu_w8a16
 from lowbit.ops.gguf import gguf_dequantize
 from lowbit.ops.gguf_types import BLOCK_TYPES
+from tests.support import calls
 from tests.support.four_bits import Layer
 from tests.support.gguf import NATIVE_TYPES, random_weight
 
@@ -39,7 +40,7 @@ def make(kind: str, features: int, columns: int) -> tuple[Linear, torch.Tensor]:
         decoded = gguf_dequantize(blocks.flatten(1), kind).view(features, -1, block.elements)
         blocks[~(decoded.abs() < 10).all(dim=2)] = 0
         raw = blocks.flatten(1)
-        return lambda x, bias: gguf_native.linear(x, raw, kind, bias), gguf_dequantize(raw, kind).double()
+        return lambda x, bias: calls.linear(gguf_native, x, raw, kind, bias), gguf_dequantize(raw, kind).double()
     if kind == "int8":
         codes, scale = int8.quantize_int8_per_token(weight)
         return lambda x, bias: int8_weight_only.int8_weight_only_mm(x, codes, scale, bias), (codes * scale).double()

@@ -10,6 +10,7 @@ import torch
 from lowbit.ops import mx, nvfp4
 from lowbit.ops.cpu import mx as cpu_mx
 from lowbit.ops.cpu import nvfp4 as cpu_nvfp4
+from tests.support import calls
 
 FORMATS = ["mxfp8", "mxfp4", "dualscale", "nvfp4"]
 
@@ -40,4 +41,4 @@ class Layer:
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         packed, scale, *rest = self.tensors
-        return self.module.linear(x, self.module.pack_weight(packed), scale, bias, *rest)
+        return calls.linear(self.module, x, calls.packed(self.module, packed), scale, bias, *rest)

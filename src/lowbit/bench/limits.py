@@ -13,6 +13,7 @@ from lowbit.bench.steps import DTYPES
 from lowbit.bench.timing import alternate, wait_for
 from lowbit.errors import UnsupportedError
 from lowbit.ops.dispatch import Problem, verdicts
+from lowbit.ops.weight_format import Prepared
 
 # (M, K, N): large enough that starting and ending cost nothing.
 CPU_SIZES = ((1024, 4096, 4096), (2048, 4096, 4096), (1024, 3072, 12288))
@@ -104,12 +105,12 @@ def _kernels(kind: str, size: Size, device: torch.device) -> Iterator[tuple[str,
     for implementation, refusal in verdicts(family.IMPLEMENTATIONS, problem):
         if refusal is None and implementation.automatic and not implementation.slow:
             kernel: Any = implementation.load()
-            packed = kernel.pack_weight(weight)
-            yield f"lowbit {implementation.name}", _call(kernel, x, packed, scale)
+            prepared = kernel.prepare(Prepared(weight, scale))
+            yield f"lowbit {implementation.name}", _call(kernel, x, prepared)
 
 
-def _call(kernel: Any, x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> Product:
-    return lambda: kernel.linear(x, packed, scale, None)
+def _call(kernel: Any, x: torch.Tensor, prepared: Prepared) -> Product:
+    return lambda: kernel.linear(x, prepared, None)
 
 
 def _waited(product: Product, device: torch.device) -> Product:

@@ -143,8 +143,8 @@ def product_type(method: str, device: torch.device) -> str:
     if method in DTYPES:
         return method
     layer = quantize_layer(nn.Linear(64, 64, dtype=torch.bfloat16, device=device), _method(method))
-    assert layer.implementation is not None
-    return "bf16" if "weight_only" in layer.implementation.name else layer.method.family
+    is_weight_only = layer.method.format.activation is None or layer.bound.implementation.is_weight_only
+    return "bf16" if is_weight_only else layer.method.family
 
 
 def time_linear(

@@ -16,7 +16,7 @@ from lowbit.models.patterns import matches_any
 from lowbit.ops.dispatch import ANY_DEVICE, requested_kernel
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.calibration.static import uncalibrated_layers
-from lowbit.quantization.linear import QuantizedLinear
+from lowbit.quantization.linear import QuantizedLinear, State
 from lowbit.quantization.manifest import Manifest
 from lowbit.quantization.methods.fp8 import UNCALIBRATED
 from lowbit.quantization.plan import (
@@ -103,7 +103,7 @@ def prepare(
     replace_layers(model, plan, dtype)
     layers = quantized_layers(model)
     for layer in layers.values():
-        layer.awaits_tensors = True
+        layer.state = State.AWAITING_TENSORS
         if config.is_serialized:
             layer.expect_stored()
         else:
@@ -223,7 +223,7 @@ def finish(model: nn.Module, preparation: Preparation, files: Iterable[str | Pat
         files: that the tensors came from.
     """
     for layer in preparation.layers.values():
-        layer.awaits_unquantized = layer.awaits_tensors = False
+        layer.arrive()
         layer.forget_stored()
         if not _is_for_other_device(layer.method, layer.weight.device):
             layer.process_weights_after_loading()
@@ -288,7 +288,7 @@ def dequantize(model: nn.Module) -> None:
 @torch.no_grad()
 def dequantize_layer(layer: QuantizedLinear) -> nn.Linear:
     """Return the ``nn.Linear`` whose weight [N, K] is what the quantized one stands for."""
-    layer.method.restore_weights(layer)
+    layer.leave_kernel()
     weight = layer.method.dequantize_weight(layer)
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.to(layer.compute_dtype), requires_grad=False)

@@ -137,8 +137,7 @@ def _tables() -> dict[str, tuple[str, Sequence[Implementation], Callable[[torch.
             dtype=torch.bfloat16,
             out_features=1024,
             in_features=1024,
-            activation_scheme=chosen.activation_scheme,
-            weight_format=chosen.weight_format,
+            format=chosen.format,
         )
         found[method] = (method, chosen.table, problem)
     for kind in attention.KINDS:

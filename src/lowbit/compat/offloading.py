@@ -32,7 +32,7 @@ def _init_align_devices_hook(original: Callable[..., Any], hook: Any, module: nn
             if layer is module and layer.method.stored_names:
                 hook.weights_map = _under_own_names(layer, hook.weights_map)
         elif hook.execution_device is not None:  # moved once, now
-            layer.method.restore_weights(layer)
+            layer.leave_kernel()
     return original(hook, module)
 
 

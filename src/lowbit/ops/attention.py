@@ -34,7 +34,7 @@ from torch.nn.functional import pad
 
 from lowbit.errors import ConfigError, expected_one_of
 from lowbit.ops import fp8, int8
-from lowbit.ops.dispatch import ANY_DEVICE, AUTO, Implementation, select
+from lowbit.ops.dispatch import ANY_DEVICE, AUTO, Implementation, named, select
 from lowbit.ops.library import define_operator
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def _run(
                 f"{mask.dtype} {list(mask.shape)}" if mask.dim() < 3 else f"{mask.dtype}, {mask.dim()} dimensions"
             )
         kind, kernel, key_mask = UNQUANTIZED, TORCH, mask
-    module = next(entry for entry in IMPLEMENTATIONS if entry.name == kernel).load()
+    module = named(IMPLEMENTATIONS, kernel).load()
     result: torch.Tensor = module.attention(query, key, value, key_mask, scale, is_causal, kind)
     return result
 
@@ -231,7 +231,7 @@ attention_operator = define_operator(
 # The reference as an implementation of the family.
 
 
-def supports(problem: AttentionProblem) -> str | None:
+def can_run(problem: AttentionProblem) -> str | None:
     """Return why the reference is not for ``problem``, or ``None``."""
     return None if problem.kind in KINDS else "quantizes: unquantized attention is torch's"
 

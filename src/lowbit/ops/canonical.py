@@ -8,21 +8,22 @@ from typing import Any
 import torch
 
 from lowbit.ops.dispatch import Problem
+from lowbit.ops.weight_format import Prepared
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return ``None``: plain torch runs everywhere."""
     return None
 
 
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-    """Return ``weight``, dense."""
-    return weight.contiguous()
+def prepare(tensors: Prepared, overwrite: bool = False) -> Prepared:
+    """Return ``tensors`` with a dense weight."""
+    return tensors if tensors.weight.is_contiguous() else tensors._replace(weight=tensors.weight.contiguous())
 
 
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """Return ``packed``: see ``pack_weight``."""
-    return packed
+def restore(prepared: Prepared) -> Prepared:
+    """Return ``prepared``: see ``prepare``."""
+    return prepared
 
 
 def apply_to_rows(product: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:

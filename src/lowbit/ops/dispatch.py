@@ -1,26 +1,19 @@
-"""The one place where an implementation of an operation family is chosen.
+"""The one place where a kernel of an operation family is chosen.
 
-An *implementation* is a module with four functions, named and typed alike in every backend (``linear`` takes
-further scale tensors in some families):
+A kernel is a module with what ``Kernel`` names, alike for every format and backend. Its table entry declares what it
+can do beyond ``linear`` (``Implementation.capabilities``):
 
-``supports(problem) -> str | None``
-    ``None`` when it can run the problem, otherwise the reason it can't.
-``pack_weight(weight, overwrite=False) -> Tensor``
-    canonical (checkpoint) layout to the layout its kernel reads; with ``overwrite`` possibly in the same memory.
-``unpack_weight(packed) -> Tensor``
-    the exact inverse.
-``linear(x, packed, weight_scale, ...) -> Tensor``
-    the computation.
+``"joint"``
+    ``linears(x, layers, bias) -> list[Tensor]`` quantizes one input once for several layers.
+``"gated"``
+    ``gated_linear(x, layers, bias) -> Tensor``: silu of the first of two results times the second.
+``"low_rank"``
+    ``lowbit.ops.svdquant.product_operator`` multiplies with its numbers, and adds a low-rank product within.
 
-A module may also have ``linears``, which takes lists of weights, scales and biases and quantizes one input once for all
-layers, and ``gated_linear``, which takes two and returns silu of the first's result times the second's
-(``lowbit.quantization.joint`` looks for them).
+Kernels that read the checkpoint's own layout take ``can_run``, ``prepare`` and ``restore`` from
+``lowbit.ops.canonical``. Attention kernels have ``can_run`` and ``attention``.
 
-Those whose kernels read the checkpoint's own layout take the packing from ``lowbit.ops.canonical``.
-
-The attention family has ``supports`` and ``attention`` (``lowbit.ops.attention``) in place of the four.
-
-The module is imported only once a device it serves is asked for, so a vendor's library is never imported without need.
+A module is imported only once a device it serves is asked for, so a vendor's library is never imported without need.
 """
 
 from __future__ import annotations
@@ -30,18 +23,19 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from lowbit import env
 from lowbit.errors import ConfigError, UnsupportedError, expected_one_of
+from lowbit.ops.weight_format import PLAIN, Prepared, WeightFormat
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 ANY_DEVICE = frozenset({"any"})
+LOW_RANK = frozenset({"low_rank"})
 
 
 class AnyProblem(Protocol):
@@ -61,18 +55,30 @@ class Problem:
         dtype: of the activations and of the result.
         out_features: N.
         in_features: K.
-        activation_scheme: ``"dynamic"``, ``"static"``, or ``"none"`` for activations that are not to be quantized.
-        weight_block_size: ``(rows, columns)`` of a weight block, ``None`` for one scale per output channel.
-        weight_format: of a weight whose family has several, such as ``"mxfp4"`` or GGUF's ``"Q4_K"``; empty otherwise.
+        format: of the weight, and what happens to activations.
     """
 
     device: torch.device
     dtype: torch.dtype
     out_features: int
     in_features: int
-    activation_scheme: str = "dynamic"
-    weight_block_size: tuple[int, int] | None = None
-    weight_format: str = ""
+    format: WeightFormat = PLAIN
+
+
+class Kernel(Protocol):
+    """What multiplies by a quantized weight, whatever its format."""
+
+    def can_run(self, problem: Problem) -> str | None:
+        """Return why it can't run ``problem``, ``None`` when it can."""
+
+    def prepare(self, tensors: Prepared, overwrite: bool = False) -> Prepared:
+        """Bring a checkpoint's tensors to the kernel's layout; with ``overwrite`` possibly in the same memory."""
+
+    def restore(self, prepared: Prepared) -> Prepared:
+        """Undo ``prepare``, bit for bit."""
+
+    def linear(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
+        """Compute x [..., K] -> [..., N] in ``x.dtype``."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class Implementation:
         devices: ``torch.device.type`` values it serves, or ``ANY_DEVICE``.
         slow: why ``auto`` should tell the user when it ends up here; empty for a fast path.
         automatic: whether ``auto`` may choose it; otherwise it must be asked for by name.
+        is_weight_only: it multiplies unquantized activations, whatever the format asks for.
+        capabilities: what it can do beyond ``linear``, see the module.
     """
 
     name: str
@@ -92,8 +100,10 @@ class Implementation:
     devices: frozenset[str]
     slow: str = ""
     automatic: bool = True
+    is_weight_only: bool = False
+    capabilities: frozenset[str] = frozenset()
 
-    def load(self) -> ModuleType:
+    def load(self) -> Any:
         """Import and return the module that implements it."""
         return importlib.import_module(self.module)
 
@@ -102,10 +112,10 @@ class Implementation:
         if self.devices != ANY_DEVICE and problem.device.type not in self.devices:
             return f"runs on {', '.join(sorted(self.devices))}, not on {problem.device.type}"
         try:
-            module = self.load()
+            kernel = self.load()
         except ImportError as error:
             return f"can't be imported ({error})"
-        reason: str | None = module.supports(problem)
+        reason: str | None = kernel.can_run(problem)
         return reason
 
 
@@ -120,6 +130,14 @@ def verdicts(table: Sequence[Implementation], problem: AnyProblem) -> Iterator[t
     """Yield every implementation in order of preference with its refusal (``None``: it can run)."""
     for implementation in table:
         yield implementation, implementation.refusal(problem)
+
+
+def named(table: Sequence[Implementation], name: str) -> Implementation:
+    """Return the implementation that ``name`` chose before; raises ``KeyError`` where the table has none."""
+    for implementation in table:
+        if implementation.name == name:
+            return implementation
+    raise KeyError(name)
 
 
 def select(family: str, table: Sequence[Implementation], problem: AnyProblem, option: str = AUTO) -> Implementation:
@@ -144,7 +162,7 @@ def select(family: str, table: Sequence[Implementation], problem: AnyProblem, op
     refusals: list[str] = []
     for implementation, reason in verdicts(candidates, problem):
         if reason is None:
-            asked_for = isinstance(problem, Problem) and problem.activation_scheme == "none"
+            asked_for = isinstance(problem, Problem) and problem.format.activation is None
             if name == AUTO and implementation.slow and not asked_for:
                 _tell_once(family, implementation.name, implementation.slow, tuple(refusals))
             return implementation

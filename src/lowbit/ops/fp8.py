@@ -25,11 +25,12 @@ from collections.abc import Sequence
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import can_run, prepare, restore
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.library import define_operator, register_kernel_lazily
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -38,10 +39,16 @@ SMALLEST_ABSMAX = 1e-30
 _WEIGHT_ONLY = "no FP8 matrix product here: weights are stored in FP8, products made in the activations' precision"
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("triton", "lowbit.ops.triton.fp8", frozenset({"cuda", "xpu"})),
-    Implementation("weight_only", "lowbit.ops.cpu.fp8", frozenset({"cpu"}), slow=_WEIGHT_ONLY),
-    Implementation("weight_only", "lowbit.ops.triton.fp8_weight_only", frozenset({"cuda", "xpu"}), slow=_WEIGHT_ONLY),
-    Implementation("weight_only", "lowbit.ops.fp8_weight_only", ANY_DEVICE, slow=_WEIGHT_ONLY),
+    Implementation("triton", "lowbit.ops.triton.fp8", frozenset({"cuda", "xpu"}), capabilities=frozenset({"joint"})),
+    Implementation("weight_only", "lowbit.ops.cpu.fp8", frozenset({"cpu"}), slow=_WEIGHT_ONLY, is_weight_only=True),
+    Implementation(
+        "weight_only",
+        "lowbit.ops.triton.fp8_weight_only",
+        frozenset({"cuda", "xpu"}),
+        slow=_WEIGHT_ONLY,
+        is_weight_only=True,
+    ),
+    Implementation("weight_only", "lowbit.ops.fp8_weight_only", ANY_DEVICE, slow=_WEIGHT_ONLY, is_weight_only=True),
     Implementation("reference", "lowbit.ops.fp8", ANY_DEVICE, automatic=False),
 )
 
@@ -253,27 +260,20 @@ def quantize_activation(
 # The reference as an implementation of the family: W8A8 as a GPU would compute it, on any device.
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    input_scale: torch.Tensor | None = None,
-    weight_block_size: tuple[int, int] | None = None,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a W8A8 linear layer.
 
     Args:
         x: [..., K] floating.
-        packed: e4m3 [N, K].
-        weight_scale: float32 [N, 1] or [], or per block.
+        prepared: ``weight`` e4m3 [N, K]; ``scale`` float32 [N, 1] or [], or one per block of ``format.block``;
+            ``input_scale`` float32 [] for static activations, ``None`` for dynamic ones.
         bias: [N] or ``None``.
-        input_scale: float32 [] for static activations, ``None`` for dynamic ones.
-        weight_block_size: (rows, columns) of a weight block.
 
     Returns:
         [..., N] in ``x.dtype``.
     """
+    packed, weight_scale, input_scale = prepared.weight, prepared.scales, prepared.input_scale
+    weight_block_size = prepared.format.block
     rows = x.reshape(-1, x.shape[-1])
     quantized, scale = quantize_activation(rows, input_scale, weight_block_size)
     block = None if weight_block_size is None else list(weight_block_size)

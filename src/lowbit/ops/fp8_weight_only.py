@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
-from lowbit.ops.canonical import apply_to_rows, pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import apply_to_rows, can_run, prepare, restore
 from lowbit.ops.fp8 import dequantize_fp8
 from lowbit.ops.library import define_operator, register_kernel_lazily
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["fp8_weight_only_mm", "linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "fp8_weight_only_mm", "linear", "prepare", "restore"]
 
 
 def fp8_weight_only_mm(
@@ -52,17 +53,10 @@ product_operator = define_operator(
 register_kernel_lazily("fp8_weight_only_mm", "CPU", "lowbit.ops.cpu.fp8")
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    input_scale: torch.Tensor | None = None,
-    weight_block_size: tuple[int, int] | None = None,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear layer with FP8 weights to unquantized activations.
 
     Arguments and result as in ``lowbit.ops.fp8.linear``; ``input_scale`` is not needed, as nothing is rounded.
     """
-    block = None if weight_block_size is None else list(weight_block_size)
-    return apply_to_rows(product_operator, x, packed, weight_scale, bias, block)
+    block = None if prepared.format.block is None else list(prepared.format.block)
+    return apply_to_rows(product_operator, x, prepared.weight, prepared.scales, bias, block)

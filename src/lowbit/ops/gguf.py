@@ -10,32 +10,43 @@ from __future__ import annotations
 import torch
 
 from lowbit.errors import UnsupportedError
-from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import can_run, prepare, restore
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.gguf_decode import DECODERS
 from lowbit.ops.gguf_encode import ENCODERS
 from lowbit.ops.gguf_types import BLOCK_TYPES, BlockType, block_type
 from lowbit.ops.library import define_operator, register_kernel_lazily
+from lowbit.ops.weight_format import Prepared
 
 __all__ = [
     "BLOCK_TYPES",
     "IMPLEMENTATIONS",
     "QUANTIZABLE_TYPES",
     "BlockType",
+    "can_run",
     "gguf_dequantize",
     "gguf_quantize",
     "linear",
-    "pack_weight",
-    "supports",
-    "unpack_weight",
+    "prepare",
+    "restore",
 ]
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("triton", "lowbit.ops.triton.gguf", frozenset({"cuda", "xpu"})),
-    Implementation("native", "lowbit.ops.cpu.gguf_native", frozenset({"cpu"})),
-    Implementation("blocked", "lowbit.ops.cpu.gguf", frozenset({"cpu"}), slow="decoded by plain torch at every call"),
+    Implementation("triton", "lowbit.ops.triton.gguf", frozenset({"cuda", "xpu"}), is_weight_only=True),
+    Implementation("native", "lowbit.ops.cpu.gguf_native", frozenset({"cpu"}), is_weight_only=True),
     Implementation(
-        "reference", "lowbit.ops.gguf", ANY_DEVICE, slow="decodes the whole weight by plain torch at every call"
+        "blocked",
+        "lowbit.ops.cpu.gguf",
+        frozenset({"cpu"}),
+        slow="decoded by plain torch at every call",
+        is_weight_only=True,
+    ),
+    Implementation(
+        "reference",
+        "lowbit.ops.gguf",
+        ANY_DEVICE,
+        slow="decodes the whole weight by plain torch at every call",
+        is_weight_only=True,
     ),
 )
 
@@ -138,17 +149,17 @@ register_kernel_lazily("gguf_dequantize", "CPU", "lowbit.ops.cpu.gguf")
 # The reference as an implementation of the family.
 
 
-def linear(x: torch.Tensor, packed: torch.Tensor, weight_type: str, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear layer.
 
     Args:
         x: [..., K] floating.
-        packed: uint8 [N, bytes per row].
-        weight_type: of ``packed``.
+        prepared: ``weight`` uint8 [N, bytes per row], of the type ``format.name``.
         bias: [N] or ``None``.
 
     Returns:
         [..., N] in ``x.dtype``.
     """
+    packed, weight_type = prepared.weight, prepared.format.name
     result: torch.Tensor = mm_operator(x.reshape(-1, x.shape[-1]), packed, weight_type, bias)
     return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import can_run, prepare, restore
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.library import define_operator, register_kernel_lazily
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 INT8_MAX = 127.0
 SMALLEST_ABSMAX = 1e-30
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("triton", "lowbit.ops.triton.int8", frozenset({"cuda", "xpu"})),
-    Implementation("native", "lowbit.ops.cpu.int8_native", frozenset({"cpu"})),
+    Implementation("triton", "lowbit.ops.triton.int8", frozenset({"cuda", "xpu"}), capabilities=frozenset({"joint"})),
+    Implementation(
+        "native", "lowbit.ops.cpu.int8_native", frozenset({"cpu"}), capabilities=frozenset({"joint", "gated"})
+    ),
     Implementation("onednn", "lowbit.ops.cpu.int8_onednn", frozenset({"cpu"})),
     Implementation(
         "float32",
@@ -36,8 +39,14 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         "reference", "lowbit.ops.int8", ANY_DEVICE, slow="the reference computes in float64 and is slow everywhere"
     ),
     # Another definition of the numbers: activations are not rounded. For layers that see few rows.
-    Implementation("weight_only", "lowbit.ops.triton.int8_weight_only", frozenset({"cuda", "xpu"}), automatic=False),
-    Implementation("weight_only", "lowbit.ops.int8_weight_only", ANY_DEVICE, automatic=False),
+    Implementation(
+        "weight_only",
+        "lowbit.ops.triton.int8_weight_only",
+        frozenset({"cuda", "xpu"}),
+        automatic=False,
+        is_weight_only=True,
+    ),
+    Implementation("weight_only", "lowbit.ops.int8_weight_only", ANY_DEVICE, automatic=False, is_weight_only=True),
 )
 
 
@@ -143,20 +152,18 @@ def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # The reference as an implementation of the family.
 
 
-def linear(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a W8A8 linear layer.
 
     Args:
         x: [..., K] floating.
-        packed: int8 [N, K].
-        weight_scale: float32 [N, 1].
+        prepared: ``weight`` int8 [N, K], ``scale`` float32 [N, 1].
         bias: [N] or ``None``.
 
     Returns:
         [..., N] in ``x.dtype``.
     """
+    packed, weight_scale = prepared.weight, prepared.scales
     quantized, scale = quantize_int8_per_token(x.reshape(-1, x.shape[-1]))
     result = int8_scaled_mm(quantized, scale, packed, weight_scale, bias, x.dtype)
     return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -14,10 +14,11 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import int8
-from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import can_run, prepare, restore
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 SMALLEST, LARGEST = -128, 127
 
@@ -65,33 +66,26 @@ def bias_of(
     return ((quant_bias.double() + sums * input_offset.double()) * deq_scale.double()).float()
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    input_scale: torch.Tensor,
-    input_offset: torch.Tensor,
-    quant_bias: torch.Tensor,
-    deq_scale: torch.Tensor,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a W8A8 linear layer with static activations.
 
     Args:
         x: [..., K] floating; a row with NaN or infinity gives NaN or what clamping makes of it.
-        packed: int8 [N, K].
-        input_scale: float32 [].
-        input_offset: float32 [].
-        quant_bias: int32 [N].
-        deq_scale: float32 [N].
+        prepared: ``weight`` int8 [N, K]; ``scale`` float32 [N], msModelSlim's ``deq_scale``; ``input_scale`` and
+            ``input_offset`` float32 []; ``quant_bias`` int32 [N].
+        bias: not added: ``quant_bias`` holds it.
 
     Returns:
         [..., N] in ``x.dtype``.
     """
+    packed, deq_scale = prepared.weight, prepared.scales
+    input_scale, input_offset, quant_bias = prepared.static_activations
     rows = x.reshape(-1, x.shape[-1])
     quantized = quantize_static(rows, input_scale, input_offset)
     row_scale = poisoned_rows(quantized)
     codes = quantized.nan_to_num().to(torch.int8)
-    bias = quant_bias.float() * deq_scale
-    result: torch.Tensor = int8.scaled_mm_operator(codes, row_scale, packed, deq_scale.unsqueeze(1), bias, x.dtype)
+    summand = quant_bias.float() * deq_scale
+    result: torch.Tensor = int8.scaled_mm_operator(codes, row_scale, packed, deq_scale.unsqueeze(1), summand, x.dtype)
     return result.reshape(*x.shape[:-1], packed.shape[0])
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import apply_to_rows, pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import apply_to_rows, can_run, prepare, restore
 from lowbit.ops.library import define_operator, register_kernel_lazily
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 
 def int8_weight_only_mm(
@@ -48,11 +49,9 @@ product_operator = define_operator(
 register_kernel_lazily("int8_weight_only_mm", "CPU", "lowbit.ops.cpu.int8_weight_only")
 
 
-def linear(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear layer with int8 weights to unquantized activations.
 
     Arguments and result as in ``lowbit.ops.int8.linear``.
     """
-    return apply_to_rows(product_operator, x, packed, weight_scale, bias)
+    return apply_to_rows(product_operator, x, prepared.weight, prepared.scales, bias)

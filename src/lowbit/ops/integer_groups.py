@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from lowbit.ops.canonical import apply_to_rows
+from lowbit.ops.weight_format import Prepared
 
 SMALLEST_SCALE = 1e-30
 GROUP_MULTIPLE = 32
@@ -90,14 +91,8 @@ def fake_product(
 def linear_layer(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Return the ``linear`` of an implementation whose product, of the families' arguments, is ``product``."""
 
-    def linear(
-        x: torch.Tensor,
-        packed: torch.Tensor,
-        weight_scale: torch.Tensor,
-        bias: torch.Tensor | None,
-        zero_point: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
         """Apply a linear layer to x [..., K]; returns [..., N] in ``x.dtype``. Other arguments as of the product."""
-        return apply_to_rows(product, x, packed, weight_scale, bias, zero_point)
+        return apply_to_rows(product, x, prepared.weight, prepared.scales, bias, prepared.zero_point)
 
     return linear

@@ -30,13 +30,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import can_run, prepare, restore
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.e2m1 import E2M1_MAX, decode_e2m1_pairs, encode_e2m1, pack_nibbles
 from lowbit.ops.fp8 import E4M3, E4M3_MAX, SMALLEST_ABSMAX, to_e4m3
 from lowbit.ops.library import define_operator
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 GROUP_SIZE = 32
 DUAL_GROUP_SIZE = 512
@@ -81,10 +82,14 @@ _WEIGHT_ONLY = "no MX matrix product here: weights are stored in MX, products ma
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", "lowbit.ops.triton.mx", frozenset({"cuda", "xpu"})),
     Implementation(
-        "triton_weight_only", "lowbit.ops.triton.mx_weight_only", frozenset({"cuda", "xpu"}), slow=_WEIGHT_ONLY
+        "triton_weight_only",
+        "lowbit.ops.triton.mx_weight_only",
+        frozenset({"cuda", "xpu"}),
+        slow=_WEIGHT_ONLY,
+        is_weight_only=True,
     ),
-    Implementation("weight_only", "lowbit.ops.cpu.mx", frozenset({"cpu"}), slow=_WEIGHT_ONLY),
-    Implementation("weight_only", "lowbit.ops.mx_weight_only", ANY_DEVICE, slow=_WEIGHT_ONLY),
+    Implementation("weight_only", "lowbit.ops.cpu.mx", frozenset({"cpu"}), slow=_WEIGHT_ONLY, is_weight_only=True),
+    Implementation("weight_only", "lowbit.ops.mx_weight_only", ANY_DEVICE, slow=_WEIGHT_ONLY, is_weight_only=True),
     Implementation("triton_emulated", "lowbit.ops.triton.mx_emulated", frozenset({"cuda", "xpu"}), automatic=False),
     Implementation("reference", "lowbit.ops.mx", ANY_DEVICE, automatic=False),
 )
@@ -345,25 +350,19 @@ def quantize_activation(
 # The reference as an implementation of the family: both operands quantized, as an accelerator would, on any device.
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dual_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear layer whose activations are quantized to the format of its weight.
 
     Args:
         x: [..., K] floating.
-        packed: e4m3 [N, K] or e2m1 uint8 [N, K / 2].
-        weight_scale: E8M0 uint8 [N, ceil(K / 32)].
+        prepared: ``weight`` e4m3 [N, K] or e2m1 uint8 [N, K / 2]; ``scale`` E8M0 uint8 [N, ceil(K / 32)];
+            ``outer_scale`` float32 [N, ceil(K / 512)] or ``None``.
         bias: [N] or ``None``.
-        dual_scale: float32 [N, ceil(K / 512)] or ``None``.
 
     Returns:
         [..., N] in ``x.dtype``.
     """
+    packed, weight_scale, dual_scale = prepared.weight, prepared.scales, prepared.outer_scale
     elements, scale, x_dual_scale = quantize_activation(x.reshape(-1, x.shape[-1]), packed, dual_scale)
     result = mx_scaled_mm(elements, scale, packed, weight_scale, bias, x.dtype, x_dual_scale, dual_scale)
     return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import apply_to_rows, pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import apply_to_rows, can_run, prepare, restore
 from lowbit.ops.library import define_operator, register_kernel_lazily
 from lowbit.ops.mx import dequantize_mx
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "mx_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "mx_weight_only_mm", "prepare", "restore"]
 
 
 def mx_weight_only_mm(
@@ -44,12 +45,6 @@ product_operator = define_operator(
 register_kernel_lazily("mx_weight_only_mm", "CPU", "lowbit.ops.cpu.mx")
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dual_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear layer with an MX weight to unquantized activations; arguments as in ``lowbit.ops.mx.linear``."""
-    return apply_to_rows(product_operator, x, packed, weight_scale, bias, dual_scale)
+    return apply_to_rows(product_operator, x, prepared.weight, prepared.scales, bias, prepared.outer_scale)

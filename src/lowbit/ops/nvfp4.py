@@ -23,14 +23,15 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, supports, unpack_weight
-from lowbit.ops.dispatch import ANY_DEVICE, Implementation
+from lowbit.ops.canonical import can_run, prepare, restore
+from lowbit.ops.dispatch import ANY_DEVICE, LOW_RANK, Implementation
 from lowbit.ops.e2m1 import E2M1_MAX, decode_e2m1_pairs, encode_e2m1, pack_nibbles
 from lowbit.ops.fp8 import E4M3, E4M3_MAX, SMALLEST_ABSMAX
 from lowbit.ops.library import define_operator
 from lowbit.ops.mx import expand_groups, in_groups
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 GROUP_SIZE = 16
 SMALLEST_SCALE = 2.0**-9  # of e4m3, subnormal
@@ -46,10 +47,28 @@ _WEIGHT_ONLY = "no FP4 matrix product here: weights are stored in FP4, products 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("triton", "lowbit.ops.triton.nvfp4", frozenset({"cuda", "xpu"})),
     Implementation(
-        "triton_weight_only", "lowbit.ops.triton.nvfp4_weight_only", frozenset({"cuda", "xpu"}), slow=_WEIGHT_ONLY
+        "triton_weight_only",
+        "lowbit.ops.triton.nvfp4_weight_only",
+        frozenset({"cuda", "xpu"}),
+        slow=_WEIGHT_ONLY,
+        is_weight_only=True,
     ),
-    Implementation("weight_only", "lowbit.ops.cpu.nvfp4", frozenset({"cpu"}), slow=_WEIGHT_ONLY),
-    Implementation("weight_only", "lowbit.ops.nvfp4_weight_only", ANY_DEVICE, slow=_WEIGHT_ONLY),
+    Implementation(
+        "weight_only",
+        "lowbit.ops.cpu.nvfp4",
+        frozenset({"cpu"}),
+        slow=_WEIGHT_ONLY,
+        is_weight_only=True,
+        capabilities=LOW_RANK,
+    ),
+    Implementation(
+        "weight_only",
+        "lowbit.ops.nvfp4_weight_only",
+        ANY_DEVICE,
+        slow=_WEIGHT_ONLY,
+        is_weight_only=True,
+        capabilities=LOW_RANK,
+    ),
     Implementation("triton_emulated", "lowbit.ops.triton.nvfp4_emulated", frozenset({"cuda", "xpu"}), automatic=False),
     Implementation("reference", "lowbit.ops.nvfp4", ANY_DEVICE, automatic=False),
 )
@@ -235,34 +254,26 @@ def quantize_activation(
 # with activations that are not to be quantized (W4A16), the weight alone.
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    global_scale: torch.Tensor,
-    input_scale: torch.Tensor | None = None,
-    weight_only: bool = False,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear layer with an NVFP4 weight.
 
     Args:
         x: [..., K] floating.
-        packed: e2m1 uint8 [N, K / 2].
-        weight_scale: e4m3 [N, ceil(K / 16)].
+        prepared: ``weight`` e2m1 uint8 [N, K / 2]; ``scale`` e4m3 [N, ceil(K / 16)]; ``outer_scale`` float32 [], the
+            weight's global scale; ``input_scale`` float32 [], that of the activations, ``None`` for one per token. With
+            ``format.activation`` ``None`` activations are not quantized (W4A16).
         bias: [N] or ``None``.
-        global_scale: of the weight, float32 [].
-        input_scale: global scale of the activations, float32 []; ``None`` for one per token.
-        weight_only: leave activations as they are (W4A16).
 
     Returns:
         [..., N] in ``x.dtype``.
     """
+    packed, weight_scale, global_scale = prepared.weight, prepared.scales, prepared.outer_scale
+    assert global_scale is not None
     rows = x.reshape(-1, x.shape[-1])
-    if weight_only:
+    if prepared.format.activation is None:
         weight = dequantize_nvfp4(packed, weight_scale, global_scale)
         result = torch.nn.functional.linear(rows.float(), weight, None if bias is None else bias.float()).to(x.dtype)
     else:
-        elements, scale, x_global = quantize_activation(rows, input_scale)
+        elements, scale, x_global = quantize_activation(rows, prepared.input_scale)
         result = nvfp4_scaled_mm(elements, scale, x_global, packed, weight_scale, global_scale, bias, x.dtype)
     return result.reshape(*x.shape[:-1], packed.shape[0])

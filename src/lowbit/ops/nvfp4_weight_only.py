@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import apply_to_rows, pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import apply_to_rows, can_run, prepare, restore
 from lowbit.ops.library import define_operator, register_kernel_lazily
 from lowbit.ops.nvfp4 import dequantize_nvfp4
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "nvfp4_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "nvfp4_weight_only_mm", "prepare", "restore"]
 
 
 def nvfp4_weight_only_mm(
@@ -44,17 +45,9 @@ product_operator = define_operator(
 register_kernel_lazily("nvfp4_weight_only_mm", "CPU", "lowbit.ops.cpu.nvfp4")
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    global_scale: torch.Tensor,
-    input_scale: torch.Tensor | None = None,
-    weight_only: bool = False,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear layer with an NVFP4 weight to unquantized activations.
 
     Arguments and result as in ``lowbit.ops.nvfp4.linear``; ``input_scale`` is not needed, as nothing is rounded.
     """
-    return apply_to_rows(product_operator, x, packed, weight_scale, bias, global_scale)
+    return apply_to_rows(product_operator, x, prepared.weight, prepared.scales, bias, prepared.outer_scale)

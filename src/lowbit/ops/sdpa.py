@@ -7,7 +7,7 @@ import torch
 from lowbit.ops.attention import UNQUANTIZED, AttentionProblem
 
 
-def supports(problem: AttentionProblem) -> str | None:
+def can_run(problem: AttentionProblem) -> str | None:
     """Return why it is not for ``problem``, or ``None``."""
     return None if problem.kind == UNQUANTIZED else "does not quantize"
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import can_run, prepare, restore
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.integer_groups import (
     GROUP_MULTIPLE,
@@ -32,16 +32,16 @@ from lowbit.ops.integer_groups import (
 )
 from lowbit.ops.library import define_operator, register_kernel_lazily
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 BITS = 4
 LARGEST_CODE = 15
 SYMMETRIC_ZERO_POINT = symmetric_zero_point(BITS)
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("triton", "lowbit.ops.triton.w4a16", frozenset({"cuda", "xpu"})),
-    Implementation("cpu", "lowbit.ops.cpu.w4a16", frozenset({"cpu"})),
-    Implementation("dequantize", "lowbit.ops.w4a16", ANY_DEVICE),
+    Implementation("triton", "lowbit.ops.triton.w4a16", frozenset({"cuda", "xpu"}), is_weight_only=True),
+    Implementation("cpu", "lowbit.ops.cpu.w4a16", frozenset({"cpu"}), is_weight_only=True),
+    Implementation("dequantize", "lowbit.ops.w4a16", ANY_DEVICE, is_weight_only=True),
 )
 
 

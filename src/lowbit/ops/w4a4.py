@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import apply_to_rows, supports
-from lowbit.ops.dispatch import ANY_DEVICE, Implementation
+from lowbit.ops.canonical import apply_to_rows, can_run
+from lowbit.ops.dispatch import ANY_DEVICE, LOW_RANK, Implementation
 from lowbit.ops.int8 import SMALLEST_ABSMAX
 from lowbit.ops.library import define_operator
 from lowbit.ops.w4a16 import dequantize_int4, quantize_int4_per_group
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 GROUP_SIZE = 64
 INT4_MAX = 7.0
@@ -41,6 +42,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         "lowbit.ops.w4a4_weight_only",
         ANY_DEVICE,
         slow="no 4-bit product here: weights are stored in 4 bits, products made in the activations' precision",
+        is_weight_only=True,
+        capabilities=LOW_RANK,
     ),
     Implementation("reference", "lowbit.ops.w4a4", ANY_DEVICE, automatic=False),
 )
@@ -106,6 +109,16 @@ product_operator = define_operator(
 )
 
 
+def prepare(tensors: Prepared, overwrite: bool = False) -> Prepared:
+    """Return the tensors with the weight from ``pack_weight``."""
+    return tensors._replace(weight=pack_weight(tensors.weight, overwrite))
+
+
+def restore(prepared: Prepared) -> Prepared:
+    """Undo ``prepare``."""
+    return prepared._replace(weight=unpack_weight(prepared.weight))
+
+
 def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
     """Return two's complement codes as those for which 8 is zero, dense; with ``overwrite`` in the same memory.
 
@@ -125,8 +138,6 @@ def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
     return packed.view(torch.uint8) ^ _UPPER_BITS
 
 
-def linear(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a W4A4 linear layer to x [..., K]; returns [..., N] in ``x.dtype``. Other arguments as of ``w4a4_mm``."""
-    return apply_to_rows(product_operator, x, packed, weight_scale, bias)
+    return apply_to_rows(product_operator, x, prepared.weight, prepared.scales, bias)

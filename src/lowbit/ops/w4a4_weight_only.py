@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import apply_to_rows, supports
-from lowbit.ops.w4a4 import pack_weight, unpack_weight
+from lowbit.ops.canonical import apply_to_rows, can_run
+from lowbit.ops.w4a4 import prepare, restore
 from lowbit.ops.w4a16 import product_operator
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 
-def linear(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear layer to unquantized activations; arguments and result as of ``lowbit.ops.w4a4.linear``."""
-    return apply_to_rows(product_operator, x, packed.view(torch.uint8), weight_scale, bias)
+    return apply_to_rows(product_operator, x, prepared.weight.view(torch.uint8), prepared.scales, bias)

@@ -18,19 +18,19 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, supports, unpack_weight
+from lowbit.ops.canonical import can_run, prepare, restore
 from lowbit.ops.dispatch import ANY_DEVICE, Implementation
 from lowbit.ops.integer_groups import dequantize_groups, fake_product, linear_layer
 from lowbit.ops.library import define_operator, register_kernel_lazily
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 CODE_OFFSET = 128
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("triton", "lowbit.ops.triton.w8a16", frozenset({"cuda", "xpu"})),
-    Implementation("cpu", "lowbit.ops.cpu.w8a16", frozenset({"cpu"})),
-    Implementation("dequantize", "lowbit.ops.w8a16", ANY_DEVICE),
+    Implementation("triton", "lowbit.ops.triton.w8a16", frozenset({"cuda", "xpu"}), is_weight_only=True),
+    Implementation("cpu", "lowbit.ops.cpu.w8a16", frozenset({"cpu"}), is_weight_only=True),
+    Implementation("dequantize", "lowbit.ops.w8a16", ANY_DEVICE, is_weight_only=True),
 )
 
 

@@ -11,7 +11,8 @@ import torch
 
 from lowbit.errors import CheckpointError, ConfigError, expected_one_of
 from lowbit.models.patterns import check_syntax, matches_any
-from lowbit.ops.dispatch import AUTO, Implementation, Problem, select
+from lowbit.ops.dispatch import AUTO, Implementation, Problem
+from lowbit.ops.weight_format import Prepared, WeightFormat
 from lowbit.quantization.tensors import Along, TensorSpec, cut_step
 
 if TYPE_CHECKING:
@@ -210,15 +211,17 @@ class LinearMethod(ABC):
         family: of operators, a module in ``lowbit.ops``.
         table: the family's implementations.
         activation_scheme: ``"dynamic"``, ``"static"`` (by ``input_scale``), or ``"none"`` for weights alone.
+        block_size: (output, input channels) of a weight block with one scale, ``None`` for other granularities.
         optional: tensors that a checkpoint may lack; the layer then does without.
         stored_names: parameter -> the checkpoint's name of its tensor, where they differ.
     """
 
-    name: ClassVar[str]
+    name: str
     weight_only: ClassVar[bool] = False
-    family: ClassVar[str]
-    table: ClassVar[Sequence[Implementation]]
+    family: str
+    table: Sequence[Implementation]
     activation_scheme: str = "dynamic"
+    block_size: tuple[int, int] | None = None
     optional: frozenset[str] = frozenset()
     stored_names: ClassVar[Mapping[str, str]] = {}
 
@@ -232,8 +235,14 @@ class LinearMethod(ABC):
 
     @property
     def is_kernel_alone(self) -> bool:
-        """Whether ``apply`` is the kernel's ``linear`` of x, ``weight``, ``weight_scale`` and bias, no more."""
+        """Whether ``apply`` is the kernel's ``linear`` of x and bias, with a scale per token and per channel."""
         return False
+
+    @property
+    def format(self) -> WeightFormat:
+        """What the layer's weight is to a kernel; weight-only where activations are not quantized."""
+        activation = None if self.activation_scheme == "none" else self.activation_scheme
+        return WeightFormat(self.weight_format, self.block_size, activation)
 
     @abstractmethod
     def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
@@ -257,8 +266,20 @@ class LinearMethod(ABC):
         """Return the float32 weight [N, K] that the layer's checkpoint tensors stand for."""
 
     @abstractmethod
+    def tensors(self, layer: QuantizedLinear) -> Prepared:
+        """Return the layer's tensors by what they are to a kernel, in the layout they are in."""
+
+    def facts(self, layer: QuantizedLinear) -> Any:
+        """Return what ``apply`` and ``tensors`` need to know of the layer's values, once for each kernel it takes.
+
+        Raises:
+            CheckpointError: the tensors do not fit each other.
+        """
+        return None
+
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Compute the layer for x [..., K]; returns [..., N] in ``x.dtype``."""
+        """Compute the layer, which has a kernel, for x [..., K]; returns [..., N] in ``x.dtype``."""
+        return layer.multiply(x, bias)
 
     def canonical_tensor(self, layer: QuantizedLinear, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Bring a checkpoint's tensor to the shape and dtype that ``specs`` gives ``name``.
@@ -287,31 +308,11 @@ class LinearMethod(ABC):
 
     def problem(self, layer: QuantizedLinear, device: torch.device) -> Problem:
         """Return what ``layer`` asks of an implementation on ``device``."""
-        return Problem(
-            device,
-            layer.compute_dtype,
-            layer.out_features,
-            layer.in_features,
-            activation_scheme=self.activation_scheme,
-            weight_format=self.weight_format,
-        )
+        return Problem(device, layer.compute_dtype, layer.out_features, layer.in_features, self.format)
 
     def refusal(self, layer: torch.nn.Linear) -> str | None:
         """Return why this method can't take a linear layer of this shape, or ``None``."""
         return None
-
-    def process_weights_after_loading(self, layer: QuantizedLinear) -> None:
-        """Choose the kernel for the layer's device and bring the weight to its layout.
-
-        Raises:
-            UnsupportedError: no kernel can run the layer; lists every reason.
-        """
-        weight = layer.get_parameter("weight")
-        layer.take_kernel(select(self.family, self.table, self.problem(layer, weight.device), self.kernel))
-
-    def restore_weights(self, layer: QuantizedLinear) -> None:
-        """Undo ``process_weights_after_loading``: bring the weight back to the checkpoint's layout."""
-        layer.leave_kernel()
 
 
 def check_tensor(

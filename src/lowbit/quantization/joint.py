@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from lowbit.ops.elementwise import gate_operator
+from lowbit.ops.weight_format import Prepared
 from lowbit.quantization.autograd import needs_gradient
 from lowbit.quantization.linear import QuantizedLinear
 
 
 def linears(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
     """Return each layer's result for x [..., K]: [..., N] of its own N."""
-    kernel = _joint_kernel(layers, x)
-    if kernel is None or not hasattr(kernel, "linears"):
+    kernel = _joint_kernel(layers, x, "joint")
+    if kernel is None:
         return [layer(x) for layer in layers]
     results: list[torch.Tensor] = kernel.linears(x, *_tensors(layers))
     return results
@@ -24,31 +25,31 @@ def linears(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
 
 def gated_linear(gate: nn.Module, value: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate(x)) * value(x)`` for x [..., K]: [..., N], the N of both."""
-    kernel = _joint_kernel((gate, value), x)
-    if kernel is None or not hasattr(kernel, "gated_linear"):
+    kernel = _joint_kernel((gate, value), x, "gated")
+    if kernel is None:
         result: torch.Tensor = gate_operator(*linears((gate, value), x))
         return result
     result = kernel.gated_linear(x, *_tensors((gate, value)))
     return result
 
 
-def _tensors(layers: Sequence[nn.Module]) -> tuple[list[Any], list[Any], list[Any]]:
-    weights, scales = [layer.weight for layer in layers], [layer.weight_scale for layer in layers]
-    return weights, scales, [layer.bias for layer in layers]
+def _tensors(layers: Sequence[Any]) -> tuple[list[Prepared], list[torch.Tensor | None]]:
+    return [layer.prepared() for layer in layers], [layer.bias for layer in layers]
 
 
-def _joint_kernel(layers: Sequence[nn.Module], x: torch.Tensor) -> Any:
-    """Return the kernel that computes all layers and nothing else does, ``None`` where there is none.
+def _joint_kernel(layers: Sequence[nn.Module], x: torch.Tensor, capability: str) -> Any:
+    """Return the kernel with ``capability`` that computes all layers and nothing else does, ``None`` without one.
 
     Where autograd records, each layer computes by itself: joint kernels have no gradients.
     """
     if any(needs_gradient(x, layer.bias) for layer in layers if isinstance(layer, nn.Linear)):
         return None
-    kernels = {_kernel_alone(layer) for layer in layers}
+    kernels = {_kernel_alone(layer, capability) for layer in layers}
     return kernels.pop() if len(kernels) == 1 else None
 
 
-def _kernel_alone(layer: nn.Module) -> Any:
+def _kernel_alone(layer: nn.Module, capability: str) -> Any:
     if type(layer) is not QuantizedLinear or not layer.method.is_kernel_alone:
         return None
-    return layer.plain_kernel()
+    binding = layer.plain_binding()
+    return binding.kernel if binding is not None and capability in binding.implementation.capabilities else None

@@ -2,17 +2,61 @@
 
 from __future__ import annotations
 
+import enum
 import math
+import threading
 from collections.abc import Callable
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowbit.ops.dispatch import Implementation
+from lowbit.ops.dispatch import Implementation, Kernel, select
+from lowbit.ops.weight_format import Prepared
 from lowbit.quantization.autograd import StraightThroughLinear, needs_gradient
 from lowbit.quantization.base import LinearMethod
+
+# Held while a layer takes a kernel: of requests that use a new layer at once, one binds it and the others wait.
+_BINDING = threading.RLock()
+
+
+class State(enum.Enum):
+    """Where a layer's tensors are on their way from a checkpoint to a kernel."""
+
+    AWAITING_WEIGHT = enum.auto()
+    """It has a placeholder for the unquantized weight that it is to quantize."""
+    AWAITING_TENSORS = enum.auto()
+    """Those of the checkpoint are arriving. Of tensors to be converted a state dict then tells shapes and dtypes only:
+    loaders ask for it before every file."""
+    CANONICAL = enum.auto()
+    """All tensors are in the checkpoint's layout."""
+    BOUND = enum.auto()
+    """The weight is in the layout of the kernel that ``binding`` names."""
+    EXTERNAL = enum.auto()
+    """Others (hooks that offload) put the parameters in place and take them away: they stay in the checkpoint's layout,
+    and a kernel with another one packs at every use."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A layer's kernel.
+
+    Attributes:
+        implementation: the table's entry.
+        kernel: its module.
+        device: that it was chosen for.
+        layout: of the packed weight.
+        is_packed: its layout is not the checkpoint's.
+        facts: what the method saw in the tensors, see ``LinearMethod.facts``.
+    """
+
+    implementation: Implementation
+    kernel: Kernel
+    device: torch.device
+    layout: torch.layout
+    is_packed: bool
+    facts: Any
 
 
 class QuantizedLinear(nn.Linear):
@@ -26,28 +70,11 @@ class QuantizedLinear(nn.Linear):
         prefix: full name in the model, for messages.
         method: what computes it.
         compute_dtype: of the activations it expects.
-        implementation: the table's entry of its kernel, ``None`` before the first use on a device.
-        kernel: the module of that implementation.
-        kernel_device: that the kernel was chosen for.
-        is_packed: the weight is in the kernel's layout.
-        has_own_layout: the kernel's layout is not the checkpoint's.
-        is_offloaded: others (hooks that offload) put the parameters in place and take them away: they stay in the
-            checkpoint's layout, and a kernel with another one packs at every use.
+        binding: its kernel, ``None`` before the first use on a device.
+        state: of its tensors.
         expected: shape and dtype of each of the checkpoint's tensors.
         owns_weight: nothing else uses the memory of the weight, so that packing may overwrite it.
-        awaits_unquantized: it has a placeholder for the unquantized weight that it is to quantize.
-        awaits_tensors: those of the checkpoint are still arriving. A state dict then tells shapes and dtypes only of
-            tensors that would have to be converted: loaders ask for it before every file.
-        is_smoothed: its input is to be multiplied by ``mul_scale``.
-        is_symmetric: its zero points are all the middle of the codes.
-        rotation_matrix: each group of its input's channels is to be multiplied by, ``None`` for nothing.
-        has_channel_scales: its result is to be multiplied by a scale per channel.
     """
-
-    is_smoothed: bool
-    has_channel_scales: bool
-    is_symmetric: bool
-    rotation_matrix: torch.Tensor | None
 
     def __init__(
         self,
@@ -66,17 +93,9 @@ class QuantizedLinear(nn.Linear):
         self.method = method
         self.compute_dtype = dtype
         self.prefix = prefix
-        self.implementation: Implementation | None = None
-        self.kernel: ModuleType | None = None
-        self.kernel_device: torch.device | None = None
-        self.is_packed = self.is_offloaded = self.has_own_layout = False
-        self.packed_layout = torch.strided
+        self.binding: Binding | None = None
+        self.state = State.CANONICAL
         self.owns_weight = False
-        self.awaits_unquantized = self.awaits_tensors = False
-        self.is_smoothed = False
-        self.is_symmetric = False
-        self.rotation_matrix = None
-        self.has_channel_scales = False
         self.creation_device = torch.device(device or "cpu")
         self.expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         method.create_weights(self)
@@ -110,7 +129,7 @@ class QuantizedLinear(nn.Linear):
         """
         shape = (self.out_features, self.in_features)
         self.replace_tensor("weight", torch.empty(shape, dtype=self.compute_dtype, device="meta"))
-        self.awaits_unquantized = True
+        self.state = State.AWAITING_WEIGHT
 
     def expect_stored(self) -> None:
         """Show the parameters under the checkpoint's names, too: diffusers and transformers look there to load."""
@@ -124,7 +143,7 @@ class QuantizedLinear(nn.Linear):
 
     def stored_name(self, name: str) -> str:
         """Return what ``state_dict``, as the checkpoint, calls the parameter ``name``."""
-        return name if self.awaits_unquantized else self.method.stored_names.get(name, name)
+        return name if self.state is State.AWAITING_WEIGHT else self.method.stored_names.get(name, name)
 
     def parameter_of(self, stored_name: str) -> str | None:
         """Return the quantized parameter that ``state_dict`` calls ``stored_name``, ``None`` if there is none."""
@@ -169,46 +188,71 @@ class QuantizedLinear(nn.Linear):
         tensors = self.method.quantize_weight(weight)
         for name, tensor in tensors.items():
             self.replace_tensor(name, tensor)
-        self.owns_weight, self.awaits_unquantized = True, False
+        self.owns_weight = True
+        if self.state is State.AWAITING_WEIGHT:
+            self.state = State.AWAITING_TENSORS
 
-    def process_weights_after_loading(self) -> None:
-        """Choose the kernel and bring the weight to its layout, if that has not been done for this device."""
-        if self.kernel is None:
-            self.method.process_weights_after_loading(self)
+    @property
+    def implementation(self) -> Implementation | None:
+        """The table's entry of its kernel, ``None`` before the first use on a device."""
+        return None if self.binding is None else self.binding.implementation
 
-    def take_kernel(self, implementation: Implementation) -> None:
-        """Compute with ``implementation`` from now on, and bring the weight to its layout unless others move it."""
-        kernel, weight = implementation.load(), self.get_parameter("weight").data
-        if not self.is_offloaded:
-            packed = kernel.pack_weight(weight, overwrite=self.owns_weight)
+    def process_weights_after_loading(self) -> Binding:
+        """Choose the kernel and bring the weight to its layout, if that has not been done where the weight is now.
+
+        Raises:
+            UnsupportedError: no kernel can run the layer; lists every reason.
+        """
+        with _BINDING:
+            binding = self.binding
+            if binding is None or self._is_moved(binding):
+                self.owns_weight = self.owns_weight and binding is None  # what others put here may be theirs
+                self.leave_kernel()
+                binding = self._take_kernel()
+            return binding
+
+    def _take_kernel(self) -> Binding:
+        method, weight = self.method, self.get_parameter("weight").data
+        implementation = select(method.family, method.table, method.problem(self, weight.device), method.kernel)
+        kernel, facts = implementation.load(), method.facts(self)
+        packed = weight
+        if self.state is not State.EXTERNAL:
+            packed = kernel.prepare(self._tensors(weight), overwrite=self.owns_weight).weight
             if packed is not weight:
                 self.replace_tensor("weight", packed)
-            self.is_packed, self.packed_layout = True, packed.layout
-            self.has_own_layout = packed is not weight
-        self.implementation, self.kernel, self.kernel_device = implementation, kernel, weight.device
+            self.state = State.BOUND
+        self.binding = Binding(implementation, kernel, weight.device, packed.layout, packed is not weight, facts)
+        return self.binding
 
     def leave_kernel(self) -> None:
         """Bring the weight back to the checkpoint's layout, and choose a kernel anew at the next use."""
-        if self.is_packed:
+        if self.state is State.BOUND:
             weight = self.get_parameter("weight").data
             unpacked = weight if self._is_canonical(weight) else self._unpacked()
             if unpacked is not weight:
                 self.replace_tensor("weight", unpacked)
-        self.implementation = self.kernel = self.kernel_device = None
-        self.is_packed, self.packed_layout = False, torch.strided
+            self.state = State.CANONICAL
+        self.binding = None
+
+    def arrive(self) -> None:
+        """Take note that all tensors of the checkpoint are there."""
+        if self.state in (State.AWAITING_WEIGHT, State.AWAITING_TENSORS):
+            self.state = State.CANONICAL
 
     def let_others_move(self) -> None:
-        """Keep the parameters in the checkpoint's layout from now on, whatever the kernel: see ``is_offloaded``."""
-        self.method.restore_weights(self)
-        self.is_offloaded = True
+        """Keep the parameters in the checkpoint's layout from now on, whatever the kernel: see ``State.EXTERNAL``."""
+        self.leave_kernel()
+        self.state = State.EXTERNAL
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute x [..., K] -> [..., N] in ``x.dtype``."""
+        """Compute x [..., K] -> [..., N] in ``x.dtype``.
+
+        Threads may share the layer: once it has a kernel, a call changes nothing.
+        """
+        binding = self.binding
         # Nobody moves weights of a compiled model behind its back, and tracing shows them in other layouts.
-        if self.kernel is None or (not torch.compiler.is_compiling() and self._is_moved()):
-            self.owns_weight = self.owns_weight and self.kernel is None  # what others put here may be theirs
-            self.method.restore_weights(self)
-            self.method.process_weights_after_loading(self)
+        if binding is None or (not torch.compiler.is_compiling() and self._is_moved(binding)):
+            self.process_weights_after_loading()
         bias = self._parameters["bias"]
         if needs_gradient(x, bias):
             result: torch.Tensor = StraightThroughLinear.apply(x, bias, self)  # type: ignore[no-untyped-call]
@@ -217,7 +261,22 @@ class QuantizedLinear(nn.Linear):
 
     def compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Compute x [..., K] -> [..., N] by the kernel; autograd records nothing of use."""
-        return self._compute_offloaded(x, bias) if self.is_offloaded else self.method.apply(self, x, bias)
+        return self.method.apply(self, x, bias)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Compute x [..., K] -> [..., N] by the kernel alone, without what the method does around it."""
+        return self.bound.kernel.linear(x, self.prepared(), bias)
+
+    @property
+    def bound(self) -> Binding:
+        """Its kernel, which it has since ``process_weights_after_loading`` or the first use."""
+        assert self.binding is not None
+        return self.binding
+
+    def prepared(self) -> Prepared:
+        """Return the tensors in the kernel's layout; of ``State.EXTERNAL`` packed for this use alone."""
+        tensors = self.method.tensors(self)
+        return self.bound.kernel.prepare(tensors) if self.state is State.EXTERNAL else tensors
 
     @torch.no_grad()
     def dequantized(self) -> torch.Tensor:
@@ -226,44 +285,30 @@ class QuantizedLinear(nn.Linear):
 
     def canonical(self) -> QuantizedLinear:
         """Return this layer, or a view of it, with its tensors in the checkpoint's layout."""
-        if not (self.is_packed and self.has_own_layout):
+        if self.binding is None or not self.binding.is_packed:
             return self
         view = QuantizedLinear.__new__(QuantizedLinear)
         view.__dict__.update(self.__getstate__())
         return view
 
-    def plain_kernel(self) -> ModuleType | None:
-        """Return the kernel, where calling the layer does nothing else than to compute with it; else ``None``."""
+    def plain_binding(self) -> Binding | None:
+        """Return the binding, where calling the layer does nothing else than to compute with it; else ``None``."""
         is_wrapped = "forward" in self.__dict__ or self._forward_hooks or self._forward_pre_hooks
-        if self.kernel is None or self.is_offloaded or is_wrapped or self._is_moved():
+        binding = self.binding
+        if binding is None or self.state is not State.BOUND or is_wrapped or self._is_moved(binding):
             return None
-        return self.kernel
+        return binding
 
-    def _is_moved(self) -> bool:
+    def _is_moved(self, binding: Binding) -> bool:
         if torch.compiler.is_compiling():  # tracing sees packed weights as strided; moving them traces anew
             return False
         weight = self._parameters["weight"]
         assert weight is not None
-        return weight.device != self.kernel_device or weight.layout != self.packed_layout
+        return weight.device != binding.device or weight.layout != binding.layout
 
     def _is_canonical(self, weight: torch.Tensor) -> bool:
         # A kernel whose layout is not the checkpoint's packs to another shape, dtype or kind of tensor.
         return weight.layout == torch.strided and (tuple(weight.shape), weight.dtype) == self.expected["weight"]
-
-    def _compute_offloaded(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Compute with a weight packed for this use alone; what others put in place stays as it is."""
-        assert self.kernel is not None
-        parameter = self._parameters["weight"]
-        assert parameter is not None
-        weight = parameter.data
-        packed = self.kernel.pack_weight(weight)
-        if packed is weight:
-            return self.method.apply(self, x, bias)
-        self.replace_tensor("weight", packed)
-        try:
-            return self.method.apply(self, x, bias)
-        finally:
-            self._parameters["weight"] = parameter
 
     def quantized_bytes(self) -> int:
         """Return the bytes of the quantized tensors, in the checkpoint's layout."""
@@ -281,7 +326,7 @@ class QuantizedLinear(nn.Linear):
         activations = fn(torch.empty(0, dtype=self.compute_dtype, device=weight.device))
         target = activations.device
         if target != weight.device:
-            self.method.restore_weights(self)
+            self.leave_kernel()
         quantized = {id(self._parameters[name]) for name in self.quantized_names}
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -297,30 +342,31 @@ class QuantizedLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold the checkpoint's layout and choose their kernel anew.
-        anew = {"implementation": None, "kernel": None, "kernel_device": None}
-        state = {**self.__dict__, **anew, "is_packed": False, "packed_layout": torch.strided}
-        if self.is_packed:
+        state = {**self.__dict__, "binding": None}
+        if self.state is State.BOUND:
+            state["state"] = State.CANONICAL
             weight = nn.Parameter(self._unpacked(), requires_grad=False)
             state["_parameters"] = {**self._parameters, "weight": weight}
         return state
 
     def _unpacked(self) -> torch.Tensor:
-        assert self.kernel is not None
-        unpacked: torch.Tensor = self.kernel.unpack_weight(self.get_parameter("weight").data)
-        return unpacked
+        return self.bound.kernel.restore(self._tensors(self.get_parameter("weight").data)).weight
+
+    def _tensors(self, weight: torch.Tensor) -> Prepared:
+        return self.method.tensors(self)._replace(weight=weight)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.is_packed:
+        if self.state is State.BOUND:
             destination[prefix + "weight"] = self._unpacked()
-        if not self.awaits_unquantized and self.method.stored_names:
+        if self.state is not State.AWAITING_WEIGHT and self.method.stored_names:
             for name in self.quantized_names:
                 tensor = destination.pop(prefix + name)
-                tensor = tensor.to("meta") if self.awaits_tensors else tensor
+                tensor = tensor.to("meta") if self.state is State.AWAITING_TENSORS else tensor
                 destination[prefix + self.stored_name(name)] = self.method.stored_tensor(self, name, tensor)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self.method.restore_weights(self)
+        self.leave_kernel()
         if self.method.stored_names:
             state_dict = dict(state_dict)
             for name in self.quantized_names:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ConfigError
-from lowbit.ops.dispatch import Problem
 from lowbit.ops.rotation import hadamard, rotate
+from lowbit.ops.weight_format import Prepared
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.scales import finite_and_positive
 from lowbit.quantization.tensors import Along, K, TensorSpec
@@ -94,6 +94,19 @@ def rotation_group(channels: int, rotation: int) -> int:
     return max((size for size in ROTATIONS if size <= rotation and channels % size == 0), default=1)
 
 
+@dataclass(frozen=True)
+class InputTransform:
+    """What happens to a layer's input first.
+
+    Attributes:
+        is_smoothed: it is multiplied by ``mul_scale``.
+        rotation: matrix that each group of channels is then multiplied by, ``None`` for nothing.
+    """
+
+    is_smoothed: bool
+    rotation: Tensor | None
+
+
 class TransformedMethod(LinearMethod):
     """Another method behind a smoothed or rotated input.
 
@@ -110,10 +123,9 @@ class TransformedMethod(LinearMethod):
         super().__init__(inner.kernel)
         self.inner, self.smoothing, self.rotation = inner, smoothing, rotation
         self.is_scaled = smoothing is not None or has_mul_scale
-        self.activation_scheme = inner.activation_scheme
+        self.activation_scheme, self.block_size = inner.activation_scheme, inner.block_size
         self.optional = inner.optional | ({"mul_scale"} if has_mul_scale else set())
-        # What the class of another method says, this one says for it.
-        self.name, self.family, self.table = inner.name, inner.family, inner.table  # type: ignore[misc]
+        self.name, self.family, self.table = inner.name, inner.family, inner.table
 
     def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
         """Return the other method's tensors and ``mul_scale``."""
@@ -154,25 +166,30 @@ class TransformedMethod(LinearMethod):
             return f"{layer.in_features} channels can't be rotated in groups of 4 or more"
         return self.inner.refusal(layer)
 
-    def problem(self, layer: QuantizedLinear, device: torch.device) -> Problem:
-        """Return what the other method asks for."""
-        return self.inner.problem(layer, device)
+    @property
+    def weight_format(self) -> str:
+        """What the other method's kernels call the format."""
+        return self.inner.weight_format
 
-    def process_weights_after_loading(self, layer: QuantizedLinear) -> None:
-        """Choose the kernel and keep what there is to multiply with."""
-        super().process_weights_after_loading(layer)
+    def tensors(self, layer: QuantizedLinear) -> Prepared:
+        """Return the other method's."""
+        return self.inner.tensors(layer)
+
+    def facts(self, layer: QuantizedLinear) -> InputTransform:
+        """Return what the input is to be multiplied with."""
         group = self._group(layer.in_features)
         device = layer.get_parameter("weight").device
-        layer.rotation_matrix = hadamard(group, layer.compute_dtype, device) if group > 1 else None
+        rotation = hadamard(group, layer.compute_dtype, device) if group > 1 else None
         scale = layer.get_parameter("mul_scale") if "mul_scale" in layer.quantized_names else None
-        layer.is_smoothed = scale is not None and (scale.is_meta or bool((scale != 1).any()))
+        return InputTransform(scale is not None and (scale.is_meta or bool((scale != 1).any())), rotation)
 
     def apply(self, layer: QuantizedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
         """Change x and let the other method compute."""
-        if layer.is_smoothed:
+        transform: InputTransform = layer.bound.facts
+        if transform.is_smoothed:
             x = (x * layer.get_parameter("mul_scale")).to(x.dtype)
-        if layer.rotation_matrix is not None:
-            x = rotate(x, layer.rotation_matrix)
+        if transform.rotation is not None:
+            x = rotate(x, transform.rotation)
         return self.inner.apply(layer, x, bias)
 
     def _group(self, channels: int) -> int:

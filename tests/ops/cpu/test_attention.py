@@ -15,7 +15,7 @@ from tests.support.attention import Case, exact, make, relative_error
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-REFUSAL = attention.supports(AttentionProblem(CPU, torch.float32, "int8"))
+REFUSAL = attention.can_run(AttentionProblem(CPU, torch.float32, "int8"))
 NEEDS_KERNEL = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
 CASES = {
     "whole blocks": Case(1, 96, 128, 2, 2, 64),
@@ -196,7 +196,7 @@ def test_work_is_divided_without_loss(threads: int) -> None:
 
 def test_refuses_what_it_cannot_do(path: str) -> None:
     def refusal(dtype: torch.dtype, width: int | None = None) -> str:
-        return attention.supports(AttentionProblem(CPU, dtype, "int8", width)) or ""
+        return attention.can_run(AttentionProblem(CPU, dtype, "int8", width)) or ""
 
     if path == "torch":
         assert refusal(torch.float32) == "native helper turned off by LOWBIT_NATIVE=0"

@@ -140,7 +140,7 @@ def test_operators_are_well_formed() -> None:
 
 @pytest.mark.parametrize("module", [cpu_mx, cpu_nvfp4])
 def test_other_dtypes_are_refused(module: object) -> None:
-    assert "float64" in (module.supports(Problem(torch.device("cpu"), torch.float64, 8, 8)) or "")  # type: ignore[attr-defined]
+    assert "float64" in (module.can_run(Problem(torch.device("cpu"), torch.float64, 8, 8)) or "")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,6 +10,7 @@ from lowbit.ops.cpu import blocked, features
 from lowbit.ops.cpu import fp8 as weight_only
 from lowbit.ops.cpu import weight_only as products
 from lowbit.ops.dispatch import Problem
+from tests.support import calls
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One rounding of the result in float32; the weight is rounded too where products are made in 16 bits.
@@ -61,7 +62,7 @@ def test_agrees_with_float64(
     packed, scale = quantized(features_, columns, block)
     weight = fp8.dequantize_fp8(packed, scale, block)
     for given in (None, bias):
-        result = weight_only.linear(x, weight_only.pack_weight(packed), scale, given, None, block)
+        result = calls.linear(weight_only, x, calls.packed(weight_only, packed), scale, given, None, block)
         assert result.dtype == dtype
         assert_close(result, x, weight, given)
 
@@ -81,12 +82,12 @@ def test_rows_decode_as_the_reference_does(
 def test_one_scale_for_the_whole_weight(path: str) -> None:
     x, packed = torch.randn(3, 64), torch.randn(100, 64).to(fp8.E4M3)
     for scale in (torch.tensor(0.3), torch.tensor([0.3]), torch.tensor([[0.3]])):
-        assert_close(weight_only.linear(x, packed, scale, None), x, packed.float() * 0.3, None)
+        assert_close(calls.linear(weight_only, x, packed, scale, None), x, packed.float() * 0.3, None)
 
 
 def test_every_code(path: str) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(fp8.E4M3).reshape(256, 1)
-    result = weight_only.linear(torch.ones(1, 1), codes, torch.ones(256, 1), None)
+    result = calls.linear(weight_only, torch.ones(1, 1), codes, torch.ones(256, 1), None)
     expected = codes.float().t()
     assert torch.equal(result.isnan(), expected.isnan())
     assert torch.equal(result.nan_to_num(), expected.nan_to_num())
@@ -96,25 +97,25 @@ def test_every_code(path: str) -> None:
 def test_poisoned_rows_and_only_they_are_not_finite(poison: float, path: str) -> None:
     x = torch.randn(4, 64)
     x[2, 5] = poison
-    result = weight_only.linear(x, *quantized(8, 64, None), None)
+    result = calls.linear(weight_only, x, *quantized(8, 64, None), None)
     assert not result[2].isfinite().any()
     assert result[[0, 1, 3]].isfinite().all()
 
 
 def test_leading_dimensions_strides_and_transposed_weights(path: str) -> None:
     packed, scale = quantized(8, 64, None)
-    packed = weight_only.pack_weight(packed.t().contiguous().t())
+    packed = calls.packed(weight_only, packed.t().contiguous().t())
     x = torch.randn(64, 3, 2).permute(2, 1, 0)
-    expected = fp8_weight_only.linear(x, packed, scale, None)
-    torch.testing.assert_close(weight_only.linear(x, packed, scale, None), expected)
+    expected = calls.linear(fp8_weight_only, x, packed, scale, None)
+    torch.testing.assert_close(calls.linear(weight_only, x, packed, scale, None), expected)
 
 
 def test_compiles(path: str) -> None:
     packed, scale = quantized(40, 64, (16, 16))
     torch.compiler.reset()
-    compiled = torch.compile(weight_only.linear, fullgraph=True)
+    compiled = torch.compile(calls.function(weight_only), fullgraph=True)
     x = torch.randn(5, 64).bfloat16()
-    expected = weight_only.linear(x, packed, scale, None, None, (16, 16))
+    expected = calls.linear(weight_only, x, packed, scale, None, None, (16, 16))
     torch.testing.assert_close(compiled(x, packed, scale, None, None, (16, 16)), expected)
 
 
@@ -127,4 +128,4 @@ def test_operator_is_well_formed() -> None:
 
 def test_float32_is_never_multiplied_in_less() -> None:
     assert features.fast_matmul_dtype(torch.float32) == torch.float32
-    assert "float64" in (weight_only.supports(Problem(torch.device("cpu"), torch.float64, 8, 8)) or "")
+    assert "float64" in (weight_only.can_run(Problem(torch.device("cpu"), torch.float64, 8, 8)) or "")

@@ -8,6 +8,7 @@ import torch
 from lowbit.ops import int8
 from lowbit.ops.cpu import int8_float32
 from lowbit.ops.dispatch import Problem
+from tests.support import calls
 from tests.support.cpu import awkward, same
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,40 +22,40 @@ def test_equals_the_reference(dtype: torch.dtype, shape: tuple[int, int, int], h
     x = awkward(rows, columns, dtype)
     weight, scale = int8.quantize_int8_per_token(torch.randn(features, columns) / 8)
     bias = torch.randn(features).to(dtype) if has_bias else None
-    result = int8_float32.linear(x, int8_float32.pack_weight(weight), scale, bias)
-    assert same(result, int8.linear(x, weight, scale, bias))  # sums below 2**24 are exact in float32
+    result = calls.linear(int8_float32, x, calls.packed(int8_float32, weight), scale, bias)
+    assert same(result, calls.linear(int8, x, weight, scale, bias))  # sums below 2**24 are exact in float32
 
 
 def test_long_sums_are_as_good_as_float32(path: str) -> None:
     x = torch.randn(3, 20_000)
     weight, scale = int8.quantize_int8_per_token(torch.randn(300, 20_000))
-    expected = int8.linear(x, weight, scale, None)
-    torch.testing.assert_close(int8_float32.linear(x, weight, scale, None), expected, rtol=1e-5, atol=1e-3)
+    expected = calls.linear(int8, x, weight, scale, None)
+    torch.testing.assert_close(calls.linear(int8_float32, x, weight, scale, None), expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_poisoned_rows_and_only_they_give_nan(poison: float, path: str) -> None:
     x = torch.randn(4, 64)
     x[2, 5] = poison
-    result = int8_float32.linear(x, *int8.quantize_int8_per_token(torch.randn(8, 64)), None)
+    result = calls.linear(int8_float32, x, *int8.quantize_int8_per_token(torch.randn(8, 64)), None)
     assert result[2].isnan().all()
     assert result[[0, 1, 3]].isfinite().all()
 
 
 def test_leading_dimensions_strides_and_transposed_weights(path: str) -> None:
     weight, scale = int8.quantize_int8_per_token(torch.randn(8, 64))
-    packed = int8_float32.pack_weight(weight.t().contiguous().t())
-    assert torch.equal(int8_float32.unpack_weight(packed), weight)
+    packed = calls.packed(int8_float32, weight.t().contiguous().t())
+    assert torch.equal(calls.unpacked(int8_float32, packed), weight)
     x = torch.randn(64, 3, 2).permute(2, 1, 0)
-    assert same(int8_float32.linear(x, packed, scale, None), int8.linear(x, weight, scale, None))
+    assert same(calls.linear(int8_float32, x, packed, scale, None), calls.linear(int8, x, weight, scale, None))
 
 
 def test_compiles(path: str) -> None:
     weight, scale = int8.quantize_int8_per_token(torch.randn(8, 64))
     torch.compiler.reset()
-    compiled = torch.compile(int8_float32.linear, fullgraph=True)
+    compiled = torch.compile(calls.function(int8_float32), fullgraph=True)
     x = torch.randn(5, 64)
-    torch.testing.assert_close(compiled(x, weight, scale, None), int8.linear(x, weight, scale, None))
+    torch.testing.assert_close(compiled(x, weight, scale, None), calls.linear(int8, x, weight, scale, None))
 
 
 def test_operator_is_well_formed() -> None:
@@ -65,4 +66,4 @@ def test_operator_is_well_formed() -> None:
 
 
 def test_refuses_what_it_cannot_do() -> None:
-    assert "float64" in (int8_float32.supports(Problem(torch.device("cpu"), torch.float64, 8, 8)) or "")
+    assert "float64" in (int8_float32.can_run(Problem(torch.device("cpu"), torch.float64, 8, 8)) or "")

@@ -8,11 +8,13 @@ import torch
 from lowbit.ops import int8
 from lowbit.ops.cpu import helper, int8_native
 from lowbit.ops.dispatch import Problem
+from lowbit.ops.weight_format import Prepared
+from tests.support import calls
 from tests.support.cpu import at_the_end_of_memory, awkward, same
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-REFUSAL = int8_native.supports(Problem(CPU, torch.float32, 64, 64))
+REFUSAL = int8_native.can_run(Problem(CPU, torch.float32, 64, 64))
 NEEDS_KERNEL = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
 pytestmark = pytest.mark.usefixtures("vectors_or_tiles")
 
@@ -24,9 +26,9 @@ def quantized_layer(features: int, columns: int) -> tuple[torch.Tensor, torch.Te
 @NEEDS_KERNEL
 def test_a_dense_weight_is_read_where_it_is() -> None:
     weight = torch.randint(-128, 128, (16, 64), dtype=torch.int8)
-    assert int8_native.pack_weight(weight).data_ptr() == weight.data_ptr()
+    assert calls.packed(int8_native, weight).data_ptr() == weight.data_ptr()
     doubled = torch.stack([weight, weight], dim=2)[..., 0]  # not dense
-    assert torch.equal(int8_native.unpack_weight(int8_native.pack_weight(doubled)), weight)
+    assert torch.equal(calls.unpacked(int8_native, calls.packed(int8_native, doubled)), weight)
 
 
 @NEEDS_KERNEL
@@ -37,11 +39,11 @@ def test_equals_the_reference_with_any_rest_of_rows_and_panels(
     dtype: torch.dtype, has_bias: bool, features: int
 ) -> None:
     weight, scale = quantized_layer(features, 100)
-    packed = int8_native.pack_weight(weight)
+    packed = calls.packed(int8_native, weight)
     bias = torch.randn(features).to(dtype) if has_bias else None
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 23, 32, 33, 48, 49, 64, 65, 300):
         x = awkward(rows, 100, dtype)
-        assert same(int8_native.linear(x, packed, scale, bias), int8.linear(x, weight, scale, bias))
+        assert same(calls.linear(int8_native, x, packed, scale, bias), calls.linear(int8, x, weight, scale, bias))
 
 
 @NEEDS_KERNEL
@@ -50,8 +52,8 @@ def test_equals_the_reference_with_any_rest_of_rows_and_panels(
 def test_equals_the_reference_at_any_depth(columns: int, rows: int) -> None:
     weight, scale = quantized_layer(80, columns)
     x = awkward(rows, columns, torch.bfloat16)
-    result = int8_native.linear(x, int8_native.pack_weight(weight), scale, None)
-    assert same(result, int8.linear(x, weight, scale, None))
+    result = calls.linear(int8_native, x, calls.packed(int8_native, weight), scale, None)
+    assert same(result, calls.linear(int8, x, weight, scale, None))
 
 
 @NEEDS_KERNEL
@@ -61,7 +63,7 @@ def test_reads_nothing_beyond_a_weight(columns: int, rows: int) -> None:
     weight, scale = quantized_layer(48, columns)
     x = torch.randn(rows, columns).bfloat16()
     last = at_the_end_of_memory(weight), at_the_end_of_memory(scale)
-    assert same(int8_native.linear(x, *last, None), int8.linear(x, weight, scale, None))
+    assert same(calls.linear(int8_native, x, *last, None), calls.linear(int8, x, weight, scale, None))
 
 
 @NEEDS_KERNEL
@@ -73,8 +75,8 @@ def test_work_is_divided_without_loss(threads: int) -> None:
         rows = 1452  # more than are quantized at once
         weight, scale = quantized_layer(208, 64)
         x = torch.randn(rows, 64)
-        result = int8_native.linear(x, int8_native.pack_weight(weight), scale, None)
-        assert same(result, int8.linear(x, weight, scale, None))
+        result = calls.linear(int8_native, x, calls.packed(int8_native, weight), scale, None)
+        assert same(result, calls.linear(int8, x, weight, scale, None))
     finally:
         torch.set_num_threads(before)
 
@@ -87,8 +89,8 @@ def test_the_largest_sums_are_exact(sign: int) -> None:
     x[:, 0] = 126.0
     weight = torch.full((16, columns), 127 if sign > 0 else -128, dtype=torch.int8)
     one = torch.ones(16, 1)
-    result = int8_native.linear(x, int8_native.pack_weight(weight), one, None)
-    assert same(result, int8.linear(x, weight, one, None))
+    result = calls.linear(int8_native, x, calls.packed(int8_native, weight), one, None)
+    assert same(result, calls.linear(int8, x, weight, one, None))
 
 
 @NEEDS_KERNEL
@@ -97,7 +99,7 @@ def test_poisoned_rows_and_only_they_give_nan(poison: float) -> None:
     x = torch.randn(4, 64)
     x[2, 5] = poison
     weight, scale = quantized_layer(16, 64)
-    result = int8_native.linear(x, int8_native.pack_weight(weight), scale, None)
+    result = calls.linear(int8_native, x, calls.packed(int8_native, weight), scale, None)
     assert result[2].isnan().all()
     assert result[[0, 1, 3]].isfinite().all()
 
@@ -105,21 +107,21 @@ def test_poisoned_rows_and_only_they_give_nan(poison: float) -> None:
 @NEEDS_KERNEL
 def test_leading_dimensions_strides_and_no_rows() -> None:
     weight, scale = quantized_layer(16, 64)
-    packed = int8_native.pack_weight(weight)
+    packed = calls.packed(int8_native, weight)
     for x in (torch.randn(64, 3, 2).permute(2, 1, 0), torch.randn(2, 3, 64), torch.randn(5, 99)[:, 3:67]):
-        assert same(int8_native.linear(x, packed, scale, None), int8.linear(x, weight, scale, None))
-    assert int8_native.linear(torch.randn(0, 64), packed, scale, None).shape == (0, 16)
+        assert same(calls.linear(int8_native, x, packed, scale, None), calls.linear(int8, x, weight, scale, None))
+    assert calls.linear(int8_native, torch.randn(0, 64), packed, scale, None).shape == (0, 16)
 
 
 class Block(torch.nn.Module):
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(int8_native.pack_weight(weight), requires_grad=False)
+        self.weight = torch.nn.Parameter(calls.packed(int8_native, weight), requires_grad=False)
         self.scale = torch.nn.Parameter(scale, requires_grad=False)
         self.bias = torch.nn.Parameter(torch.randn(scale.shape[0]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return int8_native.linear(torch.nn.functional.silu(x), self.weight, self.scale, self.bias) + x
+        return calls.linear(int8_native, torch.nn.functional.silu(x), self.weight, self.scale, self.bias) + x
 
 
 @NEEDS_KERNEL
@@ -141,8 +143,10 @@ def test_several_layers_of_one_input_are_what_each_is(rows: int, dtype: torch.dt
     bias = [None, torch.randn(208).to(dtype), None]
     x = awkward(max(rows, 16), 100, dtype)[:rows]
     weights, scales = [weight for weight, _ in layers], [scale for _, scale in layers]
-    for result, (weight, scale), b in zip(int8_native.linears(x, weights, scales, bias), layers, bias, strict=True):
-        assert same(result, int8_native.linear(x, weight, scale, b))
+    for result, (weight, scale), b in zip(
+        int8_native.linears(x, calls.layers(weights, scales), bias), layers, bias, strict=True
+    ):
+        assert same(result, calls.linear(int8_native, x, weight, scale, b))
 
 
 @NEEDS_KERNEL
@@ -156,9 +160,9 @@ def test_gated_layers_against_float64(rows: int, columns: int, features: int, dt
     weights, scales = [weight for weight, _ in layers], [scale for _, scale in layers]
     bias = [torch.randn(features).to(dtype), None]
     x = torch.randn(2, rows, columns).to(dtype)
-    result = int8_native.gated_linear(x, weights, scales, bias)
+    result = int8_native.gated_linear(x, calls.layers(weights, scales), bias)
     gate, value = (
-        int8.linear(x.float(), *layer, None if b is None else b.float()).double()
+        calls.linear(int8, x.float(), *layer, None if b is None else b.float()).double()
         for layer, b in zip(layers, bias, strict=True)
     )
     expected = torch.nn.functional.silu(gate) * value
@@ -174,7 +178,7 @@ def test_gated_layers_pass_on_what_is_not_finite() -> None:
     layers = [quantized_layer(16, 64) for _ in range(2)]
     x = torch.randn(6, 64)
     x[1, 3], x[2, 5], x[3, 7] = torch.nan, torch.inf, -torch.inf
-    result = int8_native.gated_linear(x, [w for w, _ in layers], [s for _, s in layers], [None, None])
+    result = int8_native.gated_linear(x, [Prepared(*layer) for layer in layers], [None, None])
     assert result.isfinite().all(dim=1).tolist() == [True, False, False, False, True, True]
 
 
@@ -183,16 +187,16 @@ def test_gated_layers_pass_on_what_is_not_finite() -> None:
 def test_the_operator_is_well_formed(dtype: torch.dtype) -> None:
     weight, scale = quantized_layer(32, 64)
     x = torch.randint(1, 256, (5, 64), dtype=torch.uint8)
-    arguments = (x, torch.rand(5, 1), int8_native.pack_weight(weight), scale, torch.randn(32), dtype)
+    arguments = (x, torch.rand(5, 1), calls.packed(int8_native, weight), scale, torch.randn(32), dtype)
     torch.library.opcheck(int8_native.product_operator, arguments)
-    several = ([int8_native.pack_weight(weight)] * 2, [scale] * 2, [torch.randn(32), None])
+    several = ([calls.packed(int8_native, weight)] * 2, [scale] * 2, [torch.randn(32), None])
     for are_gated in (False, True):
         torch.library.opcheck(int8_native.multiply_operator, (torch.randn(5, 64, dtype=dtype), *several, are_gated))
 
 
 def test_refuses_what_it_cannot_do(path: str) -> None:
     def refusal(dtype: torch.dtype, features: int, columns: int) -> str:
-        return int8_native.supports(Problem(CPU, dtype, features, columns)) or ""
+        return int8_native.can_run(Problem(CPU, dtype, features, columns)) or ""
 
     if path == "torch":
         assert refusal(torch.float32, 64, 64) == "native helper turned off by LOWBIT_NATIVE=0"
@@ -212,4 +216,4 @@ def test_two_weights_at_one_address_are_not_taken_for_each_other() -> None:
     weight, scale = quantized_layer(64, 64)
     for _ in range(3):
         weight.copy_(torch.randint(-127, 128, weight.shape, dtype=torch.int8))
-        assert same(int8_native.linear(x, weight, scale, None), int8.linear(x, weight, scale, None))
+        assert same(calls.linear(int8_native, x, weight, scale, None), calls.linear(int8, x, weight, scale, None))

@@ -13,6 +13,7 @@ from lowbit.ops.cpu import fp8 as cpu_fp8
 from lowbit.ops.cpu import helper, weight_only
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.dispatch import Problem
+from tests.support import calls
 from tests.support.cpu import awkward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,18 +40,18 @@ def _fp8_linear(
     x: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    return cpu_fp8.linear(x, values, scales, bias, None, block)
+    return calls.linear(cpu_fp8, x, values, scales, bias, None, block)
 
 
 def _w4a16_linear(tensors: Sequence[torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     packed, scale, zero = tensors
-    return cpu_w4a16.linear(x, packed, scale, bias, zero)
+    return calls.linear(cpu_w4a16, x, packed, scale, bias, zero)
 
 
 def eight_bit_layers(weight: torch.Tensor) -> Iterator[tuple[Layer, torch.Tensor]]:
     """Layers of a weight [N, K] in all 8-bit formats, each with the weight that it stands for."""
     codes, scale = int8.quantize_int8_per_token(weight)
-    yield lambda x, bias: int8_weight_only.linear(x, codes, scale, bias), codes * scale
+    yield lambda x, bias: calls.linear(int8_weight_only, x, codes, scale, bias), codes * scale
     for block in (None, (16, 100), (128, 128)):
         values, scales = (
             fp8.quantize_fp8_per_token(weight) if block is None else fp8.quantize_fp8_per_block(weight, block)
@@ -120,7 +121,7 @@ def test_every_e4m3_code_decodes(isa: str) -> None:
     x[0, 40] = 1.0
     for scale in (1.0, 0.37):
         expected = codes.float()[:, 0] * scale
-        result = cpu_fp8.linear(x, codes, torch.full((256, 1), scale), None)[0]
+        result = calls.linear(cpu_fp8, x, codes, torch.full((256, 1), scale), None)[0]
         assert torch.equal(result.isnan(), expected.isnan())
         assert torch.equal(result.nan_to_num(), expected.nan_to_num())
 
@@ -128,7 +129,9 @@ def test_every_e4m3_code_decodes(isa: str) -> None:
 @NEEDS_NATIVE
 def test_scales_that_are_nearly_too_large_for_float32(isa: str) -> None:
     codes = torch.tensor([[1.0] * 64, [2.0] * 64]).to(fp8.E4M3)
-    result = cpu_fp8.linear(torch.ones(1, 64) / 64, codes, torch.full((2, 1), 2e36), None)  # 256 * 2e36 is no float32
+    result = calls.linear(
+        cpu_fp8, torch.ones(1, 64) / 64, codes, torch.full((2, 1), 2e36), None
+    )  # 256 * 2e36 is no float32
     torch.testing.assert_close(result, torch.tensor([[2e36, 4e36]]))
 
 
@@ -175,7 +178,9 @@ def test_compiles(path: str) -> None:
     x = torch.randn(3, 64)
 
     def both(x: torch.Tensor) -> torch.Tensor:
-        return int8_weight_only.linear(x, codes, scale, None) + cpu_w4a16.linear(x, packed, scales, None, zero)
+        return calls.linear(int8_weight_only, x, codes, scale, None) + calls.linear(
+            cpu_w4a16, x, packed, scales, None, zero
+        )
 
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(both, fullgraph=True)(x), both(x))
@@ -190,4 +195,4 @@ def test_operators_are_well_formed() -> None:
 
 def test_refuses_what_it_cannot_do() -> None:
     for module in (cpu_w4a16, cpu_fp8):
-        assert "float64" in (module.supports(Problem(torch.device("cpu"), torch.float64, 8, 64)) or "")
+        assert "float64" in (module.can_run(Problem(torch.device("cpu"), torch.float64, 8, 64)) or "")

@@ -79,6 +79,6 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = AttentionProblem(torch.device("cuda"), torch.bfloat16, "int8", 256)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launch, "_accelerator", lambda _: launch.Target("cuda", 75))
-    assert "SM 8.0" in str(attention.supports(problem))
+    assert "SM 8.0" in str(attention.can_run(problem))
     monkeypatch.setattr(launch, "_accelerator", lambda _: launch.Target("cuda", 90))
-    assert "at most 128 wide" in str(attention.supports(problem))
+    assert "at most 128 wide" in str(attention.can_run(problem))

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from lowbit.ops.fp8 import quantize_activation
+from lowbit.ops.weight_format import Prepared, WeightFormat
+from tests.support import calls
 
 pytest.importorskip("triton")
 
@@ -227,14 +229,16 @@ def test_linear_is_the_references(
     if block is not None:
         weight, weight_scale = reference.quantize_fp8_per_block(random(9, 72, 1), block)
     bias, input_scale = random(1, 9, 2)[0], torch.tensor(0.02) if static else None
-    moved = [None if t is None else t.to(device) for t in (x, fp8.pack_weight(weight), weight_scale, bias, input_scale)]
-    actual = fp8.linear(*moved, block).cpu()
-    expected = reference.linear(x, weight, weight_scale, bias, input_scale, block)
+    moved = [
+        None if t is None else t.to(device) for t in (x, calls.packed(fp8, weight), weight_scale, bias, input_scale)
+    ]
+    actual = calls.linear(fp8, *moved, block).cpu()
+    expected = calls.linear(reference, x, weight, weight_scale, bias, input_scale, block)
     assert actual.dtype == torch.bfloat16
     bad = ~x.isfinite().all(dim=-1)
     assert torch.equal(actual.isnan().all(dim=-1), bad)
     torch.testing.assert_close(actual[~bad], expected[~bad], rtol=2**-7, atol=2**-7)
-    assert torch.equal(fp8.unpack_weight(moved[1]).cpu().view(torch.uint8), weight.view(torch.uint8))
+    assert torch.equal(calls.unpacked(fp8, moved[1]).cpu().view(torch.uint8), weight.view(torch.uint8))
 
 
 def test_compiling_leaves_the_quantization_to_the_compiler() -> None:
@@ -245,7 +249,7 @@ def test_compiling_leaves_the_quantization_to_the_compiler() -> None:
         return graph.forward
 
     weight, weight_scale = reference.quantize_fp8_per_token(random(8, 64, 1))
-    compiled = torch.compile(fp8.linear, backend=collect, fullgraph=True)
+    compiled = torch.compile(calls.function(fp8), backend=collect, fullgraph=True)
     compiled(random(3, 64, 2), weight, weight_scale, None)
     assert any("fp8_scaled_mm" in target for target in targets)
     assert not any("quantize_fp8" in target for target in targets)
@@ -281,17 +285,17 @@ def problem(**changes: object) -> Problem:
     [
         (launch.Target("cuda", 80), problem(), r"no FP8 tensor cores \(SM 8\.0"),
         (launch.Target("cuda", 86), problem(), r"no FP8 tensor cores \(SM 8\.6"),
-        (launch.Target("cuda", 90), problem(weight_block_size=(128, 48)), "not of 48"),
+        (launch.Target("cuda", 90), problem(format=WeightFormat(block=(128, 48))), "not of 48"),
         (launch.Target("cuda", 90), problem(dtype=torch.float64), "float64"),
         (launch.Target("cuda", 89), problem(), None),
-        (launch.Target("cuda", 120), problem(weight_block_size=(128, 128)), None),
+        (launch.Target("cuda", 120), problem(format=WeightFormat(block=(128, 128))), None),
         (launch.Target("hip", "gfx942"), problem(), None),
     ],
 )
 def test_supports(monkeypatch: pytest.MonkeyPatch, target: launch.Target, asked: Problem, reason: str | None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(fp8, "target_of", lambda device: target)
-    verdict = fp8.supports(asked)
+    verdict = fp8.can_run(asked)
     assert (verdict is None) == (reason is None)
     assert reason is None or re.search(reason, str(verdict))
 
@@ -315,10 +319,10 @@ def test_layers_with_one_input_quantize_it_once(monkeypatch: pytest.MonkeyPatch)
     layers = [reference.quantize_fp8_per_token(torch.randn(features, 64)) for features in (16, 48)]
     bias = [None, torch.randn(48)]
     x = torch.randn(2, 5, 64).bfloat16()
-    alone = [fp8.linear(x, *layer, b) for layer, b in zip(layers, bias, strict=True)]
+    alone = [calls.linear(fp8, x, *layer, b) for layer, b in zip(layers, bias, strict=True)]
     quantized: list[torch.Tensor] = []
     quantize = quantize_activation
     monkeypatch.setattr(fp8, "quantize_activation", lambda x, *rest: quantize((quantized.append(x), x)[1], *rest))
-    together = fp8.linears(x, [weight for weight, _ in layers], [scale for _, scale in layers], bias)
+    together = fp8.linears(x, [Prepared(*layer) for layer in layers], bias)
     assert len(quantized) == 1
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

@@ -9,6 +9,7 @@ from lowbit.ops import gguf
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
 from lowbit.ops.triton import gguf as kernels
+from lowbit.ops.weight_format import WeightFormat
 
 
 @pytest.mark.parametrize("kind", kernels.TYPES)
@@ -52,5 +53,5 @@ def test_other_types_and_many_rows_are_decoded_first(rows: int, device: torch.de
 def test_refusals(device: torch.device) -> None:
     if device.type == "cpu":
         pytest.skip("the interpreter's device is not asked")
-    problem = Problem(device, torch.bfloat16, 64, 256, weight_format="IQ4_XS")
-    assert "IQ4_XS" in str(kernels.supports(problem))
+    problem = Problem(device, torch.bfloat16, 64, 256, format=WeightFormat("IQ4_XS"))
+    assert "IQ4_XS" in str(kernels.can_run(problem))

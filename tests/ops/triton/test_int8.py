@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from lowbit.ops.int8 import quantize_activation
+from lowbit.ops.weight_format import Prepared
+from tests.support import calls
 
 pytest.importorskip("triton")
 
@@ -187,13 +189,13 @@ def test_linear_is_the_references(device: torch.device, monkeypatch: pytest.Monk
     x = adversarial(12, 72, torch.float32).reshape(2, 6, 72)
     weight, weight_scale = reference.quantize_int8_per_token(torch.randn(9, 72))
     bias = torch.randn(9)
-    packed = int8.pack_weight(weight).to(device)
-    actual = int8.linear(x.to(device), packed, weight_scale.to(device), bias.to(device)).cpu()
-    assert_same(actual, reference.linear(x, weight, weight_scale, bias))
+    packed = calls.packed(int8, weight).to(device)
+    actual = calls.linear(int8, x.to(device), packed, weight_scale.to(device), bias.to(device)).cpu()
+    assert_same(actual, calls.linear(reference, x, weight, weight_scale, bias))
     bad = ~x.isfinite().all(dim=-1)
     assert actual[bad].isnan().all()
     assert not actual[~bad].isnan().any()
-    assert torch.equal(int8.unpack_weight(packed).cpu(), weight)
+    assert torch.equal(calls.unpacked(int8, packed).cpu(), weight)
 
 
 def test_compiling_leaves_the_quantization_to_the_compiler() -> None:
@@ -205,8 +207,8 @@ def test_compiling_leaves_the_quantization_to_the_compiler() -> None:
 
     weight, weight_scale = reference.quantize_int8_per_token(torch.randn(8, 64))
     x = torch.randn(3, 64)
-    compiled = torch.compile(int8.linear, backend=collect, fullgraph=True)
-    assert_same(compiled(x, weight, weight_scale, None), reference.linear(x, weight, weight_scale, None))
+    compiled = torch.compile(calls.function(int8), backend=collect, fullgraph=True)
+    assert_same(compiled(x, weight, weight_scale, None), calls.linear(reference, x, weight, weight_scale, None))
     assert any("int8_scaled_mm" in target for target in targets)
     assert not any("quantize_int8_per_token" in target for target in targets)
 
@@ -250,7 +252,7 @@ def problem(**changes: object) -> Problem:
 def test_supports(monkeypatch: pytest.MonkeyPatch, target: launch.Target, asked: Problem, reason: str | None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(int8, "target_of", lambda device: target)
-    verdict = int8.supports(asked)
+    verdict = int8.can_run(asked)
     assert (verdict is None) == (reason is None)
     assert reason is None or re.search(reason, str(verdict))
 
@@ -281,10 +283,10 @@ def test_layers_with_one_input_quantize_it_once(monkeypatch: pytest.MonkeyPatch)
     layers = [reference.quantize_int8_per_token(torch.randn(features, 64)) for features in (16, 48)]
     bias = [None, torch.randn(48)]
     x = torch.randn(2, 5, 64).bfloat16()
-    alone = [int8.linear(x, *layer, b) for layer, b in zip(layers, bias, strict=True)]
+    alone = [calls.linear(int8, x, *layer, b) for layer, b in zip(layers, bias, strict=True)]
     quantized: list[torch.Tensor] = []
     quantize = quantize_activation
     monkeypatch.setattr(int8, "quantize_activation", lambda given: quantize((quantized.append(given), given)[1]))
-    together = int8.linears(x, [weight for weight, _ in layers], [scale for _, scale in layers], bias)
+    together = int8.linears(x, [Prepared(*layer) for layer in layers], bias)
     assert len(quantized) == 1
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

@@ -164,5 +164,5 @@ def test_chips_that_multiply_groups_are_told_from_others(monkeypatch: pytest.Mon
         target = launch.Target(backend, arch)
         monkeypatch.setattr(mx, "target_of", mock.Mock(return_value=target))
         monkeypatch.setattr(nvfp4, "target_of", mock.Mock(return_value=target))
-        verdicts[arch] = (mx.supports(problem) is None, nvfp4.supports(problem) is None)
+        verdicts[arch] = (mx.can_run(problem) is None, nvfp4.can_run(problem) is None)
     assert verdicts == {90: (False, False), 100: (True, True), "gfx950": (True, False), "gfx942": (False, False)}

@@ -6,9 +6,10 @@ import torch
 pytest.importorskip("triton")
 
 from lowbit.ops import fp8, int8
-from lowbit.ops.fp8_weight_only import linear as fp8_linear
+from lowbit.ops import fp8_weight_only as fp8_reference
 from lowbit.ops.int8_weight_only import int8_weight_only_mm as reference
 from lowbit.ops.triton import fp8_weight_only, int8_weight_only
+from tests.support import calls
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
@@ -38,7 +39,7 @@ def test_many_rows_take_the_decoded_weight(device: torch.device) -> None:
     torch.testing.assert_close(actual.cpu(), reference(x, weight, scale, None), rtol=1e-4, atol=1e-4)
     codes, scale = fp8.quantize_fp8_per_token(torch.randn(24, 64))
     actual = fp8_weight_only.fp8_weight_only_mm(x.to(device), codes.to(device), scale.to(device), None)
-    torch.testing.assert_close(actual.cpu(), fp8_linear(x, codes, scale, None), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.cpu(), calls.linear(fp8_reference, x, codes, scale, None), rtol=1e-4, atol=1e-4)
 
 
 def test_nan_and_infinity_reach_the_result(device: torch.device) -> None:

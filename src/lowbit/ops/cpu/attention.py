@@ -20,7 +20,7 @@ from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.features import fast_matmul_dtype
 
 
-def supports(problem: AttentionProblem) -> str | None:
+def can_run(problem: AttentionProblem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
     if not helper.available():
         return f"native helper {helper.refusal()}"
@@ -52,7 +52,7 @@ def attention(
     kind: str,
 ) -> torch.Tensor:
     """Compute attention; arguments and result as in ``lowbit.ops.attention.attention``."""
-    refusal = supports(AttentionProblem(query.device, query.dtype, kind, query.shape[3]))
+    refusal = can_run(AttentionProblem(query.device, query.dtype, kind, query.shape[3]))
     if refusal is not None and (kind != UNQUANTIZED or not helper.multiplies_int8()):
         raise UnsupportedError(f"attention can't be computed: {refusal}")
     output = torch.empty(query.shape, dtype=query.dtype)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 
 from lowbit.ops import fp8
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.cpu import helper, native
-from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports
+from lowbit.ops.cpu.weight_only import can_run, is_fused, multiply_decoded, multiply_fused
 from lowbit.ops.fp8_weight_only import linear
 
-__all__ = ["fp8_weight_only_mm", "linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "fp8_weight_only_mm", "linear", "prepare", "restore"]
 
 
 def decode_rows(

@@ -9,17 +9,18 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import gguf
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.blocked import Decode, finish, multiply, multiply_float32
 from lowbit.ops.cpu.features import fast_matmul_dtype
-from lowbit.ops.cpu.weight_only import supports
+from lowbit.ops.cpu.weight_only import can_run
 from lowbit.ops.cpu.workspace import scratch
 from lowbit.ops.gguf_decode_small import SMALL_DECODERS
 from lowbit.ops.gguf_types import block_type
 from lowbit.ops.library import define_operator
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 # From so many rows on the decoded weight is read so often that keeping it in the cache gains nothing.
 MANY_ROWS = 128
@@ -96,8 +97,9 @@ blocked_operator = define_operator(
 )
 
 
-def linear(x: torch.Tensor, packed: torch.Tensor, weight_type: str, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear layer; arguments and result as in ``lowbit.ops.gguf.linear``."""
+    packed, weight_type = prepared.weight, prepared.format.name
     rows = x.reshape(-1, x.shape[-1])
     product = blocked_operator if torch.compiler.is_compiling() else multiply_blocked
     result: torch.Tensor = product(rows, packed, weight_type, bias)

@@ -11,26 +11,27 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops.cpu import helper, native
-from lowbit.ops.cpu.gguf import _fake_mm, multiply_blocked, pack_weight, unpack_weight
-from lowbit.ops.cpu.gguf import supports as supported_by_torch
+from lowbit.ops.cpu.gguf import _fake_mm, multiply_blocked, prepare, restore
+from lowbit.ops.cpu.gguf import can_run as supported_by_torch
 from lowbit.ops.cpu.weight_only import takes_bfloat16
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.gguf_decode_small import SMALL_DECODERS
 from lowbit.ops.gguf_types import block_type
 from lowbit.ops.library import define_operator
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 # Rows up to which decoding and multiplying in one pass is the faster; see docs/gguf.md for the measurement.
 FUSED_ROWS = 64
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
     if not helper.available():
         return f"native helper {helper.refusal()}"
-    if problem.weight_format in SMALL_DECODERS:
-        return f"does not decode {problem.weight_format}"
+    if problem.format.name in SMALL_DECODERS:
+        return f"does not decode {problem.format.name}"
     return supported_by_torch(problem)
 
 
@@ -55,8 +56,9 @@ native_operator = define_operator(
 )
 
 
-def linear(x: torch.Tensor, packed: torch.Tensor, weight_type: str, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear layer; arguments and result as in ``lowbit.ops.gguf.linear``."""
+    packed, weight_type = prepared.weight, prepared.format.name
     rows = x.reshape(-1, x.shape[-1])
     product = native_operator if torch.compiler.is_compiling() else multiply_native
     result: torch.Tensor = product(rows, packed, weight_type, bias)

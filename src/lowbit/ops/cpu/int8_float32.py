@@ -9,17 +9,18 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import int8
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.cpu import native
 from lowbit.ops.cpu.blocked import multiply_float32
 from lowbit.ops.cpu.quantize import quantize_int8_per_token
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import define_operator
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
     return native.dtype_refusal(problem.dtype)
 
@@ -63,10 +64,9 @@ product_operator = define_operator(
 )
 
 
-def linear(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a W8A8 linear layer: ``lowbit.ops.int8.linear``."""
+    packed, weight_scale = prepared.weight, prepared.scales
     rows = x.reshape(-1, x.shape[-1])
     result: torch.Tensor
     if torch.compiler.is_compiling():

@@ -11,19 +11,20 @@ from collections.abc import Sequence
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.elementwise import gate
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import define_operator
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["gated_linear", "linear", "linears", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "gated_linear", "linear", "linears", "prepare", "restore"]
 
 ZERO_POINT = 128
 LARGEST_IN_FEATURES = 1 << 17
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
     if not helper.available():
         return f"native helper {helper.refusal()}"
@@ -118,35 +119,31 @@ multiply_operator = define_operator(
 )
 
 
-def linear(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _multiply_layers(
+    x: torch.Tensor, layers: Sequence[Prepared], bias: Sequence[torch.Tensor | None], are_gated: bool
+) -> list[torch.Tensor]:
+    weights, scales = [layer.weight for layer in layers], [layer.scales for layer in layers]
+    results: list[torch.Tensor] = multiply_operator(x.reshape(-1, x.shape[-1]), weights, scales, bias, are_gated)
+    return results
+
+
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a W8A8 linear layer: ``lowbit.ops.int8.linear`` with ``packed`` from ``pack_weight``."""
-    (result,) = linears(x, [packed], [weight_scale], [bias])
+    (result,) = linears(x, [prepared], [bias])
     return result
 
 
-def linears(
-    x: torch.Tensor,
-    packed: Sequence[torch.Tensor],
-    weight_scale: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor | None],
-) -> list[torch.Tensor]:
+def linears(x: torch.Tensor, layers: Sequence[Prepared], bias: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     """Apply several layers as ``linear`` does, with one input that is quantized once."""
-    results = multiply_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, False)
+    results = _multiply_layers(x, layers, bias, False)
     return [result.reshape(*x.shape[:-1], result.shape[1]) for result in results]
 
 
-def gated_linear(
-    x: torch.Tensor,
-    packed: Sequence[torch.Tensor],
-    weight_scale: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor | None],
-) -> torch.Tensor:
+def gated_linear(x: torch.Tensor, layers: Sequence[Prepared], bias: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """Apply two layers of equal output features: silu of the first one's result times the second's.
 
     With AMX in the pass that scales the products, so that neither result is rounded or written.
     """
-    results = multiply_operator(x.reshape(-1, x.shape[-1]), packed, weight_scale, bias, True)
-    result: torch.Tensor = results[0]
+    results = _multiply_layers(x, layers, bias, True)
+    result = results[0]
     return result.reshape(*x.shape[:-1], result.shape[1])

@@ -20,6 +20,7 @@ from lowbit.ops.cpu.quantize import quantize_uint8_rows
 from lowbit.ops.cpu.workspace import scratch
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import define_operator
+from lowbit.ops.weight_format import Prepared
 
 ZERO_POINT = 128
 
@@ -31,7 +32,7 @@ LARGEST_IN_FEATURES = 66311
 ROWS_AT_ONCE = 256
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
     if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():
         return "torch was built without oneDNN"
@@ -42,7 +43,17 @@ def supports(problem: Problem) -> str | None:
     return native.dtype_refusal(problem.dtype)
 
 
-def pack_weight(weight: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+def prepare(tensors: Prepared, overwrite: bool = False) -> Prepared:
+    """Return the tensors with the weight in oneDNN's layout."""
+    return tensors._replace(weight=pack_weight(tensors.weight))
+
+
+def restore(prepared: Prepared) -> Prepared:
+    """Undo ``prepare``."""
+    return prepared._replace(weight=unpack_weight(prepared.weight))
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     """Bring ``weight`` int8 [N, K] to oneDNN's blocked layout: an opaque mkldnn tensor [K, N]."""
     packed: torch.Tensor = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
     return packed
@@ -124,10 +135,9 @@ product_operator = define_operator(
 )
 
 
-def linear(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a W8A8 linear layer: ``lowbit.ops.int8.linear`` with ``packed`` from ``pack_weight``."""
+    packed, weight_scale = prepared.weight, prepared.scales
     rows = x.reshape(-1, x.shape[-1])
     result: torch.Tensor
     if torch.compiler.is_compiling():

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import mx
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.fp4 import decode_fp4
-from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports
+from lowbit.ops.cpu.weight_only import can_run, is_fused, multiply_decoded, multiply_fused
 from lowbit.ops.fp8 import E4M3
 from lowbit.ops.mx_weight_only import linear
 
-__all__ = ["linear", "mx_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "mx_weight_only_mm", "prepare", "restore"]
 
 
 def decode_rows(

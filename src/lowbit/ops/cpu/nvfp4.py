@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import nvfp4
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.cpu.fp4 import decode_fp4
-from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports
+from lowbit.ops.cpu.weight_only import can_run, is_fused, multiply_decoded, multiply_fused
 from lowbit.ops.nvfp4_weight_only import linear
 
-__all__ = ["linear", "nvfp4_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "nvfp4_weight_only_mm", "prepare", "restore"]
 
 
 def nvfp4_weight_only_mm(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import w4a16
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.cpu import helper, native
-from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports
+from lowbit.ops.cpu.weight_only import can_run, is_fused, multiply_decoded, multiply_fused
 from lowbit.ops.cpu.workspace import scratch
 from lowbit.ops.w4a16 import operator_linear as linear
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w4a16_mm"]
+__all__ = ["can_run", "linear", "prepare", "restore", "w4a16_mm"]
 
 
 def w4a16_mm(

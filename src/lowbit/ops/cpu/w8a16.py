@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import w8a16
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.cpu import helper, native
 from lowbit.ops.cpu.int8_weight_only import int8_weight_only_mm
-from lowbit.ops.cpu.weight_only import is_fused, multiply_decoded, multiply_fused, supports, takes_bfloat16
+from lowbit.ops.cpu.weight_only import can_run, is_fused, multiply_decoded, multiply_fused, takes_bfloat16
 from lowbit.ops.w8a16 import operator_linear as linear
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w8a16_mm"]
+__all__ = ["can_run", "linear", "prepare", "restore", "w8a16_mm"]
 
 
 def w8a16_mm(

@@ -19,7 +19,7 @@ from lowbit.ops.dispatch import Problem
 from lowbit.ops.w4a16 import split_pairs
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why ``problem`` can't be run, ``None`` when it can."""
     return native.dtype_refusal(problem.dtype)
 

@@ -258,7 +258,7 @@ def tile_for(target: Target) -> Tile:
     return Tile(64, 64, 64, num_warps=8, num_stages=3)
 
 
-def supports(problem: AttentionProblem) -> str | None:
+def can_run(problem: AttentionProblem) -> str | None:
     """Return why the kernels here can't run ``problem``, or ``None``."""
     if problem.kind not in KINDS:
         return "quantizes: unquantized attention is torch's"

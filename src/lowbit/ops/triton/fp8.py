@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from lowbit.errors import UnsupportedError
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.fp8 import E4M3, quantize_activation, scaled_mm_operator
 from lowbit.ops.library import register_kernel
@@ -31,8 +31,9 @@ from lowbit.ops.triton.quantize_rows import as_written, encoding_of, quantize_ro
 from lowbit.ops.triton.rounding import E4M3_MAX, decode_e4m3, encode, magnitude_bits, scale_of
 from lowbit.ops.triton.tiles import FP8, FP8_BLOCKS, Tile, choose_tile, pointer_tile, with_depth
 from lowbit.ops.triton.tiling import clamped, program_tile, store_tile
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "linears", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "linears", "prepare", "restore"]
 
 # Columns of a weight block that a step of the kernel can be: powers of two that tensor cores take and shared memory
 # holds.
@@ -343,7 +344,7 @@ for _key in ("CUDA", "XPU"):
     register_kernel("fp8_scaled_mm", _key, fp8_scaled_mm)
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why the kernels here can't run ``problem``, or ``None``."""
     refusal = device_refusal(problem.device, problem.dtype)
     if refusal is not None:
@@ -351,36 +352,28 @@ def supports(problem: Problem) -> str | None:
     target = target_of(problem.device)
     if target.backend == "cuda" and not target.has_e4m3:
         return f"no FP8 tensor cores ({target}; they came with SM 8.9)"
-    return None if problem.weight_block_size is None else block_refusal(problem.weight_block_size[1])
+    return None if problem.format.block is None else block_refusal(problem.format.block[1])
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    input_scale: torch.Tensor | None = None,
-    weight_block_size: tuple[int, int] | None = None,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a W8A8 linear layer; arguments and result as in ``lowbit.ops.fp8.linear``.
 
     The product is an operator; so is the quantization in eager mode. When compiling, the quantization is plain torch,
     which fuses with what precedes it.
     """
+    packed, weight_scale, input_scale = prepared.weight, prepared.scales, prepared.input_scale
+    weight_block_size = prepared.format.block
     quantized, scale = quantize_activation(x.reshape(-1, x.shape[-1]), input_scale, weight_block_size)
     block = None if weight_block_size is None else list(weight_block_size)
     result: torch.Tensor = scaled_mm_operator(quantized, scale, packed, weight_scale, bias, x.dtype, block)
     return result.reshape(*x.shape[:-1], packed.shape[0])
 
 
-def linears(
-    x: torch.Tensor,
-    packed: Sequence[torch.Tensor],
-    weight_scale: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor | None],
-) -> list[torch.Tensor]:
+def linears(x: torch.Tensor, layers: Sequence[Prepared], bias: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     """Apply several layers as ``linear`` does, with one input that is quantized once, by rows."""
     quantized, scale = quantize_activation(x.reshape(-1, x.shape[-1]), None, None)
-    layers = zip(packed, weight_scale, bias, strict=True)
-    results = [scaled_mm_operator(quantized, scale, *layer, x.dtype, None) for layer in layers]
+    results = [
+        scaled_mm_operator(quantized, scale, layer.weight, layer.scales, b, x.dtype, None)
+        for layer, b in zip(layers, bias, strict=True)
+    ]
     return [result.reshape(*x.shape[:-1], result.shape[1]) for result in results]

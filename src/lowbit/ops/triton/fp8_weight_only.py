@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from lowbit.ops import fp8_weight_only as plain
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.fp8_weight_only import linear
 from lowbit.ops.library import register_kernel
 from lowbit.ops.triton.int8_weight_only import MOST_ROWS, weight_only_mm
 from lowbit.ops.triton.launch import device_refusal
 
-__all__ = ["fp8_weight_only_mm", "linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "fp8_weight_only_mm", "linear", "prepare", "restore"]
 
 
 def fp8_weight_only_mm(
@@ -34,8 +34,8 @@ for _key in ("CUDA", "XPU"):
     register_kernel("fp8_weight_only_mm", _key, fp8_weight_only_mm)
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why the kernel here can't run ``problem``, or ``None``."""
-    if problem.weight_block_size is not None:
+    if problem.format.block is not None:
         return "takes one scale per output channel, not weight blocks"
     return device_refusal(problem.device, problem.dtype)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from lowbit.ops import gguf
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.gguf_types import BLOCK_TYPES, block_type
 from lowbit.ops.library import register_kernel
@@ -33,8 +33,9 @@ from lowbit.ops.triton.launch import (
 )
 from lowbit.ops.triton.tiles import Tile
 from lowbit.ops.triton.tiling import clamped, program_tile, store_tile
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 TYPES = {"Q8_0": 0, "Q4_0": 1, "Q4_K": 2, "Q5_K": 3, "Q6_K": 4}
 """Types with a kernel -> what the kernel calls them."""
@@ -259,20 +260,21 @@ for _key in ("CUDA", "XPU"):
     register_kernel("gguf_mm", _key, gguf_mm)
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why the kernels here can't run ``problem``, or ``None``."""
     refusal = device_refusal(problem.device, problem.dtype)
     if refusal is not None:
         return refusal
-    if problem.weight_format and problem.weight_format not in TYPES:
-        return f"has kernels for {', '.join(TYPES)}, not for {problem.weight_format}"
-    kind = BLOCK_TYPES[problem.weight_format or "Q8_0"]
+    if problem.format.name and problem.format.name not in TYPES:
+        return f"has kernels for {', '.join(TYPES)}, not for {problem.format.name}"
+    kind = BLOCK_TYPES[problem.format.name or "Q8_0"]
     if problem.in_features % kind.elements:
         return f"{problem.in_features} input features are not whole blocks of {kind.name}"
     return None
 
 
-def linear(x: torch.Tensor, packed: torch.Tensor, weight_type: str, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear layer; arguments and result as in ``lowbit.ops.gguf.linear``."""
+    packed, weight_type = prepared.weight, prepared.format.name
     result: torch.Tensor = gguf.mm_operator(x.reshape(-1, x.shape[-1]), packed, weight_type, bias)
     return result.reshape(*x.shape[:-1], packed.shape[0])

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from lowbit.errors import UnsupportedError
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.int8 import quantize_activation, scaled_mm_operator
 from lowbit.ops.library import register_kernel
@@ -26,8 +26,9 @@ from lowbit.ops.triton.persistent import can_describe, persistent_mm
 from lowbit.ops.triton.quantize_rows import quantize_rows
 from lowbit.ops.triton.tiles import INT8, Tile, choose_tile, pointer_tile
 from lowbit.ops.triton.tiling import clamped, program_tile, store_tile
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "linears", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "linears", "prepare", "restore"]
 
 # Beyond this a sum of products of int8 values (-128 included) can leave int32.
 LARGEST_K = (2**31 - 1) // (128 * 128)
@@ -169,7 +170,7 @@ for _key in ("CUDA", "XPU"):
     register_kernel("int8_scaled_mm", _key, int8_scaled_mm)
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why the kernels here can't run ``problem``, or ``None``."""
     refusal = device_refusal(problem.device, problem.dtype)
     if refusal is not None:
@@ -182,27 +183,21 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def linear(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a W8A8 linear layer; arguments and result as in ``lowbit.ops.int8.linear``.
 
     The product is an operator; so is the quantization in eager mode. When compiling, the quantization is plain torch,
     which fuses with what precedes it.
     """
-    (result,) = linears(x, [packed], [weight_scale], [bias])
+    (result,) = linears(x, [prepared], [bias])
     return result
 
 
-def linears(
-    x: torch.Tensor,
-    packed: Sequence[torch.Tensor],
-    weight_scale: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor | None],
-) -> list[torch.Tensor]:
+def linears(x: torch.Tensor, layers: Sequence[Prepared], bias: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     """Apply several layers as ``linear`` does, with one input that is quantized once."""
     quantized, scale = quantize_activation(x.reshape(-1, x.shape[-1]))
     results = [
-        scaled_mm_operator(quantized, scale, *layer, x.dtype) for layer in zip(packed, weight_scale, bias, strict=True)
+        scaled_mm_operator(quantized, scale, layer.weight, layer.scales, b, x.dtype)
+        for layer, b in zip(layers, bias, strict=True)
     ]
     return [result.reshape(*x.shape[:-1], result.shape[1]) for result in results]

@@ -10,14 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.int8_weight_only import linear
 from lowbit.ops.library import register_kernel
-from lowbit.ops.triton.launch import expect_shape, on_device_of, row_major, supports
+from lowbit.ops.triton.launch import can_run, expect_shape, on_device_of, row_major
 from lowbit.ops.triton.rounding import decode_e4m3
 from lowbit.ops.triton.tiling import clamped, store_tile
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 # Beyond this many rows a weight is better decoded once and multiplied by torch. Not measured.
 MOST_ROWS = 64

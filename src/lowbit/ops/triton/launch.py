@@ -84,7 +84,7 @@ def device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why a kernel that takes whatever its chip does can't run ``problem``, or ``None``."""
     return device_refusal(problem.device, problem.dtype)
 

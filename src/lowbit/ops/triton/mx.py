@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from lowbit.ops import mx as reference
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.fp8 import E4M3
 from lowbit.ops.library import register_kernel
@@ -25,8 +25,9 @@ from lowbit.ops.triton import microscaling
 from lowbit.ops.triton.launch import device_refusal, expect_shape, on_device_of, row_major, target_of
 from lowbit.ops.triton.microscaling import E2M1, E2M1_MAX, decode_e8m0, encode_e2m1, multiplies_scaled, multiply
 from lowbit.ops.triton.rounding import INFINITY_BITS, encode_e4m3, magnitude_bits, scale_of
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 # Groups a program of the quantization handles: one dual group.
 BLOCK_GROUPS = DUAL_GROUP_SIZE // GROUP_SIZE
@@ -180,7 +181,7 @@ for _key in ("CUDA", "XPU"):
     register_kernel("mx_scaled_mm", _key, mx_scaled_mm)
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why the kernels here can't run ``problem``, or ``None``."""
     refusal = device_refusal(problem.device, problem.dtype)
     if refusal is not None:
@@ -189,14 +190,9 @@ def supports(problem: Problem) -> str | None:
     return None if multiplies_scaled(target, False) else f"{target} does not multiply MX elements"
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dual_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a linear layer; arguments and result as in ``lowbit.ops.mx.linear``."""
+    packed, weight_scale, dual_scale = prepared.weight, prepared.scales, prepared.outer_scale
     elements, scale, x_dual_scale = quantize_activation(x.reshape(-1, x.shape[-1]), packed, dual_scale)
     result: torch.Tensor = scaled_mm_operator(
         elements, scale, packed, weight_scale, bias, x.dtype, x_dual_scale, dual_scale

@@ -5,7 +5,7 @@ They are decoded to bfloat16 in registers. To be asked for by name.
 
 from __future__ import annotations
 
-from lowbit.ops.triton.launch import supports
-from lowbit.ops.triton.mx import linear, pack_weight, unpack_weight
+from lowbit.ops.triton.launch import can_run
+from lowbit.ops.triton.mx import linear, prepare, restore
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]

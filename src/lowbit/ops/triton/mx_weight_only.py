@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.library import register_kernel
 from lowbit.ops.mx_weight_only import linear
@@ -15,10 +15,10 @@ from lowbit.ops.triton.launch import device_refusal, row_major
 from lowbit.ops.triton.microscaling import PLAIN, multiply
 from lowbit.ops.triton.mx import kinds
 
-__all__ = ["linear", "mx_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "mx_weight_only_mm", "prepare", "restore"]
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why the kernel can't run ``problem``, or ``None``."""
     refusal = device_refusal(problem.device, problem.dtype)
     if refusal is None and problem.dtype == torch.float16:

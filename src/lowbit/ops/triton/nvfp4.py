@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from lowbit.ops import nvfp4 as reference
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.fp8 import E4M3
 from lowbit.ops.library import register_kernel
@@ -26,8 +26,9 @@ from lowbit.ops.nvfp4 import GROUP_SIZE, SMALLEST_SCALE, quantize_activation, sc
 from lowbit.ops.triton.launch import device_refusal, expect_shape, on_device_of, row_major, target_of
 from lowbit.ops.triton.microscaling import E2M1, E2M1_MAX, encode_e2m1, multiplies_scaled, multiply
 from lowbit.ops.triton.rounding import E4M3_MAX, INFINITY_BITS, decode_e4m3, encode_e4m3, magnitude_bits
+from lowbit.ops.weight_format import Prepared
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 LEAST_SCALE = tl.constexpr(SMALLEST_SCALE)
 KINDS: Mapping[str, Any] = {"KIND": E2M1.value, "SCALE_E4M3": True, "GROUP": GROUP_SIZE, "DUAL": 0}
@@ -135,10 +136,10 @@ for _key in ("CUDA", "XPU"):
 
 def only_weights(problem: Problem) -> str | None:
     """Refuse layers whose activations are not to be quantized (W4A16)."""
-    return "quantizes activations, which are to be left as they are" if problem.activation_scheme == "none" else None
+    return "quantizes activations; the format is weight-only" if problem.format.activation is None else None
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why the kernels here can't run ``problem``, or ``None``."""
     refusal = device_refusal(problem.device, problem.dtype) or only_weights(problem)
     if refusal is not None:
@@ -147,18 +148,12 @@ def supports(problem: Problem) -> str | None:
     return None if multiplies_scaled(target, True) else f"{target} does not multiply NVFP4 elements"
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    global_scale: torch.Tensor,
-    input_scale: torch.Tensor | None = None,
-    weight_only: bool = False,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Apply a W4A4 linear layer; arguments and result as in ``lowbit.ops.nvfp4.linear``, never ``weight_only``."""
-    assert not weight_only
-    elements, scale, x_global = quantize_activation(x.reshape(-1, x.shape[-1]), input_scale)
+    assert prepared.format.activation is not None
+    packed, weight_scale, global_scale = prepared.weight, prepared.scales, prepared.outer_scale
+    assert global_scale is not None
+    elements, scale, x_global = quantize_activation(x.reshape(-1, x.shape[-1]), prepared.input_scale)
     result: torch.Tensor = scaled_mm_operator(
         elements, scale, x_global, packed, weight_scale, global_scale, bias, x.dtype
     )

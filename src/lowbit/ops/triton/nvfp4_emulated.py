@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from lowbit.ops.dispatch import Problem
 from lowbit.ops.triton.launch import device_refusal
-from lowbit.ops.triton.nvfp4 import linear, only_weights, pack_weight, unpack_weight
+from lowbit.ops.triton.nvfp4 import linear, only_weights, prepare, restore
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "prepare", "restore"]
 
 
-def supports(problem: Problem) -> str | None:
+def can_run(problem: Problem) -> str | None:
     """Return why the kernels here can't run ``problem``, or ``None``."""
     return device_refusal(problem.device, problem.dtype) or only_weights(problem)

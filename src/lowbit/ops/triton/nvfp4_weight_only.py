@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.library import register_kernel
 from lowbit.ops.nvfp4_weight_only import linear
-from lowbit.ops.triton.launch import row_major, supports
+from lowbit.ops.triton.launch import can_run, row_major
 from lowbit.ops.triton.microscaling import PLAIN, multiply
 from lowbit.ops.triton.nvfp4 import KINDS
 
-__all__ = ["linear", "nvfp4_weight_only_mm", "pack_weight", "supports", "unpack_weight"]
+__all__ = ["can_run", "linear", "nvfp4_weight_only_mm", "prepare", "restore"]
 
 
 def nvfp4_weight_only_mm(

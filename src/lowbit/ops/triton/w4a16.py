@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from lowbit.ops import w4a16
-from lowbit.ops.canonical import pack_weight, unpack_weight
+from lowbit.ops.canonical import prepare, restore
 from lowbit.ops.library import register_kernel
 from lowbit.ops.triton.integer_groups import FUSED_ROWS, multiply
-from lowbit.ops.triton.launch import supports
+from lowbit.ops.triton.launch import can_run
 from lowbit.ops.w4a16 import operator_linear as linear
 
-__all__ = ["linear", "pack_weight", "supports", "unpack_weight", "w4a16_mm"]
+__all__ = ["can_run", "linear", "prepare", "restore", "w4a16_mm"]
 
 
 def w4a16_mm(

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from lowbit.errors import ConfigError, UnsupportedError
 from lowbit.ops import int8_static
+from lowbit.ops.weight_format import Prepared
 from lowbit.quantization.base import LinearMethod, QuantizationConfig, check_tensor
 from lowbit.quantization.methods.fp8 import Fp8LinearMethod
 from lowbit.quantization.methods.int8 import Int8LinearMethod, Int8WeightOnlyMethod
@@ -140,6 +141,7 @@ class AscendStaticMethod(LinearMethod):
 
     name = "ascend W8A8"
     family = "int8_static"
+    activation_scheme = "static"
     table = int8_static.IMPLEMENTATIONS
 
     def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
@@ -175,12 +177,18 @@ class AscendStaticMethod(LinearMethod):
             *(layer.get_parameter(name) for name in ("weight", "deq_scale", "input_scale"))
         )
 
-    def apply(self, layer: QuantizedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Quantize x with the checkpoint's scale and offset and multiply."""
-        assert layer.kernel is not None
-        names = ("input_scale", "input_offset", "quant_bias", "deq_scale")
-        result: Tensor = layer.kernel.linear(x, layer.weight, *(layer.get_parameter(name) for name in names))
-        return result
+    def tensors(self, layer: QuantizedLinear) -> Prepared:
+        """Return the type's tensors, see the module's table."""
+        names = ("weight", "deq_scale", "input_scale", "input_offset", "quant_bias")
+        weight, scale, input_scale, input_offset, quant_bias = (layer.get_parameter(name) for name in names)
+        return Prepared(
+            weight,
+            scale,
+            input_scale=input_scale,
+            input_offset=input_offset,
+            quant_bias=quant_bias,
+            format=self.format,
+        )
 
 
 TYPES: Mapping[str, Callable[[str], LinearMethod]] = {

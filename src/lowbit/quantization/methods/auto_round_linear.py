@@ -16,6 +16,7 @@ from torch import Tensor
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.ops import auto_round, nvfp4, w4a16, w8a16
 from lowbit.ops.integer_groups import GROUP_MULTIPLE, dequantize_groups, quantize_per_group, symmetric_zero_point
+from lowbit.ops.weight_format import Prepared
 from lowbit.quantization.base import LinearMethod, check_tensor
 from lowbit.quantization.methods.mxfp4 import Mxfp4LinearMethod
 from lowbit.quantization.methods.nvfp4 import NvFp4LinearMethod
@@ -113,8 +114,8 @@ class AutoRoundLinearMethod(LinearMethod):
         self.scheme, self.packing = scheme, packing
         self.bits_held = 4 if scheme.bits <= 4 else 8
         module = w4a16 if self.bits_held == 4 else w8a16
-        self.family, self.table = f"w{self.bits_held}a16", module.IMPLEMENTATIONS  # type: ignore[misc]
-        self.name = f"auto-round W{scheme.bits}A16"  # type: ignore[misc]
+        self.family, self.table = f"w{self.bits_held}a16", module.IMPLEMENTATIONS
+        self.name = f"auto-round W{scheme.bits}A16"
 
     def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
         """Return ``weight``, ``weight_scale``, ``zero_point`` and, of a checkpoint, ``g_idx``."""
@@ -229,20 +230,18 @@ class AutoRoundLinearMethod(LinearMethod):
         codes = w4a16.unpack_int4(weight) if self.bits_held == 4 else weight
         return dequantize_groups(codes, scale, zero)
 
-    def process_weights_after_loading(self, layer: QuantizedLinear) -> None:
-        """Choose the kernel and see whether there is a zero point to subtract."""
-        super().process_weights_after_loading(layer)
-        if layer.get_parameter("zero_point").is_meta:
-            return  # there is nothing to see
+    def facts(self, layer: QuantizedLinear) -> bool:
+        """Return whether there is no zero point to subtract: all are the middle of the codes."""
+        zero_point = layer.get_parameter("zero_point")
         middle = w4a16.SYMMETRIC_ZERO_POINT if self.bits_held == 4 else 0
-        layer.is_symmetric = not bool((layer.get_parameter("zero_point") != middle).any())
+        return not zero_point.is_meta and not bool((zero_point != middle).any())
 
-    def apply(self, layer: QuantizedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply x by the decoded weight."""
-        assert layer.kernel is not None
-        zero_point = None if layer.is_symmetric else layer.get_parameter("zero_point")
-        result: Tensor = layer.kernel.linear(x, layer.weight, layer.get_parameter("weight_scale"), bias, zero_point)
-        return result
+    def tensors(self, layer: QuantizedLinear) -> Prepared:
+        """Return the weight, its scales and, unless a kernel was bound that needs none, its zero points."""
+        is_symmetric = layer.binding is not None and layer.binding.facts
+        zero_point = None if is_symmetric else layer.get_parameter("zero_point")
+        weight, scale = layer.get_parameter("weight"), layer.get_parameter("weight_scale")
+        return Prepared(weight, scale, zero_point, format=self.format)
 
 
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -294,12 +293,13 @@ class AutoRoundNvFp4Method(NvFp4LinearMethod):
         scales = layer.get_parameter("weight_scale"), self._scale(layer, "weight_global_scale")
         return nvfp4.dequantize_nvfp4(layer.get_parameter("weight"), *scales)
 
-    def apply(self, layer: QuantizedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Quantize x as the scheme says and multiply."""
-        return self.multiply(
-            layer,
-            x,
-            bias,
-            self._scale(layer, "weight_global_scale"),
-            self._scale(layer, "input_global_scale") if self.has_input_scale else None,
+    def tensors(self, layer: QuantizedLinear) -> Prepared:
+        """Return the weight and its scales, global ones to multiply by."""
+        input_scale = self._scale(layer, "input_global_scale") if self.has_input_scale else None
+        return Prepared(
+            layer.get_parameter("weight"),
+            layer.get_parameter("weight_scale"),
+            outer_scale=self._scale(layer, "weight_global_scale"),
+            input_scale=input_scale,
+            format=self.format,
         )

@@ -8,14 +8,14 @@ value is multiplied with, whatever the name says); with the static scheme also `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from lowbit.errors import ConfigError
 from lowbit.ops import fp8
-from lowbit.ops.dispatch import Problem
+from lowbit.ops.weight_format import Prepared
 from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.scales import finite_and_positive, per_channel_scale, per_tensor_scale
 from lowbit.quantization.tensors import Dim, K, N, TensorSpec, fixed, groups
@@ -137,24 +137,20 @@ class Fp8LinearMethod(LinearMethod):
 
     def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
         """Return ``weight`` times its scale."""
-        scale = layer.get_parameter(self.scale_name)
-        return fp8.dequantize_fp8(layer.get_parameter("weight"), scale, self.block_size)
+        return fp8.dequantize_fp8(layer.get_parameter("weight"), self._scale(layer), self.block_size)
 
     def input_scale_of(self, absmax: float) -> float:
         """Return ``absmax / 448``."""
         return max(absmax, fp8.SMALLEST_ABSMAX) / fp8.E4M3_MAX
 
-    def problem(self, layer: QuantizedLinear, device: torch.device) -> Problem:
-        """Add the blocks to the layer's problem."""
-        return replace(super().problem(layer, device), weight_block_size=self.block_size)
+    def tensors(self, layer: QuantizedLinear) -> Prepared:
+        """Return the weight, its scales and that of static activations."""
+        input_scale = layer.get_parameter("input_scale") if self.activation_scheme == "static" else None
+        return Prepared(layer.get_parameter("weight"), self._scale(layer), input_scale=input_scale, format=self.format)
 
-    def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Quantize x as the scheme says and multiply."""
-        assert layer.kernel is not None
-        input_scale = layer.input_scale if self.activation_scheme == "static" else None
-        scale = layer.get_parameter(self.scale_name)
-        result: torch.Tensor = layer.kernel.linear(x, layer.weight, scale, bias, input_scale, self.block_size)
-        return result
+    def _scale(self, layer: QuantizedLinear) -> torch.Tensor:
+        """Return the weight's scale as kernels take it: float32 [N, 1], [], or one per block."""
+        return layer.get_parameter(self.scale_name)
 
 
 class Fp8WeightOnlyMethod(Fp8LinearMethod):
@@ -164,4 +160,4 @@ class Fp8WeightOnlyMethod(Fp8LinearMethod):
     weight_only = True
 
     def __init__(self, block_size: tuple[int, int] | None) -> None:
-        super().__init__("dynamic", block_size, "weight_only")
+        super().__init__("none", block_size, "weight_only")

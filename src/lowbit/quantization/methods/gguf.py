@@ -17,6 +17,7 @@ from lowbit.errors import ConfigError
 from lowbit.ops import gguf
 from lowbit.ops.dispatch import AUTO
 from lowbit.ops.gguf_types import BLOCK_TYPES, block_type
+from lowbit.ops.weight_format import Prepared
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.tensors import K, N, TensorSpec, blocks
 
@@ -137,12 +138,13 @@ class GgufLinearMethod(LinearMethod):
 
     name = "gguf"
     family = "gguf"
+    activation_scheme = "none"
     table = gguf.IMPLEMENTATIONS
 
     def __init__(self, weight_type: str, kernel: str = AUTO) -> None:
         super().__init__(kernel)
         self.weight_type = weight_type
-        self.name = f"gguf {weight_type}"  # type: ignore[misc]
+        self.name = f"gguf {weight_type}"
 
     def specs(self, out_features: int, in_features: int) -> tuple[TensorSpec, ...]:
         """Return ``weight`` uint8 [N, bytes per row]."""
@@ -166,8 +168,6 @@ class GgufLinearMethod(LinearMethod):
         """The type, such as ``"Q4_K"``."""
         return self.weight_type
 
-    def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Multiply x by the decoded weight."""
-        assert layer.kernel is not None
-        result: torch.Tensor = layer.kernel.linear(x, layer.weight, self.weight_type, bias)
-        return result
+    def tensors(self, layer: QuantizedLinear) -> Prepared:
+        """Return the blocks."""
+        return Prepared(layer.get_parameter("weight"), format=self.format)

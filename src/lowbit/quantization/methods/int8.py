@@ -13,6 +13,7 @@ import torch
 from lowbit.errors import ConfigError
 from lowbit.ops import int8
 from lowbit.ops.dispatch import AUTO
+from lowbit.ops.weight_format import Prepared
 from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.scales import per_channel_scale
 from lowbit.quantization.tensors import K, N, TensorSpec, fixed
@@ -102,13 +103,13 @@ class Int8LinearMethod(LinearMethod):
         """Return ``weight * weight_scale``."""
         return int8.dequantize_int8(layer.get_parameter("weight"), layer.get_parameter("weight_scale"))
 
+    def tensors(self, layer: QuantizedLinear) -> Prepared:
+        """Return the weight and its scale."""
+        return Prepared(layer.get_parameter("weight"), layer.get_parameter("weight_scale"), format=self.format)
+
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Quantize x by tokens and multiply."""
-        if self.activation_bits < 8:
-            x = round_to_bits(x, self.activation_bits)
-        assert layer.kernel is not None
-        result: torch.Tensor = layer.kernel.linear(x, layer.weight, layer.weight_scale, bias)
-        return result
+        return layer.multiply(x if self.activation_bits == 8 else round_to_bits(x, self.activation_bits), bias)
 
 
 class Int8WeightOnlyMethod(Int8LinearMethod):
@@ -116,6 +117,7 @@ class Int8WeightOnlyMethod(Int8LinearMethod):
 
     name = "int8_weight_only"
     weight_only = True
+    activation_scheme = "none"
 
     def __init__(self) -> None:
         super().__init__("weight_only")

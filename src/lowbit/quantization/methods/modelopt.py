@@ -240,11 +240,6 @@ class ModelOptFp8LinearMethod(Fp8LinearMethod):
         super().__init__(activation_scheme, None, kernel)
         self.per_tensor = activation_scheme == "static"
 
-    @property
-    def is_kernel_alone(self) -> bool:
-        """Scales are in another shape."""
-        return False
-
     def _scale_dims(self) -> tuple[Dim, ...]:
         return () if self.per_tensor else (N,)
 
@@ -267,20 +262,9 @@ class ModelOptFp8LinearMethod(Fp8LinearMethod):
         elements = fp8.quantize_per_tensor_operator(weight, scale)
         return {"weight": elements, "weight_scale": scale, "input_scale": input_scale}
 
-    def dequantize_weight(self, layer: QuantizedLinear) -> torch.Tensor:
-        """Return ``weight`` times its scale."""
-        return fp8.dequantize_fp8(layer.get_parameter("weight"), self._scale(layer))
-
     def _scale(self, layer: QuantizedLinear) -> torch.Tensor:
         scale = layer.get_parameter("weight_scale")
         return scale if self.per_tensor else scale.unsqueeze(1)
-
-    def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Quantize x as the scheme says and multiply."""
-        assert layer.kernel is not None
-        input_scale = layer.get_parameter("input_scale") if self.activation_scheme == "static" else None
-        result: torch.Tensor = layer.kernel.linear(x, layer.weight, self._scale(layer), bias, input_scale)
-        return result
 
 
 class NvFp4SvdLinearMethod(NvFp4LinearMethod):

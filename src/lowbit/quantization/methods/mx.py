@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowbit.ops import mx
+from lowbit.ops.weight_format import Prepared
 from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.scales import exponents
 from lowbit.quantization.tensors import K, N, TensorSpec, groups
@@ -52,9 +53,7 @@ class MxLinearMethod(LinearMethod):
         scale = layer.get_parameter("weight_scale")
         return mx.dequantize_mx(layer.get_parameter("weight"), scale, self.dual_scale(layer))
 
-    def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Quantize x and multiply."""
-        assert layer.kernel is not None
-        scale = layer.get_parameter("weight_scale")
-        result: torch.Tensor = layer.kernel.linear(x, layer.weight, scale, bias, self.dual_scale(layer))
-        return result
+    def tensors(self, layer: QuantizedLinear) -> Prepared:
+        """Return the weight with both of its scales."""
+        weight, scale = layer.get_parameter("weight"), layer.get_parameter("weight_scale")
+        return Prepared(weight, scale, outer_scale=self.dual_scale(layer), format=self.format)

@@ -15,6 +15,7 @@ import torch
 from lowbit.errors import ConfigError
 from lowbit.ops import nvfp4
 from lowbit.ops.fp8 import E4M3
+from lowbit.ops.weight_format import Prepared
 from lowbit.quantization.base import LinearMethod
 from lowbit.quantization.methods.fp8 import ACTIVATION_SCHEMES, UNCALIBRATED
 from lowbit.quantization.scales import finite_and_positive, per_tensor_scale, quantize_by_rows
@@ -123,21 +124,10 @@ class NvFp4LinearMethod(LinearMethod):
         """Return ``absmax / (6 * 448)``."""
         return float(nvfp4.global_scale_of(torch.tensor(absmax)))
 
-    def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Quantize x as the scheme says and multiply."""
+    def tensors(self, layer: QuantizedLinear) -> Prepared:
+        """Return the weight, its scales and, where the scheme uses it, that of static activations."""
+        weight, scale, global_scale = (
+            layer.get_parameter(name) for name in ("weight", "weight_scale", "weight_scale_2")
+        )
         input_scale = layer.get_parameter("input_scale") if self.activation_scheme == "static" else None
-        return self.multiply(layer, x, bias, layer.get_parameter("weight_scale_2"), input_scale)
-
-    def multiply(
-        self,
-        layer: QuantizedLinear,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        global_scale: torch.Tensor,
-        input_scale: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Compute the layer with these global scales, float32 []."""
-        assert layer.kernel is not None
-        scale, weight_only = layer.get_parameter("weight_scale"), self.activation_scheme == "none"
-        result: torch.Tensor = layer.kernel.linear(x, layer.weight, scale, bias, global_scale, input_scale, weight_only)
-        return result
+        return Prepared(weight, scale, outer_scale=global_scale, input_scale=input_scale, format=self.format)

@@ -17,6 +17,7 @@ from lowbit.ops import nvfp4, w4a4
 from lowbit.ops.dispatch import AUTO, Implementation
 from lowbit.ops.fp8 import E4M3
 from lowbit.ops.svdquant import low_rank_factors, product_operator, svdquant_dequantize
+from lowbit.ops.weight_format import Prepared
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.scales import finite_and_positive, quantize_by_rows
 from lowbit.quantization.tensors import K, N, TensorSpec, fixed, groups
@@ -176,6 +177,19 @@ class SvdQuantConfig(QuantizationConfig):
         }
 
 
+@dataclass(frozen=True)
+class Factors:
+    """What there is to multiply with in a layer.
+
+    Attributes:
+        is_smoothed: its input by ``smooth_factor``.
+        has_channel_scales: the result by ``wcscales``.
+    """
+
+    is_smoothed: bool
+    has_channel_scales: bool
+
+
 class SvdQuantLinearMethod(LinearMethod):
     """SVDQuant of a linear layer.
 
@@ -190,8 +204,8 @@ class SvdQuantLinearMethod(LinearMethod):
         super().__init__(kernel)
         self.precision, self.rank = precision, rank
         self.kind = PRECISIONS[precision]
-        self.name = f"svdquant {precision}"  # type: ignore[misc]
-        self.family, self.table = self.kind.family, self.kind.table  # type: ignore[misc]
+        self.name = f"svdquant {precision}"
+        self.family, self.table = self.kind.family, self.kind.table
         self.optional = frozenset({"wcscales", "wtscale"} if precision == "nvfp4" else ())
 
     @property
@@ -280,8 +294,8 @@ class SvdQuantLinearMethod(LinearMethod):
             tensors["wtscale"] = layer.get_parameter("wtscale").data
         return svdquant_dequantize(layer.get_parameter("weight").data, **tensors)
 
-    def process_weights_after_loading(self, layer: QuantizedLinear) -> None:
-        """Choose the kernel; see which scales there is to multiply with.
+    def facts(self, layer: QuantizedLinear) -> Factors:
+        """Return which of the scales there is to multiply with.
 
         Raises:
             CheckpointError: the factors have different ranks.
@@ -291,45 +305,48 @@ class SvdQuantLinearMethod(LinearMethod):
             raise CheckpointError(
                 f"{layer.prefix}: proj_down {list(down.shape)} and proj_up {list(up.shape)} have different ranks"
             )
-        super().process_weights_after_loading(layer)
         if down.is_meta:
-            return  # there is nothing to see
-        layer.is_smoothed = bool((layer.get_parameter("smooth_factor") != 1).any())
-        layer.has_channel_scales = "wcscales" in layer.quantized_names and bool(
-            (layer.get_parameter("wcscales") != 1).any()
+            return Factors(False, False)  # there is nothing to see
+        has_channel_scales = "wcscales" in layer.quantized_names
+        return Factors(
+            bool((layer.get_parameter("smooth_factor") != 1).any()),
+            has_channel_scales and bool((layer.get_parameter("wcscales") != 1).any()),
         )
+
+    def tensors(self, layer: QuantizedLinear) -> Prepared:
+        """Return those of the 4-bit product."""
+        weight, scale = layer.get_parameter("weight"), layer.get_parameter("wscales")
+        return Prepared(weight, scale, outer_scale=self._global_scale(layer), format=self.format)
+
+    def _global_scale(self, layer: QuantizedLinear) -> torch.Tensor | None:
+        if self.precision == "int4":
+            return None
+        if "wtscale" in layer.quantized_names:
+            return layer.get_parameter("wtscale")
+        return torch.ones((), device=layer.get_parameter("wscales").device)
 
     def apply(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Compute both products and add them and the bias."""
-        assert layer.kernel is not None
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         result = self._multiply_rows(layer, rows, bias)
         return result if x.ndim == 2 else result.view(*x.shape[:-1], result.shape[-1])
 
     def _multiply_rows(self, layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        assert layer.kernel is not None
-        weight, scale = layer.get_parameter("weight"), layer.get_parameter("wscales")
-        smoothed = (x / layer.get_parameter("smooth_factor")).to(x.dtype) if layer.is_smoothed else x
+        bound = layer.bound
+        factors: Factors = bound.facts
+        smoothed = (x / layer.get_parameter("smooth_factor")).to(x.dtype) if factors.is_smoothed else x
         down, up = (_in_dtype(layer.get_parameter(name), x.dtype) for name in ("proj_down", "proj_up"))
-        global_scale = self._global_scale(layer, x)
-        if self._is_one_product(layer):
-            result: torch.Tensor = product_operator(smoothed, weight, scale, global_scale, x, down, up, bias)
+        if "low_rank" in bound.implementation.capabilities and not factors.has_channel_scales:
+            tensors = layer.prepared()
+            result: torch.Tensor = product_operator(
+                smoothed, tensors.weight, tensors.scale, tensors.outer_scale, x, down, up, bias
+            )
             return result
-        global_scales = () if global_scale is None else (global_scale,)
-        result = layer.kernel.linear(smoothed, weight, scale, None, *global_scales)
-        if layer.has_channel_scales:
+        result = layer.multiply(smoothed, None)
+        if factors.has_channel_scales:
             result = result * layer.get_parameter("wcscales").to(x.dtype)
         result.addmm_(x @ down, up.t())  # nobody else's: added to in place
         return result if bias is None else result.add_(bias)
-
-    def _is_one_product(self, layer: QuantizedLinear) -> bool:
-        assert layer.implementation is not None
-        return layer.implementation.name == "weight_only" and not layer.has_channel_scales
-
-    def _global_scale(self, layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor | None:
-        if self.precision == "int4":
-            return None
-        return layer.get_parameter("wtscale") if "wtscale" in layer.quantized_names else torch.ones((), device=x.device)
 
 
 def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
