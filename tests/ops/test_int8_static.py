@@ -42,7 +42,7 @@ def test_product_is_the_formula(module: object, offset: float, dtype: torch.dtyp
     q = (quotient.round() + offset).clamp(-128, 127)
     sums = q @ tensors["packed"].double().t()
     expected = (sums + tensors["quant_bias"].double()) * tensors["deq_scale"].double()
-    result = calls.linear(module, x, *tensors.values())  # type: ignore[attr-defined]
+    result = calls.linear(module, x, *tensors.values())
     assert result.dtype == dtype
     assert result.shape == (2, 5, 64)
     size = (sums.abs() + tensors["quant_bias"].double().abs()) * tensors["deq_scale"].double()
@@ -56,7 +56,7 @@ def test_nan_makes_its_row_nan_and_infinity_saturates(module: object) -> None:
     tensors = layer(3.0)
     x = torch.randn(3, 96)
     x[1, 5], x[2, 5] = torch.nan, torch.inf
-    result = calls.linear(module, x, *tensors.values())  # type: ignore[attr-defined]
+    result = calls.linear(module, x, *tensors.values())
     assert result[1].isnan().all()
     assert result[[0, 2]].isfinite().all()
 

@@ -44,7 +44,7 @@ def test_product_is_that_of_the_decoded_weight(
     wide = weight.double() - (0 if zero is None else zero.double().repeat_interleave(size, 1))
     decoded = wide * scale.double().repeat_interleave(size, 1)
     expected = x.double() @ decoded.t() + bias.double()
-    result = calls.linear(module, x, weight, scale, bias, zero)  # type: ignore[attr-defined]
+    result = calls.linear(module, x, weight, scale, bias, zero)
     assert result.dtype == dtype
     magnitude = x.double().abs() @ ((weight.double().abs() + 128) * scale.double().repeat_interleave(size, 1)).t()
     rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22

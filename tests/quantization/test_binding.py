@@ -79,7 +79,7 @@ def test_a_call_changes_nothing_of_the_layer(name: str, moved_by_others: bool) -
     before, parameters = dict(layer.__dict__), dict(layer._parameters)
     seen: list[bool] = []
 
-    class Watched(dict):  # type: ignore[type-arg]
+    class Watched(dict):
         def __setitem__(self, key: str, value: Any) -> None:
             seen.append(True)
             super().__setitem__(key, value)
