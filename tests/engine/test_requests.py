@@ -29,11 +29,15 @@ from lowbit.errors import AbortedError, ConfigError, DeadlineError
 from tests.models.steps.pipelines import make
 
 Params = OmniDiffusionSamplingParams
+LATENT = {"output_type": "latent"}  # decoding takes longer than all steps
 CASES = [
-    ("a large red circle left of a small blue square", Params(seed=1, num_inference_steps=6)),
-    ("a green star", Params(seed=2, num_inference_steps=9, height=96, width=160)),
-    ("a small yellow star", Params(seed=3, num_inference_steps=5, guidance_scale=1.5, negative_prompt="a circle")),
-    ("a blue square", Params(seed=4, num_inference_steps=3, num_outputs_per_prompt=2)),
+    ("a large red circle left of a small blue square", Params(seed=1, num_inference_steps=5, extra_args=LATENT)),
+    ("a green star", Params(seed=2, num_inference_steps=6, height=64, width=96, extra_args=LATENT)),
+    (
+        "a small yellow star",
+        Params(seed=3, num_inference_steps=4, guidance_scale=1.5, negative_prompt="a circle", extra_args=LATENT),
+    ),
+    ("a blue square", Params(seed=4, num_inference_steps=2, height=32, width=32, num_outputs_per_prompt=2)),
 ]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -114,9 +118,10 @@ def test_requests_in_turn_give_the_bytes_of_each_alone(omni: Omni) -> None:
 
 
 def test_int8_in_one_batch_gives_the_bytes_of_each_alone() -> None:
-    """The model's BF16 layers see one row of modulation per picture; the embedded model's GEMMs do not mind."""
     omni = Omni(device="cpu", quantization="int8")
-    cases = [(prompt, Params(seed=seed, num_inference_steps=3)) for seed, (prompt, _) in enumerate(CASES)]
+    cases = [
+        (prompt, Params(seed=seed, num_inference_steps=3, extra_args=LATENT)) for seed, (prompt, _) in enumerate(CASES)
+    ]
     expected = [generate(omni, *case) for case in cases]
     runner, batches = omni.runner, []
     runner.max_batch = 4
@@ -125,12 +130,7 @@ def test_int8_in_one_batch_gives_the_bytes_of_each_alone() -> None:
     while any(not state.is_done for state in states):
         runner.step([state for state in states if not state.is_done])
     assert set(batches) == {4}
-    differences = [
-        np.abs(one.astype(int) - other.astype(int)).max()
-        for state, output in zip(states, expected, strict=True)
-        for one, other in zip(pixels(state.output()), pixels(output), strict=True)
-    ]
-    assert max(differences) <= 8
+    assert all(same(state.output(), output) for state, output in zip(states, expected, strict=True))
 
 
 def test_the_shared_pipeline_is_left_alone(omni: Omni) -> None:
@@ -209,14 +209,14 @@ def test_an_error_of_a_hook_ends_its_request(plain: Omni) -> None:
 def test_times_of_every_step(omni: Omni, indivisible: Omni) -> None:
     for each in (omni, indivisible):
         output = generate(each, *CASES[0], on_step=lambda step, _: time.sleep(0.3 if step == 0 else 0.0))
-        assert len(output.step_times_s) == output.num_inference_steps == 6
+        assert len(output.step_times_s) == output.num_inference_steps == 5
         assert min(output.step_times_s) > 0
         assert output.step_times_s[1] > 0.3  # the hook runs after the step's end
         assert output.generation_time_s > sum(output.step_times_s)
 
 
 def test_prompts_may_be_any_iterable(plain: Omni) -> None:
-    params = Params(seed=0, num_inference_steps=1)
+    params = Params(seed=0, num_inference_steps=1, extra_args=LATENT)
     outputs = plain.generate((prompt for prompt, _ in CASES[:2]), params, progress=False)
     assert isinstance(outputs, list)
     assert [output.prompt for output in outputs] == [prompt for prompt, _ in CASES[:2]]
@@ -226,7 +226,7 @@ def test_each_request_has_a_bar(plain: Omni, monkeypatch: pytest.MonkeyPatch) ->
     totals: list[tuple[int, int]] = []
     close = tqdm.close
     monkeypatch.setattr(tqdm, "close", lambda bar: (totals.append((bar.total, bar.n)), close(bar)))
-    params = Params(seed=0, num_inference_steps=2)
+    params = Params(seed=0, num_inference_steps=2, height=32, width=32)
     states = [plain.runner.start(plain.request("a star", params, progress=shown)) for shown in (True, False)]
     assert [state.bar.disable for state in states] == [False, True]
     plain.runner.step(states)
@@ -275,7 +275,7 @@ def test_overlapping_measurements_keep_their_peaks() -> None:
 
 
 def test_load_calibrate_and_optimize_apart() -> None:
-    prompts = [prompt for prompt, _ in CASES[:2]]
+    prompts = [CASES[0][0]]
     spec = {"method": "int8", "smoothing": 0.5}
     omni = Omni(quantization_config=spec, calibration_prompts=prompts, device="cpu")
     config = OmniDiffusionConfig(quantization_config=spec, calibration_prompts=prompts, device="cpu")
@@ -292,12 +292,10 @@ def test_load_calibrate_and_optimize_apart() -> None:
         calibrate(load(config), [])
 
 
-@pytest.mark.parametrize("quantization", ["int8", "torchao"])
-def test_a_model_is_resolved_and_read_once(monkeypatch: pytest.MonkeyPatch, quantization: str) -> None:
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_model_is_resolved_and_read_once(monkeypatch: pytest.MonkeyPatch, quantization: str | None) -> None:
     import lowbit.engine.load as load_module
 
-    if quantization == "torchao":
-        pytest.importorskip("torchao")
     counts = {"resolve_model": 0, "read_components": 0}
     for name in counts:
         original = getattr(loading, name)
@@ -308,8 +306,7 @@ def test_a_model_is_resolved_and_read_once(monkeypatch: pytest.MonkeyPatch, quan
 
         for module in (loading, load_module):
             monkeypatch.setattr(module, name, counted)
-    spec = {"method": "torchao", "quant_type": "int8wo"} if quantization == "torchao" else quantization
-    Omni(quantization_config=spec, device="cpu")
+    Omni(quantization=quantization, device="cpu")
     assert counts == {"resolve_model": 1, "read_components": 1}
 
 
@@ -338,8 +335,8 @@ def test_sizes_that_can_not_be(plain: Omni, params: dict[str, int], message: str
 
 
 def test_the_largest_size_with_positions_is_made(plain: Omni) -> None:
-    output = generate(plain, "a star", Params(seed=0, num_inference_steps=1, height=16, width=1024))
-    assert output.images[0].size == (1024, 16)
+    output = generate(plain, "a star", Params(seed=0, num_inference_steps=1, height=16, width=1024, extra_args=LATENT))
+    assert pixels(output)[0].shape[-1] == 1024 // 8
 
 
 def test_prompts_past_the_positions_are_told(plain: Omni) -> None:
@@ -366,13 +363,13 @@ def test_limits_of_other_families(family: str, sizes: dict[str, int], message: s
 def test_the_least_memory_is_less_than_what_is_taken() -> None:
     pipeline = make("flux")
     pipeline.set_progress_bar_config(disable=True)
-    run = {"height": 512, "width": 512, "num_inference_steps": 1, "max_sequence_length": 16}
+    run = {"height": 256, "width": 256, "num_inference_steps": 1, "max_sequence_length": 16}
     pipeline("a star", **{**run, "height": 32, "width": 32})
     peak = PeakMemory(torch.device("cpu"))
     before = peak.megabytes()
     pipeline("a star", **run)
     taken = (peak.megabytes() - before) * 1e6
-    assert 0 < least_bytes(pipeline, pipeline.transformer, 512, 512, 1) < taken
+    assert 0 < least_bytes(pipeline, pipeline.transformer, 256, 256, 1) < taken
 
 
 def test_runners_take_turns_by_steps(plain: Omni) -> None:
@@ -381,7 +378,9 @@ def test_runners_take_turns_by_steps(plain: Omni) -> None:
     order: list[str] = []
 
     def run(name: str) -> None:
-        request = plain.request("a star", Params(seed=0, num_inference_steps=12), on_step=lambda *_: order.append(name))
+        request = plain.request(
+            "a star", Params(seed=0, num_inference_steps=12, height=32, width=32), on_step=lambda *_: order.append(name)
+        )
         state = runner.start(request)
         started.wait()
         while not state.is_done:
