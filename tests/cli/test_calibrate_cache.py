@@ -49,5 +49,5 @@ def test_bad_options(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(["generate", "a red circle", *arguments], monkeypatch) == 1
+    assert run(["generate", "a red circle", *arguments], monkeypatch) == 2
     assert message in capsys.readouterr().err

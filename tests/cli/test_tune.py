@@ -77,7 +77,7 @@ def test_bad_input_is_found_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lowbit.evaluation.recording.Side.load", lambda _: pytest.fail("loaded a model"))
-    assert run(arguments, monkeypatch) == 1
+    assert run(arguments, monkeypatch) == 2
     assert message in capsys.readouterr().err
 
 

@@ -12,6 +12,7 @@ from lowbit.errors import ConfigError, UnsupportedError
 from lowbit.ops import dispatch
 from lowbit.ops.attention import AttentionProblem
 from lowbit.ops.dispatch import ANY_DEVICE, AnyProblem, Implementation, Problem, select
+from lowbit.ops.weight_format import WeightFormat
 
 PROBLEM = Problem(torch.device("cpu"), torch.bfloat16, 64, 64)
 GPU_ONLY = Implementation("gpu", "lowbit.ops.int8", frozenset({"cuda"}))
@@ -70,9 +71,8 @@ WEIGHT_FORMATS = {"gguf": "Q4_K", "mx": "mxfp4"}
 @pytest.mark.parametrize("device", ["cpu", "meta", "cuda", "xpu", "mps"])
 @pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table])
 def test_auto_finds_something_for_every_family_on_every_device(family: str, device: str) -> None:
-    problem: AnyProblem = Problem(
-        torch.device(device), torch.bfloat16, 64, 128, weight_format=WEIGHT_FORMATS.get(family, "")
-    )
+    weight_format = WeightFormat(WEIGHT_FORMATS.get(family, ""))
+    problem: AnyProblem = Problem(torch.device(device), torch.bfloat16, 64, 128, weight_format)
     if family == "attention":
         problem = AttentionProblem(torch.device(device), torch.bfloat16, "int8", 64)
     chosen = select(family, FAMILIES[family], problem)
