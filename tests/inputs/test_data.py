@@ -143,7 +143,7 @@ def test_a_dictionary_is_one_prompt() -> None:
         ({"prompt": ""}, "not empty"),
         ({"negative_prompt": "blur"}, "not empty, got None"),
         ({"prompt": "a", "negative_prompt": 3}, "expected text, got 3"),
-        ({"prompt": "a", "promt": "b"}, "Unknown key of a prompt: 'promt'. Expected one of: prompt, negative_prompt"),
+        ({"prompt": "a", "prmpt": "b"}, "Unknown key of a prompt: 'prmpt'. Expected one of: prompt, negative_prompt"),
         ({"prompt": "a", "multi_modal_data": {}}, "multi_modal_data of a prompt: .*not supported as input"),
         ({"prompt_token_ids": [1]}, "prompt_token_ids of a prompt: .*give the text"),
     ],
