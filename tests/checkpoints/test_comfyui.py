@@ -373,3 +373,16 @@ def test_a_whole_file_that_was_cast_is_read(name: str, tmp_path: Path) -> None:
     found = decoded(made.load())
     for key, tensor in original.items():
         assert torch.equal(found[key], tensor.to(E4M3).float()), key
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_integers_that_are_no_weight_are_not_taken_for_values(dtype: torch.dtype, tmp_path: Path) -> None:
+    made = Model("qwen-image", tmp_path)
+    write(made, "fp8", "metadata", "")
+    with safe_open(str(made.path), framework="pt") as opened:
+        metadata = opened.metadata()
+    found = load_file(made.path)
+    found[f"{LAYERS[1]}.bias"] = torch.ones_like(found[f"{LAYERS[1]}.bias"]).to(dtype)
+    save_file(found, made.path, metadata)
+    with pytest.raises(CheckpointError, match=rf"1 tensors are codes and not values: {LAYERS[1]}\.bias"):
+        made.load()

@@ -13,7 +13,7 @@ from lowbit.quantization import NvFp4Config, QuantizedLinear, SvdQuantConfig, bu
 from lowbit.quantization.calibration.smoothing import watched_inputs
 from lowbit.quantization.plan import quantize_layer
 from tests.quantization.models import run_transformer, small_transformer
-from tests.support.models import FAMILIES, relative_error, save, stored_config, tensors
+from tests.support.models import FAMILIES, language_model, relative_error, save, stored_config, tensors
 
 PRECISIONS = ("nvfp4", "int4")
 
@@ -220,3 +220,20 @@ def test_layers_of_other_widths_are_kept() -> None:
     model = nn.Sequential(nn.Linear(72, 16), nn.Linear(128, 72))
     manifest = quantize_model(model, SvdQuantConfig(rank=4))
     assert [(record.name, record.reason) for record in manifest.kept] == [("0", "input features are no multiple of 16")]
+
+
+@pytest.mark.parametrize("host", ["diffusers", "transformers"])
+def test_a_scale_that_one_layer_lacks_is_missing_and_one_that_all_lack_is_not(host: str, tmp_path: Path) -> None:
+    model: Any = FAMILIES["qwen-image"].make() if host == "diffusers" else language_model()
+    model.to(torch.bfloat16).requires_grad_(False)
+    quantize_model(model, "svdquant", rank=8)
+    model.save_pretrained(tmp_path)
+    kind = type(model)
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = load_file(file)
+    first = next(key for key in whole if key.endswith(".wtscale"))
+    save_file({key: tensor for key, tensor in whole.items() if key != first}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"1 tensors are missing: {first}$"):
+        kind.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    save_file({k: v for k, v in whole.items() if not k.endswith(".wtscale")}, file, {"format": "pt"})
+    kind.from_pretrained(tmp_path, dtype=torch.bfloat16)

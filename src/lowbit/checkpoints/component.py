@@ -185,7 +185,7 @@ def check_loaded(model: nn.Module, missing: Iterable[str] = (), wrong: Mapping[s
         CheckpointError: tensors are missing or wrong, or linear layers that should be unquantized are not; names them
             all.
     """
-    absent = {*_absent(model), *missing}
+    absent = {*_absent(model), *_absent_here_only(model), *missing}
     problems = [f"{len(absent)} tensors are missing: {', '.join(sorted(absent))}"] if absent else []
     if wrong:
         problems += [f"{len(wrong)} tensors are wrong:", *(f"  {name}: {wrong[name]}" for name in sorted(wrong))]
@@ -201,6 +201,16 @@ def check_loaded(model: nn.Module, missing: Iterable[str] = (), wrong: Mapping[s
             f"{type(model).__name__}: layers to be kept in high precision are not: {', '.join(foreign)}. Does"
             " ignored_layers in config.json name layers that were quantized?"
         )
+
+
+def _absent_here_only(model: nn.Module) -> Iterator[str]:
+    """Yield the names, as on disk, of optional tensors that other layers of the same method have."""
+    layers = quantized_layers(model).values()
+    present = {(layer.method.name, name) for layer in layers for name in layer.quantized_names}
+    for layer in layers:
+        for name in sorted(layer.method.all_or_none - set(layer.quantized_names)):
+            if (layer.method.name, name) in present:
+                yield f"{layer.prefix}.{layer.stored_name(name)}"
 
 
 def _absent(model: nn.Module) -> Iterator[str]:

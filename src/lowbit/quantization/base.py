@@ -213,6 +213,8 @@ class LinearMethod(ABC):
         activation_scheme: ``"dynamic"``, ``"static"`` (by ``input_scale``), or ``"none"`` for weights alone.
         block_size: (output, input channels) of a weight block with one scale, ``None`` for other granularities.
         optional: tensors that a checkpoint may lack; the layer then does without.
+        all_or_none: of those, what a writer gives to every layer of this method or to none: where some layers have it,
+            it is missing in the others.
         stored_names: parameter -> the checkpoint's name of its tensor, where they differ.
     """
 
@@ -223,6 +225,7 @@ class LinearMethod(ABC):
     activation_scheme: str = "dynamic"
     block_size: tuple[int, int] | None = None
     optional: frozenset[str] = frozenset()
+    all_or_none: frozenset[str] = frozenset()
     stored_names: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, kernel: str = AUTO) -> None:

@@ -153,6 +153,7 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
     with located(str(file.path)):
         recipe, missing = find_recipe(model, heights)
     reader = _Reader(file, layers, plain, config, model)
+    reader.refuse_codes(recipe)
     tensors: dict[str, ForeignTensor] = {}
     formats: dict[str, dict[str, Any]] = {}
     for name, parts in recipe.items():
@@ -314,6 +315,25 @@ class _Reader:
     @cached_property
     def expected(self) -> Mapping[str, torch.Tensor]:
         return self.model.state_dict()
+
+    def refuse_codes(self, recipe: Mapping[str, Sequence[Rows]]) -> None:
+        """Raise ``CheckpointError`` for integers that would be taken for values, such as a bias in int8."""
+        wanted = {
+            self.plain[part.source]: name
+            for name, parts in recipe.items()
+            for part in parts
+            if part.source in self.plain
+        }
+        found = {
+            stored: f"{self.file.headers[stored]}, as {name}"
+            for stored, name in wanted.items()
+            if codes.is_codes(self.file.headers[stored])
+            and self.file.headers[stored].dtype not in codes.CAST
+            and (name not in self.expected or self.expected[name].is_floating_point())
+        }
+        codes.refuse(
+            str(self.file.path), found, "No format that the file names says how to read them: get a whole file"
+        )
 
     def layer_format(self, name: str, parts: Sequence[Rows]) -> LayerFormat | None:
         """Return the format that a tensor of the model is in as a layer's weight; ``None``: it is decoded.

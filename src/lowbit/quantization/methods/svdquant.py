@@ -206,7 +206,9 @@ class SvdQuantLinearMethod(LinearMethod):
         self.kind = PRECISIONS[precision]
         self.name = f"svdquant {precision}"
         self.family, self.table = self.kind.family, self.kind.table
-        self.optional = frozenset({"wcscales", "wtscale"} if precision == "nvfp4" else ())
+        is_nvfp4 = precision == "nvfp4"
+        self.optional = frozenset({"wcscales", "wtscale"} if is_nvfp4 else ())
+        self.all_or_none = frozenset({"wtscale"} if is_nvfp4 else ())  # nunchaku writes wcscales for some layers only
 
     @property
     def weight_format(self) -> str:
