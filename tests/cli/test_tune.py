@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowbit.cli.main import main
+from lowbit.evaluation import recording
 from lowbit.evaluation.prompts import validation_prompts
 from tools.train_embedded.captions import parse
 
@@ -41,6 +42,7 @@ def test_tune_writes_a_recipe_that_other_commands_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recording, "START_METHOD", "spawn")  # a fork server writes where it was started
     Path("verify.txt").write_text("a blue star\n")
     arguments = ["tune", "-q", HARSH, "--prompt", PROMPT, "--num-inference-steps", "2", "--gate", "psnr_db>=12"]
     arguments += ["--verification-prompts-file", "verify.txt", "--budget", "1", "--device", "cpu", "-o", "recipe.json"]

@@ -6,12 +6,16 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from lowbit import Omni, OmniDiffusionSamplingParams
 from lowbit.models.embedded import embedded_model
+from tests.support.methods import forget_method
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -99,6 +103,25 @@ def test_compare(run: Runner) -> None:
     assert float(re.findall(r"PSNR (\S+) dB", printed)[0]) > 40
 
 
+def test_train_lora_resumes_exactly_and_plain_diffusers_reads_the_adapter(run: Runner) -> None:
+    pytest.importorskip("peft")
+    run("train_lora.py", "--steps", "4", "--batch", "2", "--output", "whole")
+    run("train_lora.py", "--steps", "2", "--batch", "2", "--output", "parts")
+    printed = run("train_lora.py", "--steps", "4", "--batch", "2", "--output", "parts", "--resume")
+    assert re.search(r"yellow in pictures of held-out captions: \d+% before, \d+% after", printed)
+    whole, parts = (load_file(Path(name, "pytorch_lora_weights.safetensors")) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    plain: Any = Omni().pipeline
+    plain.load_lora_weights("whole")
+    found = {name: tensor for name, tensor in plain.transformer.named_parameters() if ".lora_B." in name}
+    assert len(found) == len(whole) // 2
+    assert all(tensor.any() for tensor in found.values())
+
+
 def test_custom_method(run: Runner) -> None:
-    printed = run("custom_method.py")
+    try:
+        printed = run("custom_method.py")
+    finally:
+        forget_method("toy_int8")
     assert "toy_int8" in printed

@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig, ZImageTransformer2DModel
-from diffusers.quantizers import auto as diffusers_auto
 from transformers import AutoModel
-from transformers.quantizers import auto as transformers_auto
 
 from examples.custom_method import ToyConfig
 from lowbit import Omni, quantize_model, register_quantization_method
@@ -25,8 +23,8 @@ from lowbit.quantization import (
     Int8Config,
     QuantizationConfig,
     build_quant_config,
-    factory,
 )
+from tests.support.methods import forget_method
 from tests.support.models import Family, language_model, relative_error, stored_config, tensors
 
 BF16 = torch.bfloat16
@@ -37,10 +35,7 @@ NAME = ToyConfig.get_name()
 def toy() -> Iterator[None]:
     register_quantization_method(NAME, ToyConfig)
     yield
-    del factory._METHODS[NAME]
-    SUPPORTED_QUANTIZATION_METHODS.remove(NAME)
-    for auto in (diffusers_auto, transformers_auto):
-        del auto.AUTO_QUANTIZATION_CONFIG_MAPPING[NAME], auto.AUTO_QUANTIZER_MAPPING[NAME]
+    forget_method(NAME)
 
 
 @pytest.mark.usefixtures("toy")

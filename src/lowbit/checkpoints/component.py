@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from lowbit.errors import CheckpointError, ConfigError
-from lowbit.models.patterns import matches_any
 from lowbit.ops.dispatch import ANY_DEVICE, requested_kernel
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
 from lowbit.quantization.calibration.static import uncalibrated_layers
@@ -20,9 +19,9 @@ from lowbit.quantization.linear import QuantizedLinear, State
 from lowbit.quantization.manifest import Manifest
 from lowbit.quantization.methods.fp8 import UNCALIBRATED
 from lowbit.quantization.plan import (
-    Decision,
     Plan,
     check_kernels,
+    keep,
     make_manifest,
     plan_layers,
     quantized_layers,
@@ -99,7 +98,7 @@ def prepare(
         )
     plan = plan_layers(model, config)
     if not config.is_serialized or config.weights_from is not None:
-        plan = _keep(plan, kept or {})
+        plan = keep(plan, kept or {})
     replace_layers(model, plan, dtype)
     layers = quantized_layers(model)
     for layer in layers.values():
@@ -112,15 +111,6 @@ def prepare(
         target = torch.device(device)
         check_kernels((layer for layer in layers.values() if not _is_for_other_device(layer.method, target)), target)
     return Preparation(config, plan, layers)
-
-
-def _keep(plan: Plan, kept: Mapping[str, Collection[str]]) -> Plan:
-    def decide(name: str, decision: Decision) -> Decision:
-        reasons = (reason for reason, patterns in kept.items() if matches_any(patterns, name))
-        reason = next(reasons, None) if decision.method is not None else None
-        return decision if reason is None else Decision(None, reason)
-
-    return {name: decide(name, decision) for name, decision in plan.items()}
 
 
 def _is_for_other_device(method: LinearMethod, device: torch.device) -> bool:

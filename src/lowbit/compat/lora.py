@@ -1,7 +1,8 @@
 """LoRA adapters on quantized layers: peft adds them to what a layer computes, as to any ``nn.Linear``.
 
-Two things the libraries do by looking at a layer's weight, which a quantized layer's can't answer: merging an adapter
-into it, which is refused, and comparing its shape with the adapter's, to widen one of them (FLUX's loader does).
+Three things the libraries do by looking at a layer's weight, which a quantized layer's can't answer: merging an adapter
+into it, which is refused; comparing its shape with the adapter's, to widen one of them (FLUX's loader does); and taking
+its norm for DoRA.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _MERGING: Mapping[str, tuple[str, str]] = {
 }
 
 _FLUX_LOADER = "diffusers.loaders.lora_pipeline"
+_DORA = "peft.tuners.lora.dora"
 
 
 def register(module: ModuleType) -> None:
@@ -33,6 +35,8 @@ def register(module: ModuleType) -> None:
         override(module.FluxLoraLoaderMixin, "_calculate_module_shape", _module_shape)
         override(module.FluxLoraLoaderMixin, "_maybe_expand_lora_state_dict", _widen_adapters)
         override(module, "_maybe_dequantize_weight_for_expanded_lora", _refuse_expanding)
+    elif module.__name__ == _DORA:
+        override(module, "dequantize_module_weight", _dequantized)
     else:
         owner, name = _MERGING[module.__name__]
         override(getattr(module, owner), name, _refuse_merging)
@@ -50,6 +54,13 @@ def _refuse_merging(original: Callable[..., Any], module: nn.Module, *args: Any,
             " them beside the weights and weigh them with set_adapters, or fuse them before quantizing"
         )
     return original(module, *args, **kwargs)
+
+
+def _dequantized(original: Callable[..., Any], module: nn.Module) -> Any:
+    """Return the numbers [N, K] of a layer in its compute dtype: DoRA needs their norm."""
+    if isinstance(module, QuantizedLinear):
+        return nn.Parameter(module.dequantized().to(module.compute_dtype), requires_grad=False)
+    return original(module)
 
 
 def _module_shape(

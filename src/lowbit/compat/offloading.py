@@ -7,6 +7,7 @@ So quantized layers that such hooks are put on keep the checkpoint's layout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -18,11 +19,13 @@ from lowbit.quantization.linear import QuantizedLinear
 
 
 def register(module: ModuleType) -> None:
-    """Prepare ``accelerate.hooks`` or ``diffusers.hooks.group_offloading`` for quantized layers."""
+    """Prepare a module of accelerate or ``diffusers.hooks.group_offloading`` for quantized layers."""
+    if module.__name__.startswith("diffusers"):
+        override(module.ModuleGroup, "__init__", _init_module_group)
+        return
+    override(module, "set_module_tensor_to_device", _set_tensor)
     if module.__name__ == "accelerate.hooks":
         override(module.AlignDevicesHook, "init_hook", _init_align_devices_hook)
-    else:
-        override(module.ModuleGroup, "__init__", _init_module_group)
 
 
 def _init_align_devices_hook(original: Callable[..., Any], hook: Any, module: nn.Module) -> Any:
@@ -34,6 +37,13 @@ def _init_align_devices_hook(original: Callable[..., Any], hook: Any, module: nn
         elif hook.execution_device is not None:  # moved once, now
             layer.leave_kernel()
     return original(hook, module)
+
+
+def _set_tensor(original: Callable[..., Any], module: nn.Module, tensor_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Move or set a tensor of ``module``; what it replaces is the parameter, not the view that ``weight`` is."""
+    layer = module.get_submodule(tensor_name.rpartition(".")[0])
+    with layer.showing_codes() if isinstance(layer, QuantizedLinear) else nullcontext():
+        return original(module, tensor_name, *args, **kwargs)
 
 
 def _under_own_names(layer: QuantizedLinear, weights: Any) -> dict[str, torch.Tensor]:

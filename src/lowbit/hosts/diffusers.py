@@ -28,16 +28,27 @@ def register(auto: ModuleType) -> None:
     dispatch.connect(auto, factory, factory, LowbitDiffusersQuantizer)
     if attach not in quantization_plan.AFTER_QUANTIZING:
         quantization_plan.AFTER_QUANTIZING.append(attach)
+        quantization_plan.KEPT_BY_HOSTS.append(kept_in_memory)
 
 
-def attach(model: nn.Module) -> None:
+def attach(model: Any) -> None:
     """Make a diffusers model that was quantized in memory savable: give it its quantizer and ``quantization_config``.
 
     Other models are left alone.
     """
-    if isinstance(model, ConfigMixin) and hasattr(model, "save_pretrained"):
+    if _is_diffusers(model):
         model.hf_quantizer = LowbitDiffusersQuantizer(model.lowbit_config, pre_quantized=False)
         model.register_to_config(quantization_config=loading.serialized_config(model))
+
+
+def kept_in_memory(model: nn.Module) -> dict[str, list[str]]:
+    """Return the layers that a diffusers model itself wants in float32, nothing of others."""
+    return {"float32 module": list(getattr(model, "_keep_in_fp32_modules", None) or ())} if _is_diffusers(model) else {}
+
+
+def _is_diffusers(model: Any) -> bool:
+    """Tell whether ``model`` is one of diffusers'."""
+    return isinstance(model, ConfigMixin) and hasattr(model, "save_pretrained")
 
 
 class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]

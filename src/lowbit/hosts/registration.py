@@ -24,7 +24,10 @@ _PLUGINS = {
     "diffusers.loaders.lora_pipeline": ("lowbit.compat.lora",),
     "diffusers.loaders.peft": ("lowbit.compat.lora",),
     "peft.tuners.lora.layer": ("lowbit.compat.lora",),
+    "peft.tuners.lora.dora": ("lowbit.compat.lora",),
     "peft.tuners.lycoris_utils": ("lowbit.compat.lora",),
+    "accelerate.utils.modeling": ("lowbit.compat.offloading",),
+    "accelerate.utils": ("lowbit.compat.offloading",),
     "accelerate.hooks": ("lowbit.compat.offloading",),
     "diffusers.hooks.group_offloading": ("lowbit.compat.offloading",),
 }

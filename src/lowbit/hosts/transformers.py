@@ -36,6 +36,7 @@ def register(auto: ModuleType) -> None:
     dispatch.connect(auto, auto.AutoQuantizationConfig, auto.AutoHfQuantizer, LowbitTransformersQuantizer)
     if attach not in quantization_plan.AFTER_QUANTIZING:
         quantization_plan.AFTER_QUANTIZING.append(attach)
+        quantization_plan.KEPT_BY_HOSTS.append(kept_in_memory)
 
 
 def attach(model: nn.Module) -> None:
@@ -252,6 +253,13 @@ def for_base_model(config: QuantizationConfig, model: Any) -> QuantizationConfig
     if not config.is_serialized or prefix == "." or hasattr(model, model.base_model_prefix):
         return config
     return config.without_prefix(prefix)
+
+
+def kept_in_memory(model: nn.Module) -> Mapping[str, list[str]]:
+    """Return ``kept_by_model`` of a transformers model, nothing of others."""
+    from transformers import PreTrainedModel
+
+    return kept_by_model(model) if isinstance(model, PreTrainedModel) else {}
 
 
 def kept_by_model(model: Any) -> dict[str, list[str]]:

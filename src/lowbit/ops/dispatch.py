@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ from lowbit.ops.weight_format import PLAIN, Prepared, WeightFormat
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ANY_DEVICE = frozenset({"any"})
 LOW_RANK = frozenset({"low_rank"})
 
@@ -52,7 +53,7 @@ class Problem:
 
     Attributes:
         device: where the layer's tensors live.
-        dtype: of the activations and of the result.
+        dtype: of the activations and of the result: bfloat16, float16 or float32.
         out_features: N.
         in_features: K.
         format: of the weight, and what happens to activations.
@@ -117,6 +118,13 @@ class Implementation:
             return f"can't be imported ({error})"
         reason: str | None = kernel.can_run(problem)
         return reason
+
+
+def taken_dtypes(implementation: Implementation, problem: Problem) -> frozenset[torch.dtype]:
+    """Return the dtypes of activations that ``implementation`` takes for a ``problem`` that it can run."""
+    others = (dtype for dtype in INPUT_DTYPES if dtype != problem.dtype)
+    taken = (dtype for dtype in others if implementation.refusal(replace(problem, dtype=dtype)) is None)
+    return frozenset((problem.dtype, *taken))
 
 
 def requested_kernel(family: str, option: str = AUTO) -> str:

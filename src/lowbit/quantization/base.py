@@ -310,8 +310,9 @@ class LinearMethod(ABC):
         raise NotImplementedError(f"{self.name} has no static activations")
 
     def problem(self, layer: QuantizedLinear, device: torch.device) -> Problem:
-        """Return what ``layer`` asks of an implementation on ``device``."""
-        return Problem(device, layer.compute_dtype, layer.out_features, layer.in_features, self.format)
+        """Return what ``layer`` asks of an implementation on ``device``; no kernel computes in float64."""
+        dtype = torch.float32 if layer.compute_dtype == torch.float64 else layer.compute_dtype
+        return Problem(device, dtype, layer.out_features, layer.in_features, self.format)
 
     def refusal(self, layer: torch.nn.Linear) -> str | None:
         """Return why this method can't take a linear layer of this shape, or ``None``."""

@@ -44,12 +44,14 @@ def _joint_kernel(layers: Sequence[nn.Module], x: torch.Tensor, capability: str)
     """
     if any(needs_gradient(x, layer.bias) for layer in layers if isinstance(layer, nn.Linear)):
         return None
-    kernels = {_kernel_alone(layer, capability) for layer in layers}
+    kernels = {_kernel_alone(layer, capability, x.dtype) for layer in layers}
     return kernels.pop() if len(kernels) == 1 else None
 
 
-def _kernel_alone(layer: nn.Module, capability: str) -> Any:
+def _kernel_alone(layer: nn.Module, capability: str, dtype: torch.dtype) -> Any:
     if type(layer) is not QuantizedLinear or not layer.method.is_kernel_alone:
         return None
     binding = layer.plain_binding()
-    return binding.kernel if binding is not None and capability in binding.implementation.capabilities else None
+    if binding is None or dtype not in binding.input_dtypes or capability not in binding.implementation.capabilities:
+        return None
+    return binding.kernel

@@ -5,17 +5,20 @@ from __future__ import annotations
 import enum
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowbit.ops.dispatch import Implementation, Kernel, select
+from lowbit.errors import UnsupportedError
+from lowbit.ops.dispatch import INPUT_DTYPES, Implementation, Kernel, select, taken_dtypes
 from lowbit.ops.weight_format import Prepared
 from lowbit.quantization.autograd import StraightThroughLinear, needs_gradient
 from lowbit.quantization.base import LinearMethod
+from lowbit.quantization.weight_view import WeightView
 
 # Held while a layer takes a kernel: of requests that use a new layer at once, one binds it and the others wait.
 _BINDING = threading.RLock()
@@ -49,6 +52,7 @@ class Binding:
         layout: of the packed weight.
         is_packed: its layout is not the checkpoint's.
         facts: what the method saw in the tensors, see ``LinearMethod.facts``.
+        input_dtypes: of activations that the kernel takes; others are computed in float32 or refused.
     """
 
     implementation: Implementation
@@ -57,6 +61,7 @@ class Binding:
     layout: torch.layout
     is_packed: bool
     facts: Any
+    input_dtypes: frozenset[torch.dtype] = frozenset(INPUT_DTYPES)
 
 
 class QuantizedLinear(nn.Linear):
@@ -73,6 +78,7 @@ class QuantizedLinear(nn.Linear):
         binding: its kernel, ``None`` before the first use on a device.
         state: of its tensors.
         expected: shape and dtype of each of the checkpoint's tensors.
+        shows_codes: ``weight`` is the parameter, for who loads or moves it, not the ``WeightView`` that it is later.
         owns_weight: nothing else uses the memory of the weight, so that packing may overwrite it.
     """
 
@@ -95,7 +101,7 @@ class QuantizedLinear(nn.Linear):
         self.prefix = prefix
         self.binding: Binding | None = None
         self.state = State.CANONICAL
-        self.owns_weight = False
+        self.owns_weight, self.shows_codes = False, True
         self.creation_device = torch.device(device or "cpu")
         self.expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         method.create_weights(self)
@@ -115,6 +121,23 @@ class QuantizedLinear(nn.Linear):
             dtype=dtype,
             prefix=prefix,
         )
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """The weight as others see it: see ``WeightView``; while the layer is loaded or moved its parameter."""
+        codes = self._parameters.get("weight")
+        if codes is None:
+            raise AttributeError("weight")
+        return codes if self.shows_codes else WeightView(self)
+
+    @contextmanager
+    def showing_codes(self) -> Iterator[None]:
+        """Let ``weight`` be the parameter for a while."""
+        before, self.shows_codes = self.shows_codes, True
+        try:
+            yield
+        finally:
+            self.shows_codes = before
 
     def register_quantized(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Register an empty parameter of the checkpoint (called by the method's ``create_weights``)."""
@@ -221,7 +244,9 @@ class QuantizedLinear(nn.Linear):
             if packed is not weight:
                 self.replace_tensor("weight", packed)
             self.state = State.BOUND
-        self.binding = Binding(implementation, kernel, weight.device, packed.layout, packed is not weight, facts)
+        dtypes = taken_dtypes(implementation, method.problem(self, weight.device))
+        self.shows_codes, own = False, packed is not weight
+        self.binding = Binding(implementation, kernel, weight.device, packed.layout, own, facts, dtypes)
         return self.binding
 
     def leave_kernel(self) -> None:
@@ -245,9 +270,12 @@ class QuantizedLinear(nn.Linear):
         self.state = State.EXTERNAL
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute x [..., K] -> [..., N] in ``x.dtype``.
+        """Compute x [..., K] -> [..., N] in ``x.dtype``: float64 as float32.
 
         Threads may share the layer: once it has a kernel, a call changes nothing.
+
+        Raises:
+            UnsupportedError: the kernel takes no activations of that dtype.
         """
         binding = self.binding
         # Nobody moves weights of a compiled model behind its back, and tracing shows them in other layouts.
@@ -261,6 +289,8 @@ class QuantizedLinear(nn.Linear):
 
     def compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Compute x [..., K] -> [..., N] by the kernel; autograd records nothing of use."""
+        if x.dtype not in self.bound.input_dtypes:
+            return self._compute_in_float32(x, bias)
         return self.method.apply(self, x, bias)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -277,6 +307,17 @@ class QuantizedLinear(nn.Linear):
         """Return the tensors in the kernel's layout; of ``State.EXTERNAL`` packed for this use alone."""
         tensors = self.method.tensors(self)
         return self.bound.kernel.prepare(tensors) if self.state is State.EXTERNAL else tensors
+
+    def _compute_in_float32(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Compute x of a dtype that the kernel does not take; float32 holds all 16-bit values exactly."""
+        binding = self.bound
+        if not x.is_floating_point() or x.dtype.itemsize < 2 or torch.float32 not in binding.input_dtypes:
+            taken = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in binding.input_dtypes))
+            raise UnsupportedError(
+                f"{self.prefix or type(self).__name__}: the kernel {binding.implementation.name!r} takes activations in"
+                f" {taken}, not in {str(x.dtype).removeprefix('torch.')}: cast them, or the model with to(dtype)"
+            )
+        return self.compute(x.float(), None if bias is None else bias.float()).to(x.dtype)
 
     @torch.no_grad()
     def dequantized(self) -> torch.Tensor:
@@ -325,7 +366,7 @@ class QuantizedLinear(nn.Linear):
         weight = self.get_parameter("weight")
         activations = fn(torch.empty(0, dtype=self.compute_dtype, device=weight.device))
         target = activations.device
-        if target != weight.device:
+        if target != weight.device or activations.dtype != self.compute_dtype:
             self.leave_kernel()
         quantized = {id(self._parameters[name]) for name in self.quantized_names}
 

@@ -36,6 +36,9 @@ Plan = Mapping[str, Decision]
 
 # Called with a model after it was quantized in memory. The hosts add what lets a model's own library save it.
 AFTER_QUANTIZING: list[Callable[[nn.Module], None]] = []
+# Called with a model that is to be quantized in memory: reason -> patterns of the layers that the model's own library
+# keeps in high precision, as it does while loading. The hosts add theirs.
+KEPT_BY_HOSTS: list[Callable[[nn.Module], Mapping[str, Collection[str]]]] = []
 
 
 def announce(model: nn.Module) -> None:
@@ -72,6 +75,17 @@ def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
         because = f"all {len(plan)} are kept ({'; '.join(reasons)})" if plan else "it has none"
         raise ConfigError(f"{config.get_name()} applies to no linear layer of {type(model).__name__}: {because}")
     return plan
+
+
+def keep(plan: Plan, kept: Mapping[str, Collection[str]]) -> Plan:
+    """Return ``plan`` without the layers that ``kept``, reason -> patterns, names."""
+
+    def decide(name: str, decision: Decision) -> Decision:
+        reasons = (reason for reason, patterns in kept.items() if matches_any(patterns, name))
+        reason = next(reasons, None) if decision.method is not None else None
+        return decision if reason is None else Decision(None, reason)
+
+    return {name: decide(name, decision) for name, decision in plan.items()}
 
 
 def _with_full_names(config: QuantizationConfig, names: Collection[str]) -> QuantizationConfig:
@@ -171,7 +185,8 @@ def quantize_model(
     """Quantize the linear layers of a model in memory, in place, one at a time.
 
     Args:
-        model: any module; the layers that its family keeps in high precision stay (see ``lowbit.models``).
+        model: any module; the layers that its family (see ``lowbit.models``) or its library keeps in high precision
+            stay, as they do while loading.
         quantization: a method's name, a dictionary with ``method``, or a configuration.
         progress: called with (layers done, layers to do).
         seen_inputs: for ``smoothing``: linear layer's name -> what its input was like on representative prompts
@@ -195,6 +210,8 @@ def quantize_model(
     if config.needs_calibration and seen_inputs is None:
         raise ConfigError("smoothing needs to have seen the layers' inputs: give seen_inputs, see watched_inputs")
     plan = plan_layers(model, config)
+    for kept_by_host in KEPT_BY_HOSTS:
+        plan = keep(plan, kept_by_host(model))
     chosen = {name: decision.method for name, decision in plan.items() if decision.method is not None}
     _check_kernels_of(model, chosen)
     scales = _smooth(model, config, chosen, seen_inputs) if seen_inputs is not None and config.needs_calibration else {}

@@ -52,8 +52,9 @@ def attention(
     kind: str,
 ) -> torch.Tensor:
     """Compute attention; arguments and result as in ``lowbit.ops.attention.attention``."""
-    refusal = can_run(AttentionProblem(query.device, query.dtype, kind, query.shape[3]))
-    if refusal is not None and (kind != UNQUANTIZED or not helper.multiplies_int8()):
+    wrong_dtype = native.dtype_refusal(query.dtype)
+    refusal = wrong_dtype or can_run(AttentionProblem(query.device, query.dtype, kind, query.shape[3]))
+    if wrong_dtype or (refusal is not None and (kind != UNQUANTIZED or not helper.multiplies_int8())):
         raise UnsupportedError(f"attention can't be computed: {refusal}")
     output = torch.empty(query.shape, dtype=query.dtype)
     query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
