@@ -89,7 +89,7 @@ def test_copies_share_weights_and_nothing_else() -> None:
     assert copied.get_parameter(name).data_ptr() == model.get_parameter(name).data_ptr()
     assert wide.get_parameter(name).dtype == torch.float32
     quantize_model(copied, "int8")
-    assert copied.get_parameter(name).dtype != torch.bfloat16
+    assert dict(copied.named_parameters())[name].dtype != torch.bfloat16
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert type(parameter) is nn.Parameter

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lowbit import Omni
-from lowbit.compat.convolution import convolve_in_float32, has_convolution
+from lowbit.compat.parts.tensors import convolves
+from lowbit.compat.patches.convolution import convolve_in_float32
 
 
 def layers(dtype: torch.dtype) -> dict[str, tuple[nn.Module, torch.Tensor]]:
@@ -62,12 +63,12 @@ def test_gradients_flow() -> None:
 
 
 def test_the_question_that_is_asked_of_torch_exists() -> None:
-    assert has_convolution(torch.float32)
-    assert isinstance(has_convolution(torch.bfloat16), bool)
-    assert isinstance(has_convolution(torch.float16), bool)
+    assert convolves(torch.float32)
+    assert isinstance(convolves(torch.bfloat16), bool)
+    assert isinstance(convolves(torch.float16), bool)
 
 
-@pytest.mark.skipif(has_convolution(torch.bfloat16), reason="this CPU convolves BF16 by itself")
+@pytest.mark.skipif(convolves(torch.bfloat16), reason="this CPU convolves BF16 by itself")
 def test_the_vae_of_a_loaded_pipeline_takes_it() -> None:
     vae = Omni(device="cpu").pipeline.vae
     assert vae.dtype == torch.bfloat16

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import nn
-from torch._dynamo.utils import counters
+
+from lowbit.compat.parts.modules import repeated_blocks
+from lowbit.compat.parts.tensors import compilation_counters, compiling_strictly
 
 RECOMPILE_LIMIT = 256  # all variants' blocks share one code object, and each counts against its limit
 
@@ -17,12 +18,7 @@ RECOMPILE_LIMIT = 256  # all variants' blocks share one code object, and each co
 @contextmanager
 def compilation_allowed() -> Iterator[None]:
     """Make room for every variant, and make passing the limit an error where torch would fall back to eager."""
-    limits: dict[str, Any] = {
-        "recompile_limit": RECOMPILE_LIMIT,
-        "accumulated_recompile_limit": 16 * RECOMPILE_LIMIT,
-        "fail_on_recompile_limit_hit": True,
-    }
-    with torch._dynamo.config.patch(limits):
+    with compiling_strictly(RECOMPILE_LIMIT):
         yield
 
 
@@ -31,7 +27,7 @@ def compile_blocks(model: nn.Module) -> int:
 
     A block that can't be one graph is an error when it is first called, so nothing runs half in eager mode.
     """
-    names = set(model._repeated_blocks)  # type: ignore[arg-type]
+    names = repeated_blocks(model)
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)
@@ -52,6 +48,7 @@ def warm_up(step: Callable[[], Any], compiled_blocks: int) -> tuple[Any, dict[st
     Raises:
         RuntimeError: blocks should have been compiled and no graph was made.
     """
+    counters = compilation_counters()
     counters.clear()
     step()
     found = {

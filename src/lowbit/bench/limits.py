@@ -11,6 +11,7 @@ from torch import nn
 
 from lowbit.bench.steps import DTYPES
 from lowbit.bench.timing import alternate, wait_for
+from lowbit.compat.parts.tensors import fp8_product, int8_product
 from lowbit.errors import UnsupportedError
 from lowbit.ops.dispatch import Problem, verdicts
 from lowbit.ops.weight_format import Prepared
@@ -81,16 +82,11 @@ def _torch_products(kind: str, size: Size, device: torch.device) -> Iterator[tup
     weight = torch.randint(-127, 128, (features, columns), device=device)
     if kind == "int8":
         x8, weight8 = x.to(torch.int8), weight.to(torch.int8).t()
-        yield "torch._int_mm", lambda: torch._int_mm(x8, weight8)
+        yield "torch._int_mm", lambda: int8_product(x8, weight8)
     elif device.type != "cpu":  # a CPU's is not meant to be fast
         half, other = x.float().to(torch.float8_e4m3fn), weight.float().to(torch.float8_e4m3fn).t()
         one = torch.ones((), device=device)
-        yield (
-            "torch._scaled_mm",
-            lambda: torch._scaled_mm(
-                half, other, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-            ),
-        )
+        yield "torch._scaled_mm", lambda: fp8_product(half, other, one)
 
 
 def _kernels(kind: str, size: Size, device: torch.device) -> Iterator[tuple[str, Product]]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lowbit.cache.base import Calls, GenerationCache, RequestCache, Skips
+from lowbit.compat.parts.modules import hook_registry
 from lowbit.errors import ConfigError
 
 # What lowbit fills in, from the pipeline and the request.
@@ -133,7 +134,7 @@ def _hooks(transformer: nn.Module) -> dict[tuple[str, str], Any]:
     return {
         (name, kind): hook
         for name, module in transformer.named_modules()
-        for kind, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items()
+        for kind, hook in getattr(hook_registry(module), "hooks", {}).items()
     }
 
 
@@ -163,7 +164,7 @@ class PyramidAttention(_DiffusersCache):
     def enter_branch(self, transformer: nn.Module, branch: int) -> None:
         """Give each branch of guidance a state of its own: diffusers keeps one per layer."""
         for module in transformer.modules():
-            registry = getattr(module, "_diffusers_hook", None)
+            registry = hook_registry(module)
             hook = registry.get_hook("pyramid_attention_broadcast") if registry is not None else None
             if hook is not None:
                 states = vars(hook).setdefault("lowbit_states", {})

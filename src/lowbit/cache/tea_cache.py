@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.cache.base import Calls, GenerationCache, RequestCache, Skips
+from lowbit.compat.parts.modules import qwen_modulated
 from lowbit.errors import ConfigError, expected_one_of
 from lowbit.models.tea_cache import find_coefficients
 
@@ -42,8 +43,7 @@ def _flux_signal(block: Any, hidden: Tensor, arguments: Arguments) -> Tensor:
 def _qwen_signal(block: Any, hidden: Tensor, arguments: Arguments) -> Tensor:
     modulation = block.img_mod(_argument(arguments, "temb", 3)).chunk(2, dim=-1)[0]
     index = arguments[1].get("modulate_index")
-    modulated: Tensor = block._modulate(block.img_norm1(hidden), modulation, index)[0]
-    return modulated
+    return qwen_modulated(block, block.img_norm1(hidden), modulation, index)
 
 
 def _wan_signal(block: Any, hidden: Tensor, arguments: Arguments) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.compat.parts.modules import persistent_tensors
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.ops.dispatch import ANY_DEVICE, requested_kernel
 from lowbit.quantization.base import LinearMethod, QuantizationConfig
@@ -206,8 +207,8 @@ def _absent_here_only(model: nn.Module) -> Iterator[str]:
 def _absent(model: nn.Module) -> Iterator[str]:
     """Yield the names, as on disk, of parameters and of buffers in the state dict that have no values."""
     for prefix, module in model.named_modules():
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            if tensor is not None and tensor.is_meta and name not in module._non_persistent_buffers_set:
+        for name, tensor in persistent_tensors(module):
+            if tensor.is_meta:
                 stored = module.stored_name(name) if isinstance(module, QuantizedLinear) else name
                 yield f"{prefix}.{stored}" if prefix else stored
 

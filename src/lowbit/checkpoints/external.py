@@ -21,6 +21,7 @@ from torch import nn
 
 from lowbit.checkpoints import component as loading
 from lowbit.checkpoints.checks import refuse
+from lowbit.compat.parts.modules import float32_modules, ignored_keys
 from lowbit.errors import UnsupportedError, located
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.plan import announce
@@ -136,7 +137,7 @@ def load_weights(
     Raises:
         CheckpointError: tensors that are missing, unexpected or of another shape, all in one message.
     """
-    float32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    float32 = tuple(float32_modules(model))
     preparation = loading.prepare(model, weights.config, dtype, device=device, kept={"float32 module": float32})
     expected = model.state_dict()
     _check(model, preparation, weights, expected)
@@ -167,7 +168,7 @@ def _check(
     weights: ForeignWeights,
     expected: Mapping[str, torch.Tensor],
 ) -> None:
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    ignored = ignored_keys(model)
     missing = sorted(name for name in expected.keys() - weights.tensors.keys() if not preparation.may_be_absent(name))
     unexpected = sorted(
         name for name in weights.tensors.keys() - expected.keys() if not any(re.search(p, name) for p in ignored)

@@ -13,6 +13,7 @@ from torch import nn
 from lowbit.checkpoints.checks import TensorHeader, read_headers, weight_files
 from lowbit.checkpoints.single_file import Rows, find_recipe
 from lowbit.checkpoints.skeleton import empty_component
+from lowbit.compat.parts.modules import float32_modules
 from lowbit.containers.json_file import read_json
 from lowbit.errors import ConfigError, UnsupportedError, expected_one_of
 from lowbit.models.patterns import matches_any
@@ -74,7 +75,7 @@ def _read(header: TensorHeader, name: str) -> torch.Tensor:
 
 
 def _with_float32_modules(plan: Plan, model: nn.Module) -> Plan:
-    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = tuple(float32_modules(model))
     return {
         name: replace(decision, method=None, reason="float32 module") if matches_any(kept, name) else decision
         for name, decision in plan.items()

@@ -13,7 +13,8 @@ import torch
 
 from lowbit.cache.base import GenerationCache
 from lowbit.checkpoints.component import manifests
-from lowbit.compat.convolution import convolve_in_float32, has_convolution
+from lowbit.compat.parts.tensors import convolves
+from lowbit.compat.patches.convolution import convolve_in_float32
 from lowbit.containers.json_file import read_json
 from lowbit.engine.config import OmniDiffusionConfig
 from lowbit.engine.loading import ComponentIndex, quantized_here, read_components, resolve_model, route, route_attention
@@ -138,7 +139,7 @@ def _fuse(loaded: Loaded) -> dict[str, int]:
 def _widen_convolutions(loaded: Loaded) -> None:
     dtype = loaded.config.dtype
     assert isinstance(dtype, torch.dtype)
-    if loaded.device.type != "cpu" or has_convolution(dtype):
+    if loaded.device.type != "cpu" or convolves(dtype):
         return
     for name, part in loaded.modules().items():
         if count := convolve_in_float32(part):

@@ -16,6 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.compat.parts.modules import (
+    attention_backend,
+    attention_registry,
+    enumeration_value,
+    goes_through_dispatcher,
+    set_attention_backend,
+)
 from lowbit.errors import ConfigError
 from lowbit.ops.attention import (
     IMPLEMENTATIONS,
@@ -94,14 +101,15 @@ def speed_up_attention(model: nn.Module, *, device: torch.device, dtype: torch.d
         What was done; ``None`` where torch's is the best there is, where attention does not go through diffusers'
         dispatcher, or where another of its backends was chosen.
     """
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+    from diffusers.models import attention_dispatch
 
     try:
         processors = check_attention(model)
     except ConfigError:
         return None
-    default, _ = _AttentionBackendRegistry.get_active_backend()
-    if default != AttentionBackendName.NATIVE or any(p._attention_backend is not None for p in processors.values()):
+    default, _ = attention_registry(attention_dispatch).get_active_backend()
+    others = [backend for backend in map(attention_backend, processors.values()) if backend is not None]
+    if others or default != attention_dispatch.AttentionBackendName.NATIVE:
         return None
     problem = AttentionProblem(device, dtype, UNQUANTIZED, _head_dim(model))
     kernel = next(entry.name for entry, refusal in verdicts(IMPLEMENTATIONS, problem) if refusal is None)
@@ -112,8 +120,8 @@ def _replace_attention(model: nn.Module, processors: Mapping[str, Any], kind: st
     backend = _backend(kind, kernel)
     restore_attention(model)
     for processor in processors.values():
-        processor._lowbit_previous_backend = processor._attention_backend
-        processor._attention_backend = backend
+        processor._lowbit_previous_backend = attention_backend(processor)
+        set_attention_backend(processor, backend)
     record = AttentionRecord(kind, kernel, len(processors))
     setattr(model, _RECORD, record)
     return record
@@ -124,7 +132,7 @@ def restore_attention(model: nn.Module) -> None:
     for module in _attention_modules(model).values():
         processor = module.processor
         if hasattr(processor, "_lowbit_previous_backend"):
-            processor._attention_backend = processor._lowbit_previous_backend
+            set_attention_backend(processor, processor._lowbit_previous_backend)
             del processor._lowbit_previous_backend
     if hasattr(model, _RECORD):
         delattr(model, _RECORD)
@@ -147,9 +155,7 @@ def check_attention(model: nn.Module) -> dict[str, Any]:
     if not modules:
         raise ConfigError(f"attention_quantization: {name} has no attention of diffusers' kind to quantize")
     others = {
-        type(module.processor).__name__
-        for module in modules.values()
-        if not hasattr(module.processor, "_attention_backend")
+        type(module.processor).__name__ for module in modules.values() if not goes_through_dispatcher(module.processor)
     }
     if others:
         raise ConfigError(
@@ -184,11 +190,10 @@ def _backend(kind: str, kernel: str) -> Any:
 
     The enumeration is closed, so the value is made without entering it: the dispatcher asks for its type only.
     """
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+    from diffusers.models import attention_dispatch
 
     text = f"lowbit_{kind}_{kernel}"
-    name = str.__new__(AttentionBackendName, text)
-    name._name_, name._value_ = text.upper(), text
+    name = enumeration_value(attention_dispatch.AttentionBackendName, text)
 
     def backend(
         query: torch.Tensor,
@@ -212,5 +217,5 @@ def _backend(kind: str, kernel: str) -> Any:
         result: torch.Tensor = attention_operator(query, key, value, attn_mask, factor, is_causal, kind, chosen)
         return result
 
-    _AttentionBackendRegistry.register(name)(backend)
+    attention_registry(attention_dispatch).register(name)(backend)
     return name

@@ -14,6 +14,7 @@ from torch import nn
 
 from lowbit.checkpoints import component as loading
 from lowbit.checkpoints.checks import check_tensors, read_headers, refuse_pickles
+from lowbit.compat.parts.modules import float32_modules, ignored_keys, set_config
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.hosts import registration
 from lowbit.hosts import routing as dispatch
@@ -43,7 +44,7 @@ def attach(model: Any) -> None:
 
 def kept_in_memory(model: nn.Module) -> dict[str, list[str]]:
     """Return the layers that a diffusers model itself wants in float32, nothing of others."""
-    return {"float32 module": list(getattr(model, "_keep_in_fp32_modules", None) or ())} if _is_diffusers(model) else {}
+    return {"float32 module": float32_modules(model)} if _is_diffusers(model) else {}
 
 
 def _is_diffusers(model: Any) -> bool:
@@ -109,7 +110,7 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         )
         headers = read_headers(self.files)
         if self.files:
-            ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+            ignored = ignored_keys(model)
             check_tensors(model, self.preparation, headers, self.loaded_keys, ignored)
         if not config.is_serialized:
             self.progress = diffusers_logging.tqdm(
@@ -201,9 +202,8 @@ class LowbitDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module) -> nn.Module:
         loading.dequantize(model)
         config: Any = model.config
-        model._internal_dict = FrozenDict(
-            {name: value for name, value in config.items() if name != "quantization_config"}
-        )
+        kept = {name: value for name, value in config.items() if name != "quantization_config"}
+        set_config(model, FrozenDict(kept))
         return model
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.compat.parts.modules import attention_backend, parallel_config
 from lowbit.ops.elementwise import normalize_operator
 from lowbit.quantization.joint import gated_linear, linears
 
@@ -131,8 +132,8 @@ def _attend(processor: Any, query: Any, key: Any, value: Any, mask: torch.Tensor
         key,
         value,
         attn_mask=mask,
-        backend=processor._attention_backend,
-        parallel_config=processor._parallel_config,
+        backend=attention_backend(processor),
+        parallel_config=parallel_config(processor),
     )
     return attended.flatten(2, 3)
 

@@ -15,6 +15,7 @@ from lowbit.checkpoints.checks import read_headers, separate_config, weight_file
 from lowbit.checkpoints.external import open_weights
 from lowbit.checkpoints.msmodelslim.read import described
 from lowbit.checkpoints.skeleton import empty_component
+from lowbit.compat.parts.modules import float32_modules
 from lowbit.containers.json_file import read_json
 from lowbit.errors import located
 from lowbit.hosts import routing as dispatch
@@ -95,7 +96,7 @@ def inspect_component(
     found, files, names = _found(source, component, config, model)
     if found.needs_calibration:  # smoothing; which layers take the method does not depend on it
         found = replace(found, smoothing=None)  # type: ignore[call-arg]
-    kept: Mapping[str, Sequence[str]] = {"float32 module": getattr(model, "_keep_in_fp32_modules", None) or ()}
+    kept: Mapping[str, Sequence[str]] = {"float32 module": float32_modules(model)}
     if library == "transformers":
         found, kept = for_base_model(found, model), kept_by_model(model)
     preparation = loading.prepare(model, found, dtype, kept=kept)
@@ -131,7 +132,7 @@ def _drop_absent(layers: Iterable[QuantizedLinear], names: Collection[str]) -> N
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> int:
     """Give the parameters of ``model`` the dtype that loading gives them; return the bytes outside linear weights."""
-    float32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    float32 = set(float32_modules(model))
     linear = {id(layer.weight) for layer in model.modules() if type(layer) is nn.Linear}
     others = 0
     for name, parameter in model.named_parameters():

@@ -20,7 +20,8 @@ from lowbit.checkpoints.checks import (
     separate_config,
     weight_files,
 )
-from lowbit.compat.codes import LOST
+from lowbit.compat.parts.modules import ignored_keys, key_renaming
+from lowbit.compat.patches.codes import LOST
 from lowbit.containers.json_file import read_json
 from lowbit.errors import CheckpointError, ConfigError, located
 from lowbit.hosts import routing as dispatch
@@ -166,12 +167,12 @@ def _check_diffusers_model(
     headers: dict[str, TensorHeader],
     device: torch.device | str,
 ) -> None:
-    rename: Any = getattr(model, "_fix_state_dict_keys_on_load", None)
+    rename = key_renaming(model)
     if rename is not None:
         rename(headers)  # the attention layers of old checkpoints have other names
     preparation = None
     if quantization is not None:
         config = quantization.of_checkpoint(headers)
         preparation = loading.prepare(model, config, torch.bfloat16, device=device)
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    ignored = ignored_keys(model)
     check_tensors(model, preparation, headers, ignored=ignored)

@@ -15,21 +15,23 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # The library's module -> ours, whose register(module) does the work.
+from lowbit.compat.parts.modules import is_initializing
+
 _PLUGINS = {
     "diffusers.quantizers.auto": ("lowbit.hosts.diffusers",),
     "transformers.quantizers.auto": ("lowbit.hosts.transformers",),
-    "diffusers.models.modeling_utils": ("lowbit.compat.dtypes", "lowbit.compat.codes"),
-    "transformers.modeling_utils": ("lowbit.compat.dtypes", "lowbit.compat.codes"),
-    "diffusers.loaders.single_file_model": ("lowbit.compat.codes",),
-    "diffusers.loaders.lora_pipeline": ("lowbit.compat.lora",),
-    "diffusers.loaders.peft": ("lowbit.compat.lora",),
-    "peft.tuners.lora.layer": ("lowbit.compat.lora",),
-    "peft.tuners.lora.dora": ("lowbit.compat.lora",),
-    "peft.tuners.lycoris_utils": ("lowbit.compat.lora",),
-    "accelerate.utils.modeling": ("lowbit.compat.offloading",),
-    "accelerate.utils": ("lowbit.compat.offloading",),
-    "accelerate.hooks": ("lowbit.compat.offloading",),
-    "diffusers.hooks.group_offloading": ("lowbit.compat.offloading",),
+    "diffusers.models.modeling_utils": ("lowbit.compat.patches.dtypes", "lowbit.compat.patches.codes"),
+    "transformers.modeling_utils": ("lowbit.compat.patches.dtypes", "lowbit.compat.patches.codes"),
+    "diffusers.loaders.single_file_model": ("lowbit.compat.patches.codes",),
+    "diffusers.loaders.lora_pipeline": ("lowbit.compat.patches.lora",),
+    "diffusers.loaders.peft": ("lowbit.compat.patches.lora",),
+    "peft.tuners.lora.layer": ("lowbit.compat.patches.lora",),
+    "peft.tuners.lora.dora": ("lowbit.compat.patches.lora",),
+    "peft.tuners.lycoris_utils": ("lowbit.compat.patches.lora",),
+    "accelerate.utils.modeling": ("lowbit.compat.patches.offloading",),
+    "accelerate.utils": ("lowbit.compat.patches.offloading",),
+    "accelerate.hooks": ("lowbit.compat.patches.offloading",),
+    "diffusers.hooks.group_offloading": ("lowbit.compat.patches.offloading",),
 }
 
 
@@ -42,7 +44,7 @@ def install() -> None:
         sys.meta_path.insert(0, _Finder())
     for name in _PLUGINS:
         module = sys.modules.get(name)
-        if module is not None and not _is_initializing(module):
+        if module is not None and not is_initializing(module):  # which still lacks its tables
             _register(module)
 
 
@@ -51,11 +53,6 @@ def _register(module: ModuleType) -> None:
         ours = importlib.import_module(name)
         if hasattr(ours, "register"):  # or it is being imported, and installs at its end
             ours.register(module)
-
-
-def _is_initializing(module: ModuleType) -> bool:
-    # A module that is being imported at this moment (by another thread, say) still lacks its tables.
-    return bool(getattr(module.__spec__, "_initializing", False))
 
 
 class _Finder:

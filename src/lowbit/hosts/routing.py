@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from types import ModuleType
 from typing import Any
 
-from lowbit.compat.overrides import override
+from lowbit.compat.parts.overrides import override
 from lowbit.errors import ConfigError
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.factory import (

@@ -18,8 +18,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from lowbit.checkpoints import component as loading
 from lowbit.checkpoints.checks import TensorHeader, read_headers, refuse_pickles, wrong_shape
-from lowbit.compat.codes import is_router, refuse_codes
-from lowbit.compat.renaming import Names
+from lowbit.compat.parts.modules import absent_keys, float32_modules, may_lack, strict_float32_modules
+from lowbit.compat.patches.codes import is_router, refuse_codes
+from lowbit.compat.patches.renaming import Names
 from lowbit.errors import CheckpointError, located
 from lowbit.hosts import registration
 from lowbit.hosts import routing as dispatch
@@ -123,8 +124,7 @@ class LowbitTransformersQuantizer(HfQuantizer):  # type: ignore[misc]
         for layer in self.preparation.layers.values():
             setattr(layer, _LOADED, True)  # or transformers would initialize it as a linear layer
         optional = sorted({name for layer in self.preparation.layers.values() for name in layer.method.optional})
-        ignored = [*(model._keys_to_ignore_on_load_missing or ()), *(rf"\.{name}$" for name in optional)]
-        model._keys_to_ignore_on_load_missing = ignored
+        may_lack(model, [rf"\.{name}$" for name in optional])
 
     def update_weight_conversions(self, weight_conversions: Sequence[Any], *args: Any) -> Sequence[Any]:
         """Find the tensors of a wrong shape, now that it is known how transformers renames them; change nothing.
@@ -266,7 +266,7 @@ def kept_by_model(model: Any) -> dict[str, list[str]]:
     """Return reason -> names of the layers that a model itself wants in float32, tied, or as its output."""
     tied = {**getattr(model, "all_tied_weights_keys", {})}
     output = model.get_output_embeddings()
-    float32 = [*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    float32 = [*float32_modules(model), *strict_float32_modules(model)]
     return {
         "float32 module": float32,
         "tied weight": sorted({name.removesuffix(".weight") for name in [*tied.keys(), *tied.values()]}),
@@ -322,7 +322,7 @@ def _missing_of_kept(model: Any) -> list[str]:
 
     Those of a head are not among them: transformers puts a new one on a model without.
     """
-    expected = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or "$^")
+    expected = re.compile("|".join(absent_keys(model)) or "$^")
     base = model.base_model
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
     return [

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lowbit.compat.parts.tensors import below_autograd
+
 NAMESPACE = "lowbit"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -44,7 +46,7 @@ def define_operator(
 
 def _recorded(name: str, operator: Callable[..., Any], differentiable: Callable[..., Any] | None) -> Callable[..., Any]:
     """Return what dispatch calls first for tensors that may require gradients."""
-    redispatch, below = operator.redispatch, torch._C._after_autograd_keyset  # type: ignore[attr-defined]
+    redispatch, below = operator.redispatch, below_autograd()  # type: ignore[attr-defined]
 
     def recorded(keys: Any, *args: Any) -> Any:
         if not torch.is_grad_enabled() or not any(map(_requires_grad, args)):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.compat.parts.modules import has_hooks
 from lowbit.errors import UnsupportedError
 from lowbit.ops.dispatch import INPUT_DTYPES, Implementation, Kernel, select, taken_dtypes
 from lowbit.ops.weight_format import Prepared
@@ -334,9 +335,8 @@ class QuantizedLinear(nn.Linear):
 
     def plain_binding(self) -> Binding | None:
         """Return the binding, where calling the layer does nothing else than to compute with it; else ``None``."""
-        is_wrapped = "forward" in self.__dict__ or self._forward_hooks or self._forward_pre_hooks
         binding = self.binding
-        if binding is None or self.state is not State.BOUND or is_wrapped or self._is_moved(binding):
+        if binding is None or self.state is not State.BOUND or has_hooks(self) or self._is_moved(binding):
             return None
         return binding
 

@@ -25,6 +25,7 @@ from lowbit.checkpoints.external import ForeignTensor, ForeignWeights
 from lowbit.checkpoints.hub import resolve_safetensors
 from lowbit.checkpoints.safetensors_file import SafetensorsFile, open_safetensors, parse_object
 from lowbit.checkpoints.single_file import PREFIXES, Rows, find_recipe, strip_prefix
+from lowbit.compat.parts.modules import float32_modules
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError, located
 from lowbit.ops import mx, nvfp4
 from lowbit.ops.comfyui import blocked_shape, comfyui_dequantize, from_blocked, swap_nibbles
@@ -344,7 +345,7 @@ class _Reader:
         layer, _, parameter = name.rpartition(".")
         sources = self._sources(parts)
         module = self.modules.get(layer) if parameter == "weight" else None
-        is_float32 = bool(set(getattr(self.model, "_keep_in_fp32_modules", None) or ()) & set(layer.split(".")))
+        is_float32 = bool(set(float32_modules(self.model)) & set(layer.split(".")))
         if type(module) is not nn.Linear or None in sources or self.config.is_ignored(layer) or is_float32:
             return None
         formats = {source.format for source in sources if source is not None}

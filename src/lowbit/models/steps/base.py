@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowbit.compat.parts.modules import execution_device
 from lowbit.errors import ConfigError
 
 
@@ -128,12 +129,6 @@ def call_arguments(pipeline: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             arguments.update(arguments.pop(name))
     del arguments["self"]
     return arguments
-
-
-def execution_device(pipeline: Any) -> torch.device:
-    """Return where the pipeline computes, which under offloading is not where its weights are."""
-    device: torch.device = pipeline._execution_device
-    return device
 
 
 def batch_size(arguments: Mapping[str, Any]) -> int:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lowbit.compat.parts.modules import execution_device, note_call
 from lowbit.errors import ConfigError
 from lowbit.models.steps.base import (
     StepState,
-    execution_device,
     joined,
     linear_sigmas,
     set_timesteps,
@@ -77,8 +77,11 @@ class FluxSteps(PackedSteps):
         if pipeline.scheduler.config.get("use_flow_sigmas"):
             sigmas = None
         set_timesteps(state, sigmas, state.latents.shape[1])
-        pipeline._num_timesteps = len(state.timesteps)
-        pipeline._joint_attention_kwargs = arguments["joint_attention_kwargs"] or {}
+        note_call(
+            pipeline,
+            num_timesteps=len(state.timesteps),
+            joint_attention_kwargs=arguments["joint_attention_kwargs"] or {},
+        )
         state.inputs = _Inputs((height, width), image_ids, text, negative, embedded_guidance(state))
 
     def batch_key(self, state: StepState) -> Hashable:
@@ -119,7 +122,7 @@ class FluxSteps(PackedSteps):
     def post_decode(self, state: StepState) -> Any:
         """Return the pictures."""
         pipeline, output_type = state.pipeline, state.arguments["output_type"]
-        pipeline._current_timestep = None
+        note_call(pipeline, current_timestep=None)
         if output_type == "latent":
             return state.latents
         config = pipeline.vae.config
@@ -150,9 +153,13 @@ def _check(pipeline: Any, arguments: Mapping[str, Any], height: int, width: int)
             f"FLUX.1: prompt_embeds {list(positive.shape)} and negative_prompt_embeds {list(negative.shape)}: expected"
             " equal shapes"
         )
-    pipeline._guidance_scale = arguments["guidance_scale"]
-    pipeline._joint_attention_kwargs = arguments["joint_attention_kwargs"]
-    pipeline._current_timestep, pipeline._interrupt = None, False
+    note_call(
+        pipeline,
+        guidance_scale=arguments["guidance_scale"],
+        joint_attention_kwargs=arguments["joint_attention_kwargs"],
+        current_timestep=None,
+        interrupt=False,
+    )
 
 
 def _has_guidance(arguments: Mapping[str, Any]) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.models.steps.base import StepModel, StepState, batch_size, cache_context, execution_device, split
+from lowbit.compat.parts.modules import execution_device, note_call
+from lowbit.models.steps.base import StepModel, StepState, batch_size, cache_context, split
 
 
 class PackedSteps(StepModel):
@@ -19,7 +20,7 @@ class PackedSteps(StepModel):
         """Predict [B, tokens, C * 4] for each state: one forward per branch of guidance."""
         first = states[0]
         for state in states:
-            state.pipeline._current_timestep = state.timesteps[state.step]
+            note_call(state.pipeline, current_timestep=state.timesteps[state.step])
         transformer = first.pipeline.transformer
         with cache_context(transformer, "cond"):
             positive = transformer(**self._forward_arguments(states, False), return_dict=False)[0]

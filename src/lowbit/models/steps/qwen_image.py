@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.compat.parts.modules import execution_device, note_call
 from lowbit.errors import ConfigError
 from lowbit.models.steps.base import (
     StepState,
     batch_size,
-    execution_device,
     joined,
     linear_sigmas,
     set_timesteps,
@@ -69,8 +69,11 @@ class QwenImageSteps(PackedSteps):
         sigmas = arguments["sigmas"]
         sigmas = linear_sigmas(arguments["num_inference_steps"]) if sigmas is None else sigmas
         set_timesteps(state, sigmas, state.latents.shape[1])
-        pipeline._num_timesteps = len(state.timesteps)
-        pipeline._attention_kwargs = arguments["attention_kwargs"] or {}
+        note_call(
+            pipeline,
+            num_timesteps=len(state.timesteps),
+            attention_kwargs=arguments["attention_kwargs"] or {},
+        )
         scale = pipeline.vae_scale_factor
         state.inputs = _Inputs(
             size=(height, width),
@@ -121,7 +124,7 @@ class QwenImageSteps(PackedSteps):
     def post_decode(self, state: StepState) -> Any:
         """Return the pictures: the only frame that the video autoencoder gives."""
         pipeline, output_type = state.pipeline, state.arguments["output_type"]
-        pipeline._current_timestep = None
+        note_call(pipeline, current_timestep=None)
         if output_type == "latent":
             return state.latents
         latents = unpacked(state, *state.inputs.size).unsqueeze(2).to(pipeline.vae.dtype)
@@ -157,9 +160,13 @@ def _check(pipeline: Any, arguments: Any, height: int, width: int) -> None:
             " negative_prompt guides it",
             arguments["guidance_scale"],
         )
-    pipeline._guidance_scale = arguments["guidance_scale"]
-    pipeline._attention_kwargs = arguments["attention_kwargs"]
-    pipeline._current_timestep, pipeline._interrupt = None, False
+    note_call(
+        pipeline,
+        guidance_scale=arguments["guidance_scale"],
+        attention_kwargs=arguments["attention_kwargs"],
+        current_timestep=None,
+        interrupt=False,
+    )
 
 
 def _has_guidance(arguments: Any) -> bool:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowbit.compat.parts.modules import execution_device, note_call, noted
 from lowbit.errors import ConfigError
-from lowbit.models.steps.base import StepModel, StepState, batch_size, execution_device, set_timesteps
+from lowbit.models.steps.base import StepModel, StepState, batch_size, set_timesteps
 
 _DEFAULT_SIDE = 1024
 _TEXT_MULTIPLE = 32
@@ -63,7 +64,7 @@ class ZImageSteps(StepModel):
         if sigmas is None:
             sigmas = torch.linspace(1.0, 1 / steps, steps).tolist()
         set_timesteps(state, sigmas, (state.latents.shape[2] // 2) * (state.latents.shape[3] // 2))
-        pipeline._num_timesteps = len(state.timesteps)
+        note_call(pipeline, num_timesteps=len(state.timesteps))
         state.inputs = _Inputs(_share_done(state) if has_guidance else None)
 
     def _size(self, state: StepState) -> tuple[int, int]:
@@ -161,11 +162,14 @@ def _copied(prompt: Any) -> Any:
 
 def _announce(pipeline: Any, arguments: Any) -> None:
     """Set what callbacks read of the pipeline."""
-    pipeline._guidance_scale = arguments["guidance_scale"]
-    pipeline._joint_attention_kwargs = arguments["joint_attention_kwargs"]
-    pipeline._interrupt = False
-    pipeline._cfg_normalization = arguments["cfg_normalization"]
-    pipeline._cfg_truncation = arguments["cfg_truncation"]
+    note_call(
+        pipeline,
+        guidance_scale=arguments["guidance_scale"],
+        joint_attention_kwargs=arguments["joint_attention_kwargs"],
+        interrupt=False,
+        cfg_normalization=arguments["cfg_normalization"],
+        cfg_truncation=arguments["cfg_truncation"],
+    )
 
 
 def _share_done(state: StepState) -> tuple[float, ...] | None:
@@ -178,7 +182,7 @@ def _share_done(state: StepState) -> tuple[float, ...] | None:
 def _guidance_scale(state: StepState) -> float:
     """Return the next step's guidance scale: 0 past ``cfg_truncation``. Callbacks may change the pipeline's."""
     pipeline, done = state.pipeline, state.inputs.done
-    is_truncated = done is not None and done[state.step] > pipeline._cfg_truncation
+    is_truncated = done is not None and done[state.step] > noted(pipeline, "cfg_truncation")
     return 0.0 if is_truncated else float(pipeline.guidance_scale)
 
 
@@ -188,7 +192,7 @@ def _guided(outputs: Sequence[Tensor], state: StepState) -> list[Tensor]:
     ``cfg_normalization`` bounds the norm of each by that multiple of the norm it has with the prompt alone.
     """
     count, scale = len(state.latents), _guidance_scale(state)
-    bound = float(state.pipeline._cfg_normalization or 0.0)
+    bound = float(noted(state.pipeline, "cfg_normalization") or 0.0)
     results = []
     for positive, negative in zip(outputs[:count], outputs[count:], strict=True):
         own, other = positive.float(), negative.float()

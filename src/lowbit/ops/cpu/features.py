@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from lowbit.compat.parts import tensors
+
 
 @cache
 def processor_facts() -> dict[str, str]:
@@ -27,11 +29,7 @@ def processor_name() -> str:
 @cache
 def has_vnni() -> bool:
     """Whether the CPU multiplies u8 by s8 and sums in 32 bits in one instruction, so that nothing saturates."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if capabilities is None:  # torch before 2.13
-        return bool(torch.cpu._is_vnni_supported())
-    found = capabilities()
-    return bool(found.get("avx512_vnni") or found.get("avx_vnni"))
+    return tensors.has_vnni()
 
 
 @cache
@@ -41,17 +39,4 @@ def fast_matmul_dtype(dtype: torch.dtype) -> torch.dtype:
     Without instructions for it, oneDNN converts bfloat16 on the way: on an Ice Lake Xeon a 1088x3840x3840 product takes
     475 ms in bfloat16 and 133 in float32.
     """
-    if dtype == torch.bfloat16 and _multiplies_bfloat16():
-        return dtype
-    if dtype == torch.float16 and torch.cpu._is_amx_fp16_supported():
-        return dtype
-    return torch.float32
-
-
-def _multiplies_bfloat16() -> bool:
-    if torch.cpu._is_avx2_supported():  # x86
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return False
+    return dtype if tensors.multiplies(dtype) else torch.float32

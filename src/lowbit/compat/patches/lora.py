@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.compat.overrides import override
+from lowbit.compat.parts.overrides import override
 from lowbit.errors import UnsupportedError
 from lowbit.quantization.linear import QuantizedLinear
 

@@ -17,8 +17,8 @@ import torch
 
 from lowbit.checkpoints import codes
 from lowbit.checkpoints.checks import TensorHeader, read_headers
-from lowbit.compat.overrides import override
-from lowbit.compat.renaming import Names
+from lowbit.compat.parts.overrides import override
+from lowbit.compat.patches.renaming import Names
 from lowbit.errors import located
 
 LOST = (

@@ -2,8 +2,6 @@
 
 torch (seen in 2.13) runs such a convolution as im2col and a scalar GEMM. On a CPU with AVX2 alone that takes 50 to 100
 times as long as float32, and a VAE longer than all denoising steps (``findings/torch_bf16_conv2d_avx2.sh``).
-Private parts used: ``torch.ops.mkldnn._is_mkldnn_bf16_supported``, ``_is_mkldnn_fp16_supported``,
-``nn.Conv*d._conv_forward``.
 """
 
 from __future__ import annotations
@@ -15,15 +13,6 @@ import torch
 from torch import nn
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def has_convolution(dtype: torch.dtype) -> bool:
-    """Tell whether this CPU convolves ``dtype`` other than by a scalar GEMM."""
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return dtype not in supported or bool(supported[dtype]())
 
 
 def convolve_in_float32(module: nn.Module) -> int:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.compat.overrides import override, override_property
+from lowbit.compat.parts.modules import float32_modules
+from lowbit.compat.parts.overrides import override, override_property
 from lowbit.quantization.linear import QuantizedLinear
 
 
@@ -29,7 +30,7 @@ def _parameter_dtype(original: Callable[[nn.Module], torch.dtype], model: nn.Mod
     """Return the dtype of the first floating parameter, of a quantized layer that of its activations."""
     if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
         return original(model)
-    return _first_dtype(model, getattr(model, "_keep_in_fp32_modules", None) or ()) or original(model)
+    return _first_dtype(model, float32_modules(model)) or original(model)
 
 
 def _model_dtype(original: Callable[[Any], torch.dtype], model: Any) -> torch.dtype:
