@@ -201,7 +201,7 @@ def test_fused_layers_are_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"format": "float8_e5m2"}, UnsupportedError, "'float8_e5m2' is not read; those read are float8_e4m3fn"),
+        ({"format": "int8_blockwise"}, UnsupportedError, "'int8_blockwise' is not read; those read are float8_e4m3fn"),
         ({"format": "svdquant_w4a4"}, UnsupportedError, "'svdquant_w4a4' is not read"),
         ({}, UnsupportedError, "format 'None' is not read"),
         ({"format": "nvfp4"}, CheckpointError, "net.2.weight: found I8"),
@@ -259,9 +259,6 @@ def test_other_mistakes(tmp_path: Path) -> None:
         metadata = opened.metadata()
     save_file(found, made.path, metadata)
     with pytest.raises(CheckpointError, match=r"(?s)2 problems.*weight_scale: found U8 .3.*weight_scale_2 is missing"):
-        made.load()
-    save_file({name: tensor.contiguous() for name, tensor in made.model.state_dict().items()}, made.path)
-    with pytest.raises(CheckpointError, match="no linear layer of QwenImageTransformer2DModel is in a format"):
         made.load()
     with pytest.raises(ConfigError, match="leave comfyui_model"):
         export_comfyui(made.folder, made.class_name, ComfyUiConfig(comfyui_model="x"), tmp_path / "y.safetensors")
@@ -385,4 +382,146 @@ def test_integers_that_are_no_weight_are_not_taken_for_values(dtype: torch.dtype
     found[f"{LAYERS[1]}.bias"] = torch.ones_like(found[f"{LAYERS[1]}.bias"]).to(dtype)
     save_file(found, made.path, metadata)
     with pytest.raises(CheckpointError, match=rf"1 tensors are codes and not values: {LAYERS[1]}\.bias"):
+        made.load()
+
+
+SPELLINGS = ("weight_scale", "scale_weight", "weight_scale_inv", "scale", "weight.scale", "scale_inv")
+# Rows and columns that share a scale; None: all.
+BLOCKS = {
+    "tensor": None,
+    "row": (1, 1 << 20),
+    "128": (128, 128),
+    "32": (32, 32),
+    "groups": (1, 32),
+    "columns": (64, 16),
+}
+
+
+def in_blocks(
+    weight: torch.Tensor, block: tuple[int, int] | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return e4m3 codes, scales as a file has them, and the values they stand for, exact but for one rounding."""
+    rows, columns = weight.shape if block is None else (min(block[0], len(weight)), min(block[1], weight.shape[1]))
+    tiles = weight.double().unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
+    scale = (tiles.abs().amax((1, 3)) / 448).to(dtype)
+    wide = scale.double()[:, None, :, None]
+    elements = (tiles / wide).float().clamp(-448, 448).to(E4M3)
+    values = (elements.double() * wide).reshape(weight.shape)
+    return elements.reshape(weight.shape), scale[0, 0] if block is None else scale, values.float()
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("shape", BLOCKS)
+def test_every_spelling_and_shape_of_a_scale(spelling: str, shape: str, tmp_path: Path) -> None:
+    made = Model("qwen-image", tmp_path)
+    found = {name: tensor.contiguous() for name, tensor in made.model.state_dict().items()}
+    expected = {}
+    for layer, dtype in zip(LAYERS, (torch.float32, torch.bfloat16, torch.float16), strict=True):
+        weight = 100 * found[f"{layer}.weight"]  # scales that float16 has
+        codes, scale, values = in_blocks(weight, BLOCKS[shape], dtype)
+        found.update({f"{layer}.weight": codes, f"{layer}.{spelling}": scale})
+        expected[f"{layer}.weight"] = values
+    save_file(found, made.path)
+    loaded = made.load()
+    for name, values in expected.items():
+        assert isinstance(loaded.get_submodule(name.removesuffix(".weight")), QuantizedLinear)
+        assert torch.equal(decoded(loaded)[name], values), name
+    made.model.load_state_dict({**made.model.state_dict(), **expected})
+    assert relative_error(made.family.run(made.load()), made.family.run(made.model)) < 0.1
+    loaded.save_pretrained(tmp_path / "saved")
+    again = type(loaded).from_pretrained(tmp_path / "saved", torch_dtype=torch.float32)
+    assert same_bytes(again.state_dict(), loaded.state_dict())
+
+
+def test_scales_that_fit_no_block_and_two_spellings_are_named(tmp_path: Path) -> None:
+    made = Model("qwen-image", tmp_path)
+    layer = LAYERS[0]
+    found = {name: tensor.contiguous() for name, tensor in made.model.state_dict().items()}
+    found[f"{layer}.weight"] = found[f"{layer}.weight"].to(E4M3)
+    for shape in ((3, 2), (64, 3), (2, 64)):
+        save_file({**found, f"{layer}.weight_scale": torch.ones(shape)}, made.path)
+        with pytest.raises(UnsupportedError, match=rf"{layer}: F32 .* is no scale of blocks"):
+            made.load()
+    save_file({**found, f"{layer}.weight_scale": torch.ones(()), f"{layer}.scale_weight": torch.ones(())}, made.path)
+    with pytest.raises(
+        CheckpointError, match=r"scale_weight and .*weight_scale are both|weight_scale and .*scale_weight are both"
+    ):
+        made.load()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_e5m2_is_decoded_and_said(scaled: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = Model("qwen-image", tmp_path)
+    original = made.model.state_dict()
+    found = {name: tensor.to(torch.float8_e5m2).contiguous() for name, tensor in original.items()}
+    expected = {name: tensor.float() for name, tensor in found.items()}
+    if scaled:
+        for layer in LAYERS:
+            found[f"{layer}.scale_weight"] = torch.tensor(3.0)
+            expected[f"{layer}.weight"] = 3 * expected[f"{layer}.weight"]
+    save_file(found, made.path)
+    loaded = made.load()
+    assert same_bytes(dict(loaded.state_dict()), expected)
+    assert "in float8_e5m2 are decoded" in caplog.text
+
+
+def test_a_file_in_which_nothing_is_quantized_loads_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = Model("qwen-image", tmp_path)
+    save_file({name: tensor.contiguous() for name, tensor in made.model.state_dict().items()}, made.path)
+    assert same_bytes(dict(made.load().state_dict()), dict(made.model.state_dict()))
+    assert f"{made.path}: no layer is quantized" in caplog.text
+    with pytest.raises(ConfigError, match="applies to no linear layer"):
+        made.load(ignored_layers=["transformer_blocks"])
+
+
+def test_a_scale_beside_values_is_applied(tmp_path: Path) -> None:
+    made = Model("qwen-image", tmp_path)
+    write(made, "fp8", "metadata", "")
+    layer, found = "transformer_blocks.0.attn.to_k", load_file(made.path)
+    with safe_open(str(made.path), framework="pt") as opened:
+        metadata = opened.metadata()
+    weight = found[f"{layer}.weight"] = found[f"{layer}.weight"].to(torch.bfloat16)
+    found[f"{layer}.scale_weight"] = torch.tensor([0.5])
+    save_file(found, made.path, metadata)
+    assert torch.equal(made.load().state_dict()[f"{layer}.weight"], weight.float() / 2)
+
+
+@pytest.mark.parametrize("prefix", ["net.", "transformer.", "model.diffusion_model." * 2, "diffusion_model.net."])
+def test_prefixes(prefix: str, tmp_path: Path) -> None:
+    made = Model("qwen-image", tmp_path)
+    write(made, "fp8", "markers", "")
+    plain = made.load().state_dict()
+    save_file({f"{prefix}{name}": tensor for name, tensor in load_file(made.path).items()}, made.path)
+    assert same_bytes(made.load().state_dict(), plain)
+
+
+def test_markers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One says how references are modulated; others are named, unless they might be a scale that lost its layer."""
+    made = Model("qwen-image", tmp_path)
+    write(made, "fp8", "markers")
+    found = load_file(made.path)
+    assert not made.load().config.zero_cond_t
+    save_file({**found, f"{PREFIX}__index_timestep_zero__": torch.zeros(0)}, made.path)
+    loaded = made.load()
+    assert loaded.config.zero_cond_t
+    assert loaded.zero_cond_t
+    assert all(block.zero_cond_t for block in loaded.transformer_blocks)
+    assert not caplog.records or "hold nothing" not in caplog.text
+    save_file({**found, f"{PREFIX}made_by": torch.zeros(()), f"{PREFIX}other": torch.zeros(0, 3)}, made.path)
+    made.load()
+    assert "hold nothing, such as markers: made_by, other" in caplog.text
+    save_file({**found, f"{PREFIX}lost.weight_scale": torch.ones(())}, made.path)
+    with pytest.raises(CheckpointError, match="1 unexpected: lost.weight_scale"):
+        made.load()
+
+
+def test_a_marker_of_another_model_is_refused(tmp_path: Path) -> None:
+    made = Model("z-image", tmp_path)
+    found = {name: tensor.to(E4M3).contiguous() for name, tensor in made.model.state_dict().items()}
+    save_file({**found, "__index_timestep_zero__": torch.zeros(0)}, made.path)
+    with pytest.raises(
+        CheckpointError, match="made for a model with zero_cond_t, which ZImageTransformer2DModel has not"
+    ):
         made.load()

@@ -27,14 +27,14 @@ from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_functions
 from lowbit.checkpoints.external import load_component
 from lowbit.checkpoints.gguf import read as gguf_reader
 from lowbit.checkpoints.gguf.write import FILE_TYPES, export_gguf
-from lowbit.containers.gguf import open_gguf
+from lowbit.containers.gguf import GgufTensor, open_gguf
 from lowbit.containers.gguf_writer import TensorToWrite, write_gguf
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
 from lowbit.ops.gguf_decode_small import SMALL_DECODERS
 from lowbit.quantization import GgufConfig, QuantizedLinear, quantize_model
 from tests.support.gguf import random_weight
-from tests.support.models import FAMILIES, same_but_for_order, save, stored_config, tensors
+from tests.support.models import FAMILIES, same_but_for_order, same_bytes, save, stored_config, tensors
 
 package = pytest.importorskip("gguf")
 
@@ -476,13 +476,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 def test_names_on_the_hub(hub: type[Hub]) -> None:
     resolve = gguf_reader.resolve_gguf_model
-    assert resolve("owner/model-gguf:Q4_K_M").read_bytes() == b"four"
-    assert resolve("owner/model-gguf:q8_0").read_bytes() == b"eight"
-    assert resolve("owner/model-gguf/sub/model-Q8_0.gguf").read_bytes() == b"eight"
+
+    def content(name: str) -> bytes:
+        return b"".join(path.read_bytes() for path in resolve(name))
+
+    assert content("owner/model-gguf:Q4_K_M") == b"four"
+    assert content("owner/model-gguf:q8_0") == b"eight"
+    assert content("owner/model-gguf/sub/model-Q8_0.gguf") == b"eight"
+    assert content("owner/model-gguf:BF16") == b"12"
+    assert content("owner/model-gguf/model-BF16-00002-of-00002.gguf") == b"12"
     with pytest.raises(ConfigError, match=r"no file of type Q4_K; .*GGUF files: .*model-Q4_K_M\.gguf"):
         resolve("owner/model-gguf:Q4_K")
-    with pytest.raises(ConfigError, match="2 files of type BF16"):
-        resolve("owner/model-gguf:BF16")
     with pytest.raises(ConfigError, match="can't get none.gguf of owner/model-gguf"):
         resolve("owner/model-gguf/none.gguf")
     with pytest.raises(ConfigError, match="can't list owner/other"):
@@ -494,3 +498,76 @@ def test_names_that_are_neither(tmp_path: Path) -> None:
         gguf_reader.resolve_gguf_model(str(tmp_path / "none.gguf"))
     with pytest.raises(ConfigError, match="there is no file"):
         gguf_reader.resolve_gguf_model("model")
+
+
+def test_a_file_is_chosen_by_its_type() -> None:
+    split = [f"a/m-Q8_0-{number:05d}-of-00002.gguf" for number in (1, 2)]
+    files = ["m-Q4_K_M.gguf", "m-UD-Q4_K_M.gguf", "m-UD-Q2_K_XL.gguf", "mmproj-Q4_K_M.gguf", *split]
+    choose = gguf_reader.choose_file
+    assert choose(files, "o/r", "Q4_K_M") == "m-Q4_K_M.gguf"
+    assert choose(files, "o/r", "UD-Q4_K_M") == "m-UD-Q4_K_M.gguf"
+    assert choose(files, "o/r", "Q2_K_XL") == "m-UD-Q2_K_XL.gguf"
+    assert choose(files, "o/r", "q8_0") == split[0]
+    assert choose(["x.gguf", "mmproj-x.gguf"], "o/r") == "x.gguf"
+    with pytest.raises(ConfigError, match="2 files of type Q4_K_M"):
+        choose([*files, "b/m-Q4_K_M.gguf"], "o/r", "Q4_K_M")
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16"])
+def test_a_file_without_any_quantized_layer_loads_and_says_so(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exported = Exported("qwen-image", tmp_path)
+    path, dtype = tmp_path / "plain.gguf", torch.bfloat16 if kind == "BF16" else torch.float16
+    plain = {name: tensor.to(dtype).contiguous() for name, tensor in exported.model.state_dict().items()}
+    tensors = [
+        TensorToWrite(name, kind, tuple(t.shape), partial(t.view(torch.uint8).reshape, t.shape[:-1].numel(), -1))
+        for name, t in plain.items()
+    ]
+    write_gguf(path, {"general.architecture": "qwen_image"}, tensors)
+    assert same_bytes(exported.load(path).state_dict(), {name: tensor.float() for name, tensor in plain.items()})
+    assert f"{path}: no layer is quantized" in caplog.text
+
+
+def test_split_files_are_found_by_any_part_and_by_their_folder(tmp_path: Path) -> None:
+    exported = Exported("qwen-image", tmp_path)
+    whole, file = exported.load().state_dict(), open_gguf(exported.path)
+    folder, names = tmp_path / "split", list(file.tensors)
+    folder.mkdir()
+    parts = [folder / f"m-Q8_0-{number:05d}-of-00003.gguf" for number in (1, 2, 3)]
+    for number, path in enumerate(parts):
+        tensors = [
+            TensorToWrite(name, t.type.name, t.shape, partial(file.rows, t))
+            for name, t in ((name, file.tensors[name]) for name in names[number::3])
+        ]
+        said = {"split.no": number, "split.count": 3, "split.tensors.count": len(names)}
+        write_gguf(path, {**(file.metadata if number == 0 else {}), **said}, tensors)
+    (folder / "mmproj-F16.gguf").write_bytes(b"not a model")
+    for given in (*parts, folder):
+        assert same_bytes(exported.load(given).state_dict(), whole), given
+    parts[1].rename(folder / "other.bin")
+    with pytest.raises(ConfigError, match=r"lacks 1 of 3 parts: m-Q8_0-00002-of-00003\.gguf"):
+        exported.load(parts[2])
+    parts[1].write_bytes(parts[0].read_bytes())
+    with pytest.raises(CheckpointError, match=r"part 0 of 3 \(counted from 0\), and its name part 1 of 3"):
+        exported.load(parts[0])
+
+
+@pytest.mark.parametrize("prefix", ["net.", "transformer.", "model.diffusion_model." * 2])
+def test_prefixes_and_shapes_named_without_them(prefix: str, tmp_path: Path) -> None:
+    exported = Exported("wan", tmp_path)
+    whole, file = exported.load().state_dict(), open_gguf(exported.path)
+    name = "patch_embedding.weight"
+    shape = file.tensors[name].shape
+    path = tmp_path / "prefixed.gguf"
+
+    def rows(tensor: GgufTensor) -> torch.Tensor:
+        found = file.rows(tensor)
+        return found.reshape(shape[0], -1) if tensor.name == name else found
+
+    tensors = [
+        TensorToWrite(prefix + n, t.type.name, (shape[0], 16) if n == name else t.shape, partial(rows, t))
+        for n, t in file.tensors.items()
+    ]
+    write_gguf(path, {**file.metadata, gguf_reader.ORIGINAL_SHAPE + name: list(shape)}, tensors)
+    assert same_bytes(exported.load(path).state_dict(), whole)

@@ -14,7 +14,7 @@ from lowbit import Omni, OmniDiffusionConfig
 from lowbit.engine.loading import read_components, resolve_model, route
 from lowbit.errors import CheckpointError, ConfigError
 from lowbit.models.embedded import embedded_model
-from lowbit.quantization import Fp8Config, GgufConfig, Int8Config, build_quant_config
+from lowbit.quantization import Fp8Config, Int8Config, build_quant_config
 
 WAN = {
     "transformer": ("diffusers", "WanTransformer3DModel"),
@@ -133,11 +133,3 @@ def test_method_and_options_combine() -> None:
     assert config.quantization_config == Int8Config(ignored_layers=["to_out"])
     assert config.quantization == config.quantization_config
     assert config.dtype == torch.bfloat16
-
-
-def test_one_file_for_two_components_is_refused() -> None:
-    from lowbit.engine import load
-
-    foreign = dict.fromkeys(("transformer", "transformer_2"), GgufConfig(gguf_model="x.gguf"))
-    with pytest.raises(ConfigError, match="transformer, transformer_2 would all take it"):
-        load._check_places(foreign)

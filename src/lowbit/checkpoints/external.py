@@ -8,9 +8,10 @@ model's own names, and which configuration they make; planning, checking, loadin
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +23,11 @@ from torch import nn
 from lowbit.checkpoints import component as loading
 from lowbit.checkpoints.checks import refuse
 from lowbit.compat.parts.modules import float32_modules, ignored_keys
-from lowbit.errors import UnsupportedError, located
+from lowbit.errors import CheckpointError, UnsupportedError, located
 from lowbit.quantization.base import QuantizationConfig
 from lowbit.quantization.plan import announce
+
+logger = logging.getLogger(__name__)
 
 # Method -> module with open_weights.
 _READERS = {
@@ -64,6 +67,7 @@ class ForeignWeights:
     Attributes:
         location: the file, for messages.
         files: that hold the tensors, if there are others than ``location``.
+        settings: of the model's configuration, that they were made for.
         config: the configuration that these weights make.
         tensors: by the model's names.
         missing: further names that the format should have had, in its own spelling.
@@ -74,6 +78,7 @@ class ForeignWeights:
     tensors: Mapping[str, ForeignTensor]
     missing: Sequence[str] = ()
     files: Sequence[Path] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_component(
@@ -115,10 +120,31 @@ def load_component(
     with init_empty_weights():
         model: nn.Module = kind.from_config(settings)
     weights = open_weights(config, model)
+    model = _with_settings(model, weights)
     with located(weights.location):
         load_weights(model, weights, dtype, device)
     model.register_to_config(_name_or_path=source)  # type: ignore[operator]
     return model
+
+
+def _with_settings(model: Any, weights: ForeignWeights) -> Any:
+    """Return the model that the weights were made for, where their file says more than the base model.
+
+    Raises:
+        CheckpointError: the model has no such setting.
+    """
+    others = {name: value for name, value in weights.settings.items() if model.config.get(name) != value}
+    if not others:
+        return model
+    unknown = sorted(others.keys() - model.config.keys())
+    if unknown:
+        raise CheckpointError(
+            f"{weights.location} is made for a model with {', '.join(unknown)}, which {type(model).__name__} has not:"
+            " give the base model that the file was made from"
+        )
+    logger.info("%s sets %s, as %s demands", type(model).__name__, others, weights.location)
+    with init_empty_weights():
+        return type(model).from_config({**model.config, **others})
 
 
 def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights:

@@ -8,7 +8,8 @@ type the file holds, one tensor at a time. So quantized weights need no conversi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,15 @@ from torch import nn
 
 from lowbit.errors import CheckpointError, UnsupportedError
 
+logger = logging.getLogger(__name__)
+
+# Of checkpoints that hold other models beside; some writers put one of them twice.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+# Of checkpoints whose tensors all have it.
+SHARED_PREFIXES = ("net.", "transformer.")
+# Tensors whose presence alone says something -> what of the model's configuration. Qwen-Image-Edit-2511 modulates
+# reference pictures at timestep 0 (stable-diffusion.cpp's pull request 1146); ComfyUI's first FP8 files have the other.
+MARKERS: Mapping[str, Mapping[str, Any]] = {"__index_timestep_zero__": {"zero_cond_t": True}, "scaled_fp8": {}}
 # Row numbers are int64: half a gigabyte.
 MOST_ROWS = 1 << 26
 # Some of diffusers' functions split at rows of the published models' width. For another width every tensor gets as many
@@ -44,12 +53,50 @@ Recipe = Mapping[str, tuple[Rows, ...]]
 
 
 def strip_prefix(names: Collection[str]) -> dict[str, str]:
-    """Return name without its prefix -> name; where some names have one, the others belong to other models."""
+    """Return name without its prefixes -> name; where some names have one, the others belong to other models."""
+    found = {name: name for name in names}
+    prefix = _prefix(found)
+    while prefix is not None:
+        found = {name.removeprefix(prefix): stored for name, stored in found.items() if name.startswith(prefix)}
+        prefix = _prefix(found)
+    return found
+
+
+def _prefix(names: Collection[str]) -> str | None:
+    """Return a prefix to strip: one of ``PREFIXES`` that any name has, or of ``SHARED_PREFIXES`` that all have."""
     for prefix in PREFIXES:
-        prefixed = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
-        if prefixed:
-            return prefixed
-    return {name: name for name in names}
+        if any(name.startswith(prefix) for name in names):
+            return prefix
+    return next((prefix for prefix in SHARED_PREFIXES if names and all(n.startswith(prefix) for n in names)), None)
+
+
+def take_markers(
+    where: str, shapes: Mapping[str, Sequence[int]], expected: Collection[str]
+) -> tuple[list[str], dict[str, Any]]:
+    """Find the tensors that hold nothing: empty, or a single number that is neither the model's nor a scale.
+
+    Args:
+        where: the file, for a warning that names those lowbit does not know.
+        shapes: name in the file, without its prefix -> extents.
+        expected: the model's names.
+
+    Returns:
+        Their names, and what those of ``MARKERS`` say of the model's configuration.
+    """
+    found = [
+        name
+        for name, shape in shapes.items()
+        if name in MARKERS or (_is_empty(shape) and name not in expected and "scale" not in name.rpartition(".")[2])
+    ]
+    unknown = sorted(set(found) - MARKERS.keys())
+    if unknown:
+        logger.warning("%s: ignored tensors that hold nothing, such as markers: %s", where, ", ".join(unknown))
+    settings = {key: value for name in found for key, value in MARKERS.get(name, {}).items()}
+    return found, settings
+
+
+def _is_empty(shape: Sequence[int]) -> bool:
+    return len(shape) == 0 or 0 in shape
 
 
 def find_recipe(model: nn.Module, heights: Mapping[str, int]) -> tuple[Recipe, list[str]]:

@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,10 +90,10 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An opened file: what its header says.
+    """An opened file, or the parts of a split one: what their headers say.
 
     Attributes:
-        path: of the file.
+        path: of the file, or of the first part.
         metadata: key -> value: int, float, bool, str, a list of these, or ``LongArray``.
         tensors: by name, in the file's order.
     """
@@ -101,13 +101,13 @@ class GgufFile:
     path: Path
     metadata: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, GgufTensor] = field(repr=False)
-    _data: torch.Tensor = field(repr=False, compare=False)
+    _data: Mapping[str, torch.Tensor] = field(repr=False, compare=False)
 
     def rows(self, tensor: GgufTensor, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Return rows ``first`` to ``last`` (by default all) of a tensor: uint8 [rows, bytes per row], mapped."""
         count = (tensor.rows if last is None else last) - first
         start = tensor.offset + first * tensor.row_bytes
-        return self._data[start : start + count * tensor.row_bytes].view(count, tensor.row_bytes)
+        return self._data[tensor.name][start : start + count * tensor.row_bytes].view(count, tensor.row_bytes)
 
 
 def open_gguf(path: str | Path) -> GgufFile:
@@ -122,6 +122,33 @@ def open_gguf(path: str | Path) -> GgufFile:
             return _Header(path, file).read()
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read ({error})") from error
+
+
+def open_parts(paths: Sequence[str | Path]) -> GgufFile:
+    """Open all parts of a split file, in order, as one (llama.cpp's ``gguf-split``).
+
+    Raises:
+        CheckpointError: as ``open_gguf``, or the parts are not those of one file.
+    """
+    files = [open_gguf(path) for path in paths]
+    tensors: dict[str, GgufTensor] = {}
+    data: dict[str, torch.Tensor] = {}
+    for index, file in enumerate(files):
+        said = file.metadata.get("split.no", index), file.metadata.get("split.count", len(files))
+        if said != (index, len(files)):
+            raise CheckpointError(
+                f"{file.path}: it says that it is part {said[0]} of {said[1]} (counted from 0), and its name part"
+                f" {index} of {len(files)}"
+            )
+        twice = sorted(tensors.keys() & file.tensors.keys())
+        if twice:
+            raise CheckpointError(f"{file.path}: {twice[0]} is in an earlier part, too")
+        tensors.update(file.tensors)
+        data.update(file._data)
+    expected = files[0].metadata.get("split.tensors.count", len(tensors))
+    if expected != len(tensors):
+        raise CheckpointError(f"{files[0].path}: its parts have {len(tensors)} tensors, and it says {expected}")
+    return GgufFile(files[0].path, files[0].metadata, tensors, data)
 
 
 class _Header:
@@ -151,7 +178,8 @@ class _Header:
             mapped = mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_COPY)
         except ValueError as error:  # it has become shorter
             raise self._fault(f"can't be mapped ({error})") from error
-        return GgufFile(self.path, metadata, placed, torch.frombuffer(mapped, dtype=torch.uint8))
+        data = torch.frombuffer(mapped, dtype=torch.uint8)
+        return GgufFile(self.path, metadata, placed, dict.fromkeys(placed, data))
 
     def _metadata(self, count: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}

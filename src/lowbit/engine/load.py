@@ -13,6 +13,7 @@ import torch
 
 from lowbit.cache.base import GenerationCache
 from lowbit.checkpoints.component import manifests
+from lowbit.checkpoints.pairs import noise_pairs
 from lowbit.compat.parts.tensors import convolves
 from lowbit.compat.patches.convolution import convolve_in_float32
 from lowbit.containers.json_file import read_json
@@ -204,8 +205,9 @@ class PipelineLoader:
             chosen.update(_described(Path(source), components, asked))
         requests = {name: found for name, found in asked.items() if isinstance(found, BackendConfig)}
         others = backends.prepare(source, components, requests)
-        foreign = {name: chosen.pop(name) for name in list(chosen) if chosen[name].weights_from is not None}
-        _check_places(foreign)
+        foreign = noise_pairs(
+            {name: chosen.pop(name) for name in list(chosen) if chosen[name].weights_from is not None}
+        )
         if Path(source).is_dir():
             here = [name for name in components if name not in foreign]
             check_pipeline(source, chosen, components=here, device=config.device or "cpu")
@@ -298,15 +300,6 @@ def check_components(pipeline: Any, given: Mapping[str, Any], quantized: Iterabl
         raise CheckpointError(
             f"{type(pipeline).__name__} did not take what was asked for: {', '.join(problems)}. A pipeline's own code"
             " or model_index.json leaves these components out"
-        )
-
-
-def _check_places(foreign: Mapping[str, QuantizationConfig]) -> None:
-    places = [found.weights_from for found in foreign.values()]
-    if len(set(places)) < len(places):
-        raise ConfigError(
-            f"{places[0]} holds one component, and {', '.join(foreign)} would all take it: give each its own with a"
-            " configuration per component"
         )
 
 

@@ -71,6 +71,9 @@ def plan_layers(model: nn.Module, config: QuantizationConfig) -> Plan:
         config = _with_full_names(config, linear)
     plan = {name: _decide(name, layer, config, family) for name, layer in linear.items()}
     if not any(decision.method for decision in plan.values()):
+        if config.weights_from is not None and plan and not any(map(config.is_ignored, plan)):
+            logger.warning("%s: no layer is quantized; all run in the model's dtype", config.weights_from)
+            return plan
         reasons = sorted({decision.reason for decision in plan.values()})
         because = f"all {len(plan)} are kept ({'; '.join(reasons)})" if plan else "it has none"
         raise ConfigError(f"{config.get_name()} applies to no linear layer of {type(model).__name__}: {because}")

@@ -10,6 +10,7 @@ nibble and whose scales are in rows (diffusers' ``quantizers/bfl``).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,30 +25,37 @@ from lowbit.checkpoints.checks import TensorHeader
 from lowbit.checkpoints.external import ForeignTensor, ForeignWeights
 from lowbit.checkpoints.hub import resolve_safetensors
 from lowbit.checkpoints.safetensors_file import SafetensorsFile, open_safetensors, parse_object
-from lowbit.checkpoints.single_file import PREFIXES, Rows, find_recipe, strip_prefix
+from lowbit.checkpoints.single_file import PREFIXES, Rows, find_recipe, strip_prefix, take_markers
 from lowbit.compat.parts.modules import float32_modules
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError, located
 from lowbit.ops import mx, nvfp4
 from lowbit.ops.comfyui import blocked_shape, comfyui_dequantize, from_blocked, swap_nibbles
-from lowbit.ops.fp8 import E4M3
+from lowbit.ops.fp8 import E4M3, dequantize_fp8
 from lowbit.quantization.base import QuantizationConfig
-from lowbit.quantization.methods.comfyui import ComfyUiConfig, LayerFormat
+from lowbit.quantization.methods.comfyui import DECODED, ComfyUiConfig, LayerFormat
+
+logger = logging.getLogger(__name__)
 
 METADATA = "_quantization_metadata"
-# Names of earlier files.
-_ALIASES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+# Names of earlier files and of other tools. That of DeepSeek's is multiplied with, too, whatever it is called.
+_ALIASES = {"scale_weight": "weight_scale", "weight_scale_inv": "weight_scale", "scale_input": "input_scale"}
+# Likewise beside codes only: ``scale`` alone is also what norms are multiplied with.
+_CODES_ALIASES = {"scale": "weight_scale", "scale_inv": "weight_scale"}
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 _MARKER = "comfy_quant"
-_LEGACY = "scaled_fp8"
 _LONGEST_MARKER = 1 << 16
+_FLOATS = ("F32", "F16", "BF16")
 # Tensors of weights -> dtypes that a format has on disk; e4m3 may be held as bytes.
 _DTYPES: Mapping[str, tuple[str, ...]] = {
     "float8_e4m3fn": ("F8_E4M3", "U8"),
     "int8_tensorwise": ("I8",),
     "nvfp4": ("U8",),
     "mxfp8": ("F8_E4M3", "U8"),
+    "float8_e5m2": ("F8_E5M2",),
+    "values": _FLOATS,
 }
-_FLOATS = ("F32", "F16", "BF16")
+# Edges of blocks that share a scale; for a weight smaller than an edge all of them mean the same.
+_EDGES = (128, 64, 32, 16, 1, 256)
 _LOST_SCALE = "The file lost the scales of these tensors: get a whole one"
 _GROUP_SIZES = {"nvfp4": nvfp4.GROUP_SIZE, "mxfp8": mx.GROUP_SIZE}
 # What rows and columns are padded to.
@@ -107,16 +115,23 @@ class StoredLayer:
         kind = self.format.format
         needed = {"input_scale": (1, _FLOATS, False), "pre_quant_scale": (self.columns, _FLOATS, False)}
         if kind not in _GROUP_SIZES:
-            scale = self.headers.get("weight_scale")
-            is_single = scale is not None and math.prod(scale.shape) == 1
-            # Plain e4m3 weights have no scale.
-            must = kind != "float8_e4m3fn" or self.is_blocked
-            return {**needed, "weight_scale": (1 if is_single else self.rows, _FLOATS, must)}
+            # Plain weights have no scale.
+            must = kind == "int8_tensorwise" or (kind != "values" and self.is_blocked)
+            return {**needed, "weight_scale": (self._scales(), _FLOATS, must)}
         shape = blocked_shape(self.rows, self.groups) if self.is_blocked else (self.rows, self.groups)
         dtypes = ("F8_E4M3", "U8") if kind == "nvfp4" else ("U8", "F8_E8M0")
         if kind == "nvfp4":
             needed["weight_scale_2"] = (1, _FLOATS, True)
         return {**needed, "weight_scale": (math.prod(shape), dtypes, True)}
+
+    def _scales(self) -> int:
+        """Return how many scales the weight needs: one, one a row, or one a block."""
+        if self.format.block is not None:
+            return math.prod(
+                -(-extent // edge) for extent, edge in zip(self.headers["weight"].shape, self.format.block, strict=True)
+            )
+        scale = self.headers.get("weight_scale")
+        return 1 if scale is not None and math.prod(scale.shape) == 1 else self.rows
 
 
 @dataclass(frozen=True)
@@ -149,6 +164,9 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
     assert config.comfyui_model is not None
     file = open_safetensors(resolve_safetensors("comfyui_model", config.comfyui_model))
     layers, plain = read_layers(file)
+    shapes = {name: file.headers[stored].shape for name, stored in plain.items()}
+    markers, settings = take_markers(str(file.path), shapes, model.state_dict().keys())
+    plain = {name: stored for name, stored in plain.items() if name not in markers}
     heights = {name: _height(file.headers[stored]) for name, stored in plain.items()}
     heights.update({f"{name}.weight": layer.rows for name, layer in layers.items()})
     with located(str(file.path)):
@@ -162,12 +180,22 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
         if layer is not None:
             formats[name.removesuffix(".weight")] = asdict(layer)
         tensors.update(reader.tensors(name, parts, layer))
-    if not formats:
-        raise CheckpointError(
-            f"{file.path}: no linear layer of {type(model).__name__} is in a format of ComfyUI's: load an unquantized"
-            " file with diffusers' from_single_file"
+    _announce_decoded(file, layers)
+    return ForeignWeights(str(file.path), replace(config, layer_formats=formats), tensors, missing, settings=settings)
+
+
+def _announce_decoded(file: SafetensorsFile, layers: Mapping[str, StoredLayer]) -> None:
+    """Say which codes take a value's memory, as no kernel computes them."""
+    found = [layer for layer in layers.values() if layer.format.format in DECODED and layer.format.format != "values"]
+    if found:
+        logger.warning(
+            "%s: %d weights in %s are decoded to the model's dtype, which takes twice their memory: no kernel computes"
+            " them. %s is one",
+            file.path,
+            len(found),
+            found[0].format.format,
+            found[0].name,
         )
-    return ForeignWeights(str(file.path), replace(config, layer_formats=formats), tensors, missing)
 
 
 def _height(header: TensorHeader) -> int:
@@ -183,12 +211,14 @@ def read_layers(file: SafetensorsFile) -> tuple[dict[str, StoredLayer], dict[str
     """
     names = strip_prefix(file.headers)
     grouped: dict[str, dict[str, str]] = {}
+    problems: list[str] = []
     for short, stored in names.items():
-        prefix, _, tensor = short.rpartition(".")
-        grouped.setdefault(prefix, {})[_ALIASES.get(tensor, tensor)] = stored
+        prefix, tensor = _owner(short, names, file)
+        before = grouped.setdefault(prefix, {}).setdefault(tensor, stored)
+        if before != stored:
+            problems.append(f"{stored} and {before} are both a {tensor} of {prefix}")
     declared = _declared(file, grouped)
     layers: dict[str, StoredLayer] = {}
-    problems: list[str] = []
     for name, tensors in grouped.items():
         try:
             layer = _layer(file, name, tensors, declared.get(name))
@@ -201,9 +231,20 @@ def read_layers(file: SafetensorsFile) -> tuple[dict[str, StoredLayer], dict[str
     if problems:
         raise CheckpointError("\n  ".join([f"{file.path}: {len(problems)} problems", *sorted(problems)]))
     taken = {stored for found in layers.values() for stored in found.names.values()}
-    plain = {short: stored for short, stored in names.items() if stored not in taken and short != _LEGACY}
+    plain = {short: stored for short, stored in names.items() if stored not in taken}
     _refuse_lost_scales(file, layers, plain)
     return layers, plain
+
+
+def _owner(short: str, names: Mapping[str, str], file: SafetensorsFile) -> tuple[str, str]:
+    """Return the layer that a tensor belongs to, and the tensor's name of today."""
+    prefix, _, tensor = short.rpartition(".")
+    if tensor in _CODES_ALIASES:
+        layer = prefix.removesuffix(".weight")
+        weight = names.get(f"{layer}.weight")
+        if weight is not None and codes.is_codes(file.headers[weight]):
+            return layer, _CODES_ALIASES[tensor]
+    return prefix, _ALIASES.get(tensor, tensor)
 
 
 def _refuse_lost_scales(file: SafetensorsFile, layers: Mapping[str, StoredLayer], plain: Mapping[str, str]) -> None:
@@ -258,10 +299,31 @@ def _layer(
     if kind is None and declared is None:
         return None
     rotation = _rotation(declared or {}) if kind == "int8_tensorwise" else None
-    layer_format = LayerFormat(
-        str(kind), rotation, "input_scale" in stored and _uses(kind), "pre_quant_scale" in stored
-    )
+    block = _block(headers) if kind == "float8_e4m3fn" else None
+    has_input_scale = "input_scale" in stored and _uses(kind) and block is None
+    layer_format = LayerFormat(str(kind), rotation, has_input_scale, "pre_quant_scale" in stored, block)
     return StoredLayer(name, layer_format, declared is not None, headers, stored)
+
+
+def _block(headers: Mapping[str, TensorHeader]) -> tuple[int, int] | None:
+    """Return the rows and columns that share a scale, told by how many scales there are; ``None`` for whole rows.
+
+    Raises:
+        ConfigError: no usual block gives that many.
+    """
+    scale, (rows, columns) = headers.get("weight_scale"), headers["weight"].shape
+    extents = [] if scale is None else [extent for extent in scale.shape if extent != 1]
+    if scale is None or len(scale.shape) < 2 or (math.prod(scale.shape) in (1, rows) and scale.shape[0] in (1, rows)):
+        return None
+    found = [
+        (first, second)
+        for first in _EDGES
+        for second in _EDGES
+        if [extent for extent in (-(-rows // first), -(-columns // second)) if extent != 1] == extents
+    ]
+    if not found:
+        raise ConfigError(f"{scale} is no scale of blocks of a weight {headers['weight']}")
+    return found[0]
 
 
 def _uses(kind: object) -> bool:
@@ -290,13 +352,17 @@ def _told_by_tensors(headers: Mapping[str, TensorHeader]) -> str | None:
     dtype, scale = headers["weight"].dtype, headers.get("weight_scale")
     if dtype in codes.CAST and len(headers["weight"].shape) != 2 and scale is None:
         return None  # a norm or a convolution of a file that was cast whole
+    if dtype == "F8_E5M2":
+        return "float8_e5m2"
+    if dtype in _FLOATS:
+        return "values" if scale is not None else None
     if dtype == "F8_E4M3":
         if scale is not None and scale.dtype in ("U8", "F8_E8M0"):
             raise ConfigError("e4m3 with E8M0 scales of an unknown order: nothing in the file names its format")
         return "float8_e4m3fn"
     if dtype == "U8" and "weight_scale_2" in headers:
         return "nvfp4"
-    if dtype in ("I8", "U8", "F8_E5M2"):
+    if dtype in ("I8", "U8"):
         raise ConfigError(f"a weight of {headers['weight']} whose format nothing in the file names")
     return None
 
@@ -349,6 +415,8 @@ class _Reader:
         if type(module) is not nn.Linear or None in sources or self.config.is_ignored(layer) or is_float32:
             return None
         formats = {source.format for source in sources if source is not None}
+        if any(layer_format.format in DECODED for layer_format in formats):
+            return None
         shared = [{self._shared(source, name) for source in sources if source is not None} for name in _SHARED]
         several = len({part.source for part in parts}) > 1
         is_scaled = any(layer_format.has_mul_scale for layer_format in formats)
@@ -432,6 +500,8 @@ class _Reader:
             return found[:rows, : -(-columns // _GROUP_SIZES[kind]) if kind in _GROUP_SIZES else 1].contiguous()
 
         scale_columns = -(-columns // _GROUP_SIZES[kind]) if kind in _GROUP_SIZES else 1
+        if layer.block is not None:
+            return self._in_blocks(name, pieces, layer.block, weight)
         made: dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]] = {
             "weight": ((rows, columns), weight),
             "weight_scale": ((rows, scale_columns), scale),
@@ -443,6 +513,42 @@ class _Reader:
         if layer.has_mul_scale:
             made["mul_scale"] = ((columns,), lambda: self._read(first, "pre_quant_scale").float().flatten()[:columns])
         return {tensor: ComfyWeight(shape, kind, make, make) for tensor, (shape, make) in made.items()}
+
+    def _in_blocks(
+        self,
+        name: str,
+        pieces: Sequence[tuple[StoredLayer, Rows]],
+        block: tuple[int, int],
+        weight: Callable[[], torch.Tensor],
+    ) -> dict[str, ForeignTensor]:
+        """Return a weight under scales of blocks; fused layers are cut between blocks."""
+        columns = pieces[0][0].columns
+        for source, part in pieces:
+            if part.first % block[0] or (part.last % block[0] and part.last != source.rows):
+                raise CheckpointError(
+                    f"{self.file.path}: {name} is made of rows {part.first} to {part.last} of {part.source}, which cuts"
+                    f" a block of {block[0]} rows that share a scale"
+                )
+        rows = sum(part.last - part.first for _, part in pieces)
+
+        def scale() -> torch.Tensor:
+            found = [
+                self._block_scales(source)[part.first // block[0] : -(-part.last // block[0])]
+                for source, part in pieces
+            ]
+            return torch.cat(found).contiguous()
+
+        shape = (-(-rows // block[0]), -(-columns // block[1]))
+        return {
+            "weight": ComfyWeight((rows, columns), "float8_e4m3fn", weight, weight),
+            "weight_scale_inv": ComfyWeight(shape, "float8_e4m3fn", scale, scale),
+        }
+
+    def _block_scales(self, source: StoredLayer) -> torch.Tensor:
+        """Return the scales of a weight in blocks, float32 [row blocks, column blocks]."""
+        assert source.format.block is not None
+        rows = -(-source.rows // source.format.block[0])
+        return self._read(source, "weight_scale").float().reshape(rows, -1)
 
     def _read(self, source: StoredLayer, tensor: str) -> torch.Tensor:
         return self.file.read(source.names[tensor])
@@ -478,6 +584,10 @@ class _Reader:
             values = nvfp4.dequantize_nvfp4(weight, scale, self._one(source, "weight_scale_2"))
         elif kind == "mxfp8":
             values = mx.dequantize_mx(self._weight_rows(source, whole), self._scale_rows(source, whole))
+        elif source.format.block is not None:
+            values = dequantize_fp8(self._weight_rows(source, whole), self._block_scales(source), source.format.block)
+        elif kind in DECODED:
+            values = self._weight_rows(source, whole).float() * self._scale_rows(source, whole)
         else:
             weight, scale = self._weight_rows(source, whole), self._scale_rows(source, whole)
             values = comfyui_dequantize(kind, weight, scale, rotation=source.format.rotation)

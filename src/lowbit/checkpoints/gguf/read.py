@@ -13,8 +13,8 @@ from torch import nn
 
 from lowbit.checkpoints.external import ForeignWeights
 from lowbit.checkpoints.hub import download, first_line
-from lowbit.checkpoints.single_file import Rows, find_recipe, strip_prefix
-from lowbit.containers.gguf import GgufFile, GgufTensor, open_gguf
+from lowbit.checkpoints.single_file import Rows, find_recipe, strip_prefix, take_markers
+from lowbit.containers.gguf import GgufFile, GgufTensor, open_parts
 from lowbit.errors import CheckpointError, ConfigError, UnsupportedError, located
 from lowbit.ops.gguf import dequantize_operator
 from lowbit.quantization.base import QuantizationConfig
@@ -39,6 +39,9 @@ TEXT_ARCHITECTURES = ("t5", "t5encoder", "llama", "qwen2vl", "qwen3", "qwen3vl",
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
 _OPTION = "gguf_model"
+# Of llama.cpp's gguf-split: name, number from 1 on, count.
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_MOST_PARTS = 1000
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+\.gguf)")
 _HUB_TYPE = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+)")
 
@@ -117,10 +120,13 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
     """
     assert isinstance(config, GgufConfig)
     assert config.gguf_model is not None
-    file = open_gguf(resolve_gguf_model(config.gguf_model))
+    file = open_parts(resolve_gguf_model(config.gguf_model))
     _check_architecture(file, model)
     names = strip_prefix(file.tensors)
-    tensors = {short: _with_shape(file, file.tensors[name]) for short, name in names.items()}
+    tensors = {short: _with_shape(file, short, file.tensors[name]) for short, name in names.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    markers, settings = take_markers(str(file.path), shapes, model.state_dict().keys())
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in markers}
     with located(str(file.path)):
         recipe, missing = find_recipe(model, {name: tensor.shape[0] for name, tensor in tensors.items()})
     found = {name: _weight(file, tensors, parts) for name, parts in recipe.items()}
@@ -130,7 +136,7 @@ def open_weights(config: QuantizationConfig, model: nn.Module) -> ForeignWeights
         for name in linear
         if (weight := found.get(f"{name}.weight")) is not None
     }
-    return ForeignWeights(str(file.path), config.with_layer_types(types), found, missing)
+    return ForeignWeights(str(file.path), config.with_layer_types(types), found, missing, settings=settings)
 
 
 def _check_architecture(file: GgufFile, model: nn.Module) -> None:
@@ -147,9 +153,12 @@ def _check_architecture(file: GgufFile, model: nn.Module) -> None:
         )
 
 
-def _with_shape(file: GgufFile, tensor: GgufTensor) -> FileTensor:
-    """Return the tensor with the shape that the metadata gives it, for tensors whose own is not GGUF's."""
-    original = file.metadata.get(ORIGINAL_SHAPE + tensor.name)
+def _with_shape(file: GgufFile, short: str, tensor: GgufTensor) -> FileTensor:
+    """Return the tensor with the shape that the metadata gives it, for tensors whose own is not GGUF's.
+
+    The metadata names it as the file does, or, by some writers, without its prefix.
+    """
+    original = file.metadata.get(ORIGINAL_SHAPE + tensor.name, file.metadata.get(ORIGINAL_SHAPE + short))
     if original is None:
         return FileTensor(tensor, tensor.shape)
     if (
@@ -169,46 +178,80 @@ def _weight(file: GgufFile, tensors: Mapping[str, FileTensor], parts: Sequence[R
     return GgufWeight(file, [(tensors[part.source], part.first, part.last) for part in parts])
 
 
-def resolve_gguf_model(name: str) -> Path:
-    """Return the local file for what a user writes, downloaded from the Hub if need be.
+def resolve_gguf_model(name: str) -> list[Path]:
+    """Return the local file for what a user writes, or the parts of a split one, downloaded from the Hub if need be.
 
     Args:
-        name: a file, ``owner/repo/file.gguf``, or ``owner/repo:TYPE`` for the one file of that type.
+        name: a file or any part of one, a folder with one file, ``owner/repo/file.gguf``, or ``owner/repo:TYPE`` for
+            the one file of that type.
 
     Raises:
-        ConfigError: there is no such file, or several of that type.
+        ConfigError: there is no such file, several of that type, or a part is missing.
     """
     path = Path(name).expanduser()
+    if path.is_dir():
+        files = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*.gguf"))]
+        return [path / part for part in _parts(choose_file(files, str(path)), files, str(path))]
     if path.is_file():
-        return path
+        files = [file.name for file in path.parent.iterdir()]
+        return [path.parent / part for part in _parts(path.name, files, str(path.parent))]
     by_file, by_type = _HUB_FILE.fullmatch(name), _HUB_TYPE.fullmatch(name)
     if by_file is None and by_type is None:
         raise ConfigError(
             f"gguf_model: there is no file {name}, and it has not the form owner/repo/file.gguf or owner/repo:Q4_K_M"
         )
     if by_file is not None:
-        return download(_OPTION, *by_file.groups())
-    assert by_type is not None
-    repository, kind = by_type.groups()
-    return download(_OPTION, repository, choose_file(list_files(repository), repository, kind))
+        repository, file = by_file.groups()
+        files = list_files(repository) if _PART.fullmatch(file) else [file]
+    else:
+        assert by_type is not None
+        repository, kind = by_type.groups()
+        files = list_files(repository)
+        file = choose_file(files, repository, kind)
+    return [download(_OPTION, repository, part) for part in _parts(file, files, repository)]
 
 
-def choose_file(files: Sequence[str], repository: str, kind: str) -> str:
-    """Return the one file of a type.
+def _parts(file: str, files: Sequence[str], where: str) -> list[str]:
+    """Return the parts of the split file that ``file`` is one of, in order, or ``file`` alone.
+
+    Raises:
+        ConfigError: some are not among ``files``.
+    """
+    split = _PART.fullmatch(file)
+    if split is None:
+        return [file]
+    stem, _, count = split.groups()
+    if not 0 < int(count) <= _MOST_PARTS:
+        raise ConfigError(f"gguf_model: {file} can't be one of {count} parts; {_MOST_PARTS} is the most")
+    parts = [f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1)]
+    missing = [part for part in parts if part not in files]
+    if missing:
+        raise ConfigError(f"gguf_model: {where} lacks {len(missing)} of {len(parts)} parts: {', '.join(missing)}")
+    return parts
+
+
+def choose_file(files: Sequence[str], where: str, kind: str | None = None) -> str:
+    """Return the one GGUF file of a type, of a split one the first part; vision projectors (``mmproj``) aside.
+
+    A type names files of that type alone before those of dynamic ones ("UD-Q4_K_M" for Q4_K_M), which can be named.
 
     Raises:
         ConfigError: there is none, or several; lists what there is.
     """
-    candidates = [file for file in files if file.endswith(".gguf")]
-    pattern = re.compile(rf"(?<![A-Za-z0-9]){re.escape(kind)}(?![A-Za-z0-9_])", re.IGNORECASE)
-    found = [file for file in candidates if pattern.search(Path(file).stem)]
+    candidates = [file for file in files if file.endswith(".gguf") and "mmproj" not in Path(file).name.lower()]
+    firsts = [file for file in candidates if (part := _PART.fullmatch(file)) is None or int(part[2]) == 1]
+    found = firsts
+    if kind is not None:
+        pattern = re.compile(rf"(?<![A-Za-z0-9]){re.escape(kind)}(?![A-Za-z0-9_])", re.IGNORECASE)
+        matching = [file for file in firsts if pattern.search(Path(file).stem)]
+        dynamic = re.compile(rf"(?<![A-Za-z0-9])UD-{re.escape(kind)}", re.IGNORECASE)
+        found = [file for file in matching if not dynamic.search(Path(file).stem)] or matching
     if len(found) == 1:
         return found[0]
     listed = ", ".join(found or candidates) or "none"
+    of_type = "" if kind is None else f" of type {kind}"
     problem = f"{len(found)} files" if found else "no file"
-    raise ConfigError(
-        f"gguf_model: {repository} has {problem} of type {kind}; name one as {repository}/FILE. GGUF files: {listed}"
-    )
+    raise ConfigError(f"gguf_model: {where} has {problem}{of_type}; name one as {where}/FILE. GGUF files: {listed}")
 
 
 def list_files(repository: str) -> list[str]:

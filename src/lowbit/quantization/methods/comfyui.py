@@ -37,30 +37,38 @@ class LayerFormat:
         rotation: size of the rotated groups of int8 ("convrot"), ``None`` for none.
         has_input_scale: activations have one scale, which the file holds.
         has_mul_scale: the input is multiplied by a vector first (``pre_quant_scale``).
+        block: rows and columns of e4m3 weights that share a scale; ``None``: rows, or the whole weight.
     """
 
     format: str
     rotation: int | None = None
     has_input_scale: bool = False
     has_mul_scale: bool = False
+    block: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
+        if self.format not in FORMATS and self.format not in DECODED:
             raise ConfigError(f"comfyui: format {self.format!r} is not read; those read are {', '.join(FORMATS)}")
         if self.rotation is not None and (type(self.rotation) is not int or self.rotation not in ROTATIONS):
             known = ", ".join(map(str, ROTATIONS))
             raise ConfigError(f"comfyui: convrot_groupsize must be one of {known}, not {self.rotation!r}")
+        if self.block is not None:
+            object.__setattr__(self, "block", tuple(self.block))
 
     def method(self, kernel: str) -> LinearMethod:
         """Return what computes the layer."""
         scheme = "static" if self.has_input_scale else "dynamic"
-        return with_transforms(FORMATS[self.format](scheme, kernel), None, self.rotation, self.has_mul_scale)
+        method = FORMATS[self.format](scheme, kernel) if self.block is None else _in_blocks(self.block, kernel)
+        return with_transforms(method, None, self.rotation, self.has_mul_scale)
 
     @classmethod
     def from_dict(cls, layer: str, values: Any) -> LayerFormat:
         """Return the format that ``layer_formats`` has for a layer; raises ``ConfigError``."""
         try:
-            return cls(**values)
+            found = cls(**values)
+            if found.format in FORMATS:
+                return found
+            raise TypeError(f"no kernel computes {found.format}")
         except TypeError as error:
             raise ConfigError(f"comfyui: layer_formats of {layer}: {values!r} is no format") from error
 
@@ -83,6 +91,12 @@ def quantize_per_tensor(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return fp8.quantize_per_tensor_operator(weight, scale), scale
 
 
+def _in_blocks(block: tuple[int, int], kernel: str) -> LinearMethod:
+    return Fp8LinearMethod("dynamic", block, kernel)
+
+
+# What files hold and no kernel computes: read as values.
+DECODED = ("float8_e5m2", "values")
 FORMATS: Mapping[str, Callable[[str, str], LinearMethod]] = {
     "float8_e4m3fn": ComfyUiFp8LinearMethod,
     "int8_tensorwise": lambda scheme, kernel: Int8LinearMethod(kernel),
