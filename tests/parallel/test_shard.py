@@ -28,6 +28,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gguf-Q4_K": {"method": "gguf", "gguf_type": "Q4_K"},
     "auto-round-per-channel": {"method": "auto-round", "group_size": -1},
     "auto-round-128": {"method": "auto-round", "group_size": 128},
+    **{
+        f"compressed-tensors-{scheme}": {"method": "compressed-tensors", "scheme": scheme}
+        for scheme in ("W3A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4", "MXFP8")
+    },
     "fp8-block-128": {"method": "fp8", "weight_block_size": [128, 128]},
 }
 ONLINE: dict[str, dict[str, Any]] = {

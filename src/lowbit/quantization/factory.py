@@ -30,6 +30,7 @@ _METHODS: dict[str, tuple[str, str] | type[QuantizationConfig]] = {
     "modelopt": ("lowbit.quantization.methods.modelopt", "ModelOptConfig"),
     "auto-round": ("lowbit.quantization.methods.auto_round", "AutoRoundConfig"),
     "ascend": ("lowbit.quantization.methods.ascend", "AscendConfig"),
+    "compressed-tensors": ("lowbit.quantization.methods.compressed_tensors", "CompressedTensorsConfig"),
 }
 # Other names of methods.
 _ALIASES = {"inc": "auto-round"}

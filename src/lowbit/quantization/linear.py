@@ -158,7 +158,8 @@ class QuantizedLinear(nn.Linear):
     def expect_stored(self) -> None:
         """Show the parameters under the checkpoint's names, too: diffusers and transformers look there to load."""
         for name, stored in self.method.stored_names.items():
-            self.__dict__[stored] = self._parameters[name]
+            if stored != name:
+                self.__dict__[stored] = self._parameters[name]
 
     def forget_stored(self) -> None:
         """Undo ``expect_stored``: peft takes a layer with a ``qweight`` for one of another library's."""
