@@ -23,6 +23,7 @@ _PLUGINS = {
     "diffusers.models.modeling_utils": ("lowbit.compat.patches.dtypes", "lowbit.compat.patches.codes"),
     "transformers.modeling_utils": ("lowbit.compat.patches.dtypes", "lowbit.compat.patches.codes"),
     "diffusers.loaders.single_file_model": ("lowbit.compat.patches.codes",),
+    "diffusers.schedulers.scheduling_flow_match_euler_discrete": ("lowbit.compat.patches.schedules",),
     "diffusers.loaders.lora_pipeline": ("lowbit.compat.patches.lora",),
     "diffusers.loaders.peft": ("lowbit.compat.patches.lora",),
     "peft.tuners.lora.layer": ("lowbit.compat.patches.lora",),

@@ -74,6 +74,11 @@ PARTS = (
     Part(f"{_PROCESSOR}._attention_backend"),
     Part(f"{_PROCESSOR}._parallel_config"),
     Part("diffusers.loaders.single_file_model:load_model_dict_into_meta", ("model", "state_dict", "hf_quantizer")),
+    Part(
+        "diffusers.schedulers.scheduling_flow_match_euler_discrete:"
+        "FlowMatchEulerDiscreteScheduler.stretch_shift_to_terminal",
+        ("t",),
+    ),
     Part("diffusers.loaders.peft:PeftAdapterMixin.fuse_lora"),
     Part(f"{_FLUX_LOADER}._calculate_module_shape", ("model", "base_module", "base_weight_param_name")),
     Part(f"{_FLUX_LOADER}._maybe_expand_lora_state_dict", ("transformer", "lora_state_dict")),
