@@ -113,7 +113,7 @@ LOWBIT_INLINE void multiply_channels(const WeightJob& job, const int64_t (&chann
         for (int64_t i = 0, at = 0; i < count; i += step, at += Block == 16 ? 2 : 1) {
             Lanes parts[Channels][Rows], tables[Channels];
             for (int c = 0; c < Channels; ++c) {
-                tables[c] = table_of(Code{}, scales[c].zeros[at]);
+                tables[c] = table_of(Code{}, scales[c].zeros[Block == 16 ? 0 : at]);
                 for (int row = 0; row < Rows; ++row) parts[c][row] = zero_lanes();
             }
             for (int64_t j = i; j < i + (Block ? kGroup : block); j += kGroup) {
