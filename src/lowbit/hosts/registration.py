@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # The library's module -> ours, whose register(module) does the work.
-from lowbit.compat.parts.modules import is_initializing
+from lowbit.compat.parts.importing import is_initializing
 
 _PLUGINS = {
     "diffusers.quantizers.auto": ("lowbit.hosts.diffusers",),

@@ -120,8 +120,3 @@ def set_attention_backend(processor: Any, backend: Any) -> None:
 def parallel_config(processor: Any) -> Any:
     """Return the plan by which an attention processor is distributed, ``None`` for one device."""
     return processor._parallel_config
-
-
-def is_initializing(module: Any) -> bool:
-    """Tell whether a Python module is being imported at this moment, by another thread perhaps."""
-    return bool(getattr(module.__spec__, "_initializing", False))
