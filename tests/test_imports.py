@@ -10,7 +10,17 @@ import sys
 
 import pytest
 
-HEAVY = ["diffusers", "transformers", "accelerate", "peft", "triton", "torch_npu", "fastapi", "uvicorn"]
+HEAVY = [
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "triton",
+    "torch_npu",
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
+]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 LOG = "LOWBIT_LOG"
+API_KEY = "LOWBIT_API_KEY"
 NATIVE = "LOWBIT_NATIVE"
 NATIVE_LIBRARY = "LOWBIT_NATIVE_LIBRARY"
 MAX_ISA = "LOWBIT_MAX_ISA"
@@ -61,6 +62,14 @@ VARIABLES: tuple[Variable, ...] = (
         "`debug`, `info`, `warning`, `error`",
         "Messages that the command line shows, where `--log-level` does not say.",
         "when a command starts",
+    ),
+    Variable(
+        API_KEY,
+        "none",
+        "text",
+        "A key that requests to `lowbit serve` may bring, beside those of `--api-key`, which other users of the machine"
+        " see.",
+        "when the server starts",
     ),
     Variable(
         NATIVE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 
 
 class ConfigError(ValueError):
@@ -57,3 +58,18 @@ def located(where: str) -> Iterator[None]:
 def expected_one_of(names: Iterable[object]) -> str:
     """Return the sentence that ends a message about an unknown name: which ones there are."""
     return f"Expected one of: {', '.join(map(str, names))}"
+
+
+def is_input_check(error: BaseException) -> bool:
+    """Whether a pipeline of diffusers refused what the user gave, which its ``check_inputs`` does."""
+    last: TracebackType | None = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return isinstance(error, ValueError) and last is not None and last.tb_frame.f_code.co_name == "check_inputs"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the device had too little memory."""
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    )

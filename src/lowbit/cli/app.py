@@ -17,6 +17,7 @@ from lowbit.cli.status import USAGE, end_with, report
 # Command -> what it does; ``lowbit.cli.<command>`` has the function ``<command>`` and ``EXAMPLES``.
 COMMANDS: Mapping[str, str] = {
     "generate": "Make a picture from a prompt.",
+    "serve": "Serve a model with OpenAI's API.",
     "quantize": "Quantize a model and write a checkpoint.",
     "info": "Show what runs here, or what would be quantized in a model.",
     "compare": "Compare a quantized model with its reference.",
@@ -30,6 +31,8 @@ COMMANDS: Mapping[str, str] = {
 EXAMPLES = """Examples:
 
   lowbit generate "a large red circle left of a small blue square" --quantization int8   # no download
+
+  lowbit serve --quantization int8   # http://127.0.0.1:8000/docs
 
   lowbit quantize Tongyi-MAI/Z-Image-Turbo -q int8 --output ./z-image-int8
 
@@ -61,6 +64,7 @@ class Commands(TyperGroup):
         single.command(cmd_name, epilog=module.EXAMPLES)(getattr(module, name))
         interrupt.with_clean_up()
         command = get_command(single)
+        command.params += getattr(module, "more_params", list)()
         command.params += [option for option in self.params if option.name in messages.SHARED]
         return command
 

@@ -99,7 +99,7 @@ def generate(
         cache_config=options.read_json(cache_config, "--cache-config") if cache_config else None,
         attention_quantization=options.attention_spec(attention_quantization),
     )
-    _show_load(omni, model or EMBEDDED_NAME)
+    show_load(omni, model or EMBEDDED_NAME)
     result = omni.generate(prompt, params, progress=not state.quiet)
     assert not isinstance(result, list)
     _show_result(result)
@@ -107,7 +107,8 @@ def generate(
         typer.echo(f"wrote       {path} (seed {drawn})")
 
 
-def _show_load(omni: Omni, model: str) -> None:
+def show_load(omni: Omni, model: str) -> None:
+    """Print what was loaded, and how."""
     dtype = str(omni.config.dtype).removeprefix("torch.")
     say(f"model       {model} ({type(omni.pipeline).__name__}) in {dtype} on {omni.device}")
     for manifest in omni.manifests.values():

@@ -6,9 +6,8 @@ import contextlib
 import os
 import sys
 import traceback
-from types import TracebackType
 
-from lowbit.errors import ConfigError
+from lowbit.errors import ConfigError, is_input_check, is_out_of_memory
 
 FAILED = 1
 """A checkpoint, a file or this machine does not allow it; or a gate does not hold."""
@@ -43,11 +42,11 @@ def _describe(error: BaseException) -> tuple[str, int]:
     """Return what to print of an error, and the exit status."""
     if _is_own(error):
         return f"error: {error}", USAGE if isinstance(error, ConfigError) else FAILED
-    if _is_input_check(error):
+    if is_input_check(error):
         return f"error: {_line(error)}", USAGE
     if isinstance(error, OSError):
         return f"error: {_file_error(error)}", FAILED
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+    if is_out_of_memory(error):
         return f"error: out of memory: {_line(error)}. Make it smaller, or quantize more of the model", FAILED
     return (
         f"error: a fault of lowbit's, or of a library below it: {type(error).__name__}: {_line(error)}. The same"
@@ -58,14 +57,6 @@ def _describe(error: BaseException) -> tuple[str, int]:
 
 def _is_own(error: BaseException) -> bool:
     return any(kind.__module__ == "lowbit.errors" for kind in type(error).__mro__)
-
-
-def _is_input_check(error: BaseException) -> bool:
-    """Whether a pipeline of diffusers refused what the user gave, which its ``check_inputs`` does."""
-    last: TracebackType | None = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    return isinstance(error, ValueError) and last is not None and last.tb_frame.f_code.co_name == "check_inputs"
 
 
 def _file_error(error: OSError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,8 +12,9 @@ import torch
 
 from lowbit.cache.base import GenerationCache
 from lowbit.engine.call_adapter import CallAdapter
-from lowbit.engine.request import Request, RequestState, check_hook
+from lowbit.engine.request import Request, RequestState, check_hook, pictures
 from lowbit.engine.scheduler import groups
+from lowbit.errors import ConfigError
 from lowbit.models.steps import StepModel, find_step_model
 
 
@@ -96,6 +98,26 @@ class Runner:
             if state.error is None and state.is_finished:
                 self._decode(state)
 
+    def preview(self, state: RequestState, before: torch.Tensor) -> list[Any]:
+        """Decode what a request has come to, and leave it unchanged.
+
+        Under flow matching x = (1 - sigma) * picture + sigma * noise, so the line through the samples before and after
+        a step meets sigma = 0 at the picture that the step predicts; other schedulers' samples are decoded.
+
+        Args:
+            state: not done, with at least one step taken, on a pipeline with a step adapter.
+            before: its latents before its latest step.
+
+        Returns:
+            PIL images.
+        """
+        if state.model.is_indivisible:
+            raise ConfigError("no preview: the pipeline runs in one call")
+        view = copy.copy(state)
+        view.pipeline, view.latents = copy.copy(state.pipeline), _predicted(state, before)
+        with self._models():
+            return pictures(view.model.post_decode(view))[0]
+
     def _denoise(self, group: Sequence[RequestState]) -> None:
         with self._models(), ExitStack() as stack:
             for state in group:
@@ -151,6 +173,17 @@ class Runner:
                 state.close()
             if not isinstance(error, Exception):
                 raise
+
+
+def _predicted(state: RequestState, before: torch.Tensor) -> torch.Tensor:
+    """Return the latents that the latest step heads for."""
+    scheduler = state.pipeline.scheduler
+    if not type(scheduler).__name__.startswith("FlowMatchEuler"):
+        return state.latents
+    earlier, now = (float(scheduler.sigmas[index]) for index in (state.step - 1, state.step))
+    if earlier == now:
+        return state.latents
+    return (state.latents + (state.latents - before) * (now / (earlier - now))).to(state.latents.dtype)
 
 
 def _step_count(state: RequestState) -> int:

@@ -1,0 +1,137 @@
+"""From the bytes of a request to its checked fields. Untrusted: whatever they are, an error is a 4xx."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request
+
+from lowbit.errors import expected_one_of
+from lowbit.serving.errors import ApiError, invalid
+from lowbit.serving.fields import Refusal, without_refused
+
+M = TypeVar("M", bound=BaseModel)
+
+_MAX_FIELDS = 64
+_MAX_FIELD_BYTES = 1_000_000
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """Return the JSON object in the body; raises ``ApiError`` for anything else."""
+    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise invalid(f"Content-Type: expected application/json, got {kind!r}")
+    return parse_json(await request.body())
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """Return the JSON object in ``content``.
+
+    Raises:
+        ApiError: it is none; a name occurs twice in an object; a number is NaN, infinite or of too many digits.
+    """
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
+    except RecursionError as error:
+        raise invalid("The body is not valid JSON: nested too deeply") from error
+    except ValueError as error:  # of syntax, UTF-8, and digits
+        raise invalid(f"The body is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise invalid("The body is not a JSON object")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise invalid(f"{twice!r} is given twice", twice)
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+async def read_form(request: Request, files: Collection[str], max_files: int) -> FormData:
+    """Return a multipart body's fields and files; the caller closes it.
+
+    Args:
+        request: with the body.
+        files: names that are files.
+        max_files: how many there may be.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        raise invalid(f"Content-Type: expected multipart/form-data, got {kind!r}")
+    try:
+        form = await request.form(max_files=max_files, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
+    except ApiError:
+        raise
+    except Exception as error:  # starlette's and python-multipart's errors of malformed bodies have no common class
+        detail = getattr(error, "detail", None) or error
+        raise invalid(f"The body is not valid multipart/form-data: {detail}") from error
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile) != (name in files):
+            raise invalid(f"{name}: expected {'a file' if name in files else 'a field, not a file'}", name)
+    return form
+
+
+def form_fields(form: FormData) -> dict[str, Any]:
+    """Return a form's fields that are no files; raises ``ApiError`` for one that is given twice."""
+    found: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            continue
+        if name in found:
+            raise invalid(f"{name!r} is given twice", name)
+        found[name] = value
+    return found
+
+
+def checked(
+    model: type[M],
+    data: Mapping[str, Any],
+    refused: Mapping[str, Refusal],
+    ignored: Collection[str] = (),
+    *,
+    is_text: bool = False,
+    prefix: tuple[str | int, ...] = (),
+) -> M:
+    """Return a request's fields, checked.
+
+    Args:
+        model: what they must be.
+        data: the fields.
+        refused: fields that the server does not act upon.
+        ignored: fields that the operator lets clients send for nothing.
+        is_text: values are text that stands for numbers and truth values, as in a form.
+        prefix: where in the body ``data`` is.
+
+    Raises:
+        ApiError: the first field that is wrong or unknown.
+    """
+    fields = without_refused(data, refused, ignored)
+    try:
+        return model.model_validate(fields, strict=not is_text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(each) for each in (*prefix, *first["loc"]))
+        if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+            known = sorted(model.model_fields)
+            raise invalid(f"Unknown field: {where!r}. {expected_one_of(known)}", where, "unknown_parameter") from error
+        if first["type"] == "missing":
+            raise invalid(f"{where}: is required", where, "missing_required_parameter") from error
+        raise invalid(f"{where}: {first['msg']}{_got(first.get('input'))}", where, "invalid_value") from error
+
+
+def _got(value: Any) -> str:
+    if isinstance(value, str | int | float | bool | None):
+        text = repr(value)
+        return f", got {text if len(text) <= 60 else text[:57] + '...'}"
+    return f", got a {type(value).__name__}"

@@ -1,0 +1,53 @@
+"""Server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from starlette.responses import StreamingResponse
+
+from lowbit.engine.async_engine import Event, Ticket
+
+HEARTBEAT_S = 15.0
+"""Seconds after which an idle stream sends a comment, so that proxies do not close it."""
+DONE = b"data: [DONE]\n\n"
+
+
+def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
+    """Return one event."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(data)}\n\n".encode()
+
+
+async def with_heartbeats(ticket: Ticket) -> AsyncIterator[Event | None]:
+    """Yield a request's events, and ``None`` whenever nothing has come for ``HEARTBEAT_S`` seconds."""
+    iterator = aiter(ticket)
+    pending: asyncio.Task[Event] | None = None
+    try:
+        while True:
+            pending = pending or asyncio.ensure_future(_next(iterator))
+            done, _ = await asyncio.wait({pending}, timeout=HEARTBEAT_S)
+            if not done:
+                yield None
+                continue
+            found, pending = pending, None
+            try:
+                yield found.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        if pending is not None:
+            pending.cancel()
+
+
+async def _next(iterator: AsyncIterator[Event]) -> Event:
+    return await anext(iterator)
+
+
+def event_stream(content: AsyncIterator[bytes]) -> StreamingResponse:
+    """Return a response that sends events as they come, through proxies too."""
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(content, media_type="text/event-stream", headers=headers)
