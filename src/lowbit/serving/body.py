@@ -7,17 +7,13 @@ from collections.abc import Collection, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from lowbit.errors import expected_one_of
-from lowbit.serving.errors import ApiError, invalid
+from lowbit.serving.errors import invalid
 from lowbit.serving.fields import Refusal, without_refused
 
 M = TypeVar("M", bound=BaseModel)
-
-_MAX_FIELDS = 64
-_MAX_FIELD_BYTES = 1_000_000
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -32,10 +28,13 @@ def parse_json(content: bytes) -> dict[str, Any]:
     """Return the JSON object in ``content``.
 
     Raises:
-        ApiError: it is none; a name occurs twice in an object; a number is NaN, infinite or of too many digits.
+        ApiError: it is none; a name occurs twice in an object; a number is NaN, infinite or of too many digits; half a
+            surrogate pair stands alone in a text.
     """
     try:
         found = json.loads(content.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
+        if b"\\ud" in content.lower():
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise invalid("The body is not valid JSON: nested too deeply") from error
     except ValueError as error:  # of syntax, UTF-8, and digits
@@ -56,42 +55,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number of JSON")
-
-
-async def read_form(request: Request, files: Collection[str], max_files: int) -> FormData:
-    """Return a multipart body's fields and files; the caller closes it.
-
-    Args:
-        request: with the body.
-        files: names that are files.
-        max_files: how many there may be.
-    """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "multipart/form-data":
-        raise invalid(f"Content-Type: expected multipart/form-data, got {kind!r}")
-    try:
-        form = await request.form(max_files=max_files, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
-    except ApiError:
-        raise
-    except Exception as error:  # starlette's and python-multipart's errors of malformed bodies have no common class
-        detail = getattr(error, "detail", None) or error
-        raise invalid(f"The body is not valid multipart/form-data: {detail}") from error
-    for name, value in form.multi_items():
-        if isinstance(value, UploadFile) != (name in files):
-            raise invalid(f"{name}: expected {'a file' if name in files else 'a field, not a file'}", name)
-    return form
-
-
-def form_fields(form: FormData) -> dict[str, Any]:
-    """Return a form's fields that are no files; raises ``ApiError`` for one that is given twice."""
-    found: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        if isinstance(value, UploadFile):
-            continue
-        if name in found:
-            raise invalid(f"{name!r} is given twice", name)
-        found[name] = value
-    return found
 
 
 def checked(

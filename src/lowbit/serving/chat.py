@@ -30,19 +30,25 @@ async def completions(service: Service, http: Request) -> Response:
     prompt, urls = _parts(message)
     extra: dict[str, Any] = {}
     if urls:
-        service.refuse_edits(f"messages.{len(body.messages) - 1}.content")
-        images = [
-            await asyncio.to_thread(pictures.decode_data_url, url, "image_url", service.settings.limits) for url in urls
-        ]
-        extra["image"] = images[0] if len(images) == 1 else images
+        where = f"messages.{len(body.messages) - 1}.content"
+        service.refuse_edits(where)
+        service.check_pictures(len(urls), where)
+        extra["image"] = await asyncio.to_thread(_decoded, service, urls)
     if body.strength is not None:
         extra["strength"] = body.strength
     asked = Asked(prompt=prompt, count=body.num_outputs_per_prompt or 1, size=body.size, body=body, extra=extra)
+    asked = await asyncio.to_thread(service.fitted, asked)
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.model}
     if body.stream:
-        return events.event_stream(_chunks(service, http, body, service.submit(asked, http), head))
+        ticket = service.submit(asked, http)
+        return events.EventStream(_chunks(service, http, body, ticket, head), ticket)
     output = await service.output(asked, http)
     return JSONResponse(await _completion(service, body, output, head))
+
+
+def _decoded(service: Service, urls: Sequence[str]) -> Any:
+    images = [pictures.decode_data_url(url, "image_url", service.settings.limits) for url in urls]
+    return images[0] if len(images) == 1 else images
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,8 +162,6 @@ async def _chunks(
         refusal = as_api_error(error, request_id(http))
         service.metrics.errors.labels(refusal.code or "").inc()
         yield events.event(refusal.body())
-    finally:
-        ticket.cancel()
 
 
 def _chunk(

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from lowbit.engine.async_engine import Event, Ticket
 
@@ -47,7 +48,20 @@ async def _next(iterator: AsyncIterator[Event]) -> Event:
     return await anext(iterator)
 
 
-def event_stream(content: AsyncIterator[bytes]) -> StreamingResponse:
-    """Return a response that sends events as they come, through proxies too."""
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(content, media_type="text/event-stream", headers=headers)
+class EventStream(StreamingResponse):
+    """Sends events as they come, through proxies too, and ends the request with the connection.
+
+    Where the client is gone before the first event, ``content`` never begins: its clean-up does not run, this one does.
+    """
+
+    def __init__(self, content: AsyncIterator[bytes], ticket: Ticket) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self.ticket = ticket
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.ticket.cancel()

@@ -8,16 +8,16 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lowbit.engine.async_engine import Failed, Preview, Ticket
 from lowbit.outputs import OmniRequestOutput
 from lowbit.serving import events, pictures
-from lowbit.serving.body import checked, form_fields, read_form, read_json
+from lowbit.serving.body import checked, read_json
 from lowbit.serving.errors import ApiError, as_api_error, invalid
 from lowbit.serving.fields import IMAGES
+from lowbit.serving.form import read_form
 from lowbit.serving.schemas import EditRequest, ImageData, ImageRequest, ImagesAnswer
 from lowbit.serving.service import Asked, Service, request_id
 
@@ -35,19 +35,15 @@ async def generations(service: Service, http: Request) -> Response:
 async def edits(service: Service, http: Request) -> Response:
     """Answer POST /v1/images/edits."""
     service.refuse_edits("image")
-    limits = service.settings.limits
-    form = await read_form(http, _FILE_NAMES, limits.max_input_images + 1)
-    try:
-        body = checked(EditRequest, form_fields(form), IMAGES, service.settings.ignored_fields, is_text=True)
-        files = [(name, await value.read()) for name, value in form.multi_items() if isinstance(value, UploadFile)]
-    finally:
-        await form.close()
-    images = [content for name, content in files if name in _IMAGE_NAMES]
-    masks = [content for name, content in files if name == "mask"]
+    fields, files = await read_form(http, _FILE_NAMES)
+    body = checked(EditRequest, fields, IMAGES, service.settings.ignored_fields, is_text=True)
+    images = [part.content for part in files if part.name in _IMAGE_NAMES]
+    masks = [part.content for part in files if part.name == "mask"]
     if not images:
         raise invalid("image: is required", "image", "missing_required_parameter")
-    if len(images) > limits.max_input_images or len(masks) > 1:
-        raise invalid(f"image: {limits.max_input_images} at most, and one mask", "image", "limit_exceeded")
+    if len(masks) > 1:
+        raise invalid("mask: expected one", "mask", "limit_exceeded")
+    service.check_pictures(len(images), "image")
     extra = await asyncio.to_thread(_decoded, service, images, masks)
     if body.strength is not None:
         extra["strength"] = body.strength
@@ -77,9 +73,10 @@ async def _answer(service: Service, http: Request, body: ImageRequest, extra: di
     service.check_model(body.model)
     _check_output(body)
     asked = Asked(prompt=body.prompt, count=body.n or 1, size=body.size, body=body, extra=extra)
+    asked = await asyncio.to_thread(service.fitted, asked)
     if body.stream:
         ticket = service.submit(asked, http, body.partial_images or 0)
-        return events.event_stream(_events(service, http, body, ticket, kind))
+        return events.EventStream(_events(service, http, body, ticket, kind), ticket)
     output = await service.output(asked, http)
     files = await asyncio.to_thread(_files, body, output.images)
     if body.response_format == "file":
@@ -164,8 +161,6 @@ async def _events(
         refusal = as_api_error(error, request_id(http))
         service.metrics.errors.labels(refusal.code or "").inc()
         yield events.event({"type": "error", **refusal.body()}, "error")
-    finally:
-        ticket.cancel()
 
 
 async def _picture_events(body: ImageRequest, images: Sequence[Any], kind: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from starlette.requests import Request as HttpRequest
 from lowbit.engine.async_engine import AsyncOmni, Ticket
 from lowbit.engine.omni import Omni
 from lowbit.engine.request import Request
-from lowbit.engine.sizes import pixels_per_token
+from lowbit.engine.sizes import pixels_per_token, size_multiple
 from lowbit.errors import AbortedError, ConfigError, expected_one_of
 from lowbit.inputs.data import OmniDiffusionSamplingParams
 from lowbit.outputs import OmniRequestOutput
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+_STARTS_FROM_PICTURE = re.compile("Img2Img|Inpaint")
+"""In the names of diffusers' pipelines that paint over one picture, which must have the size of the result."""
+_NEEDS_PICTURE = re.compile("Img2Img|Inpaint|Edit")
 _PARAMS = frozenset(each.name for each in dataclass_fields(OmniDiffusionSamplingParams))
 
 
@@ -101,6 +104,34 @@ class Service:
                 param,
                 "unsupported_parameter",
             )
+
+    def check_pictures(self, count: int, param: str) -> None:
+        """Raise ``ApiError`` where a request brings more pictures than the operator or the pipeline allows."""
+        most = 1 if _STARTS_FROM_PICTURE.search(self.pipeline_name) else self.settings.limits.max_input_images
+        if count > most:
+            raise invalid(f"{param}: {count} pictures, of which this server takes {most}", param, "limit_exceeded")
+
+    def fitted(self, asked: Asked) -> Asked:
+        """Return a request whose picture has the size of the result, where the pipeline needs that.
+
+        Without a size the result has the picture's, rounded to what the model can make.
+
+        Raises:
+            ApiError: the model needs a picture and there is none.
+        """
+        image = asked.extra.get("image")
+        if image is None and _NEEDS_PICTURE.search(self.pipeline_name):
+            raise invalid(f"image: {self.pipeline_name} needs a picture: use /v1/images/edits", "image")
+        if image is None or not _STARTS_FROM_PICTURE.search(self.pipeline_name):
+            return asked
+        step = size_multiple(self.omni.omni.pipeline)
+        sides = self._sides(asked) or {
+            name: max(step, side // step * step) for name, side in (("width", image.width), ("height", image.height))
+        }
+        size = (sides["width"], sides["height"])
+        names = {"image", "mask_image"}
+        extra = {name: value.resize(size) if name in names else value for name, value in asked.extra.items()}
+        return replace(asked, size=asked.size if asked.body.width else f"{size[0]}x{size[1]}", extra=extra)
 
     def check_model(self, name: str | None) -> None:
         """Raise ``ApiError`` where a request asks for another model."""
