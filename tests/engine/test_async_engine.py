@@ -134,7 +134,7 @@ def test_a_preview_leaves_the_request_alone(family: str) -> None:
             previews.append(np.asarray(runner.preview(state, before)[0]))
     assert np.array_equal(pixels(state.output()), pixels(plain.output()))
     assert [each.shape for each in previews] == 2 * [(32, 48, 3)]
-    assert not np.array_equal(*previews)
+    assert not np.array_equal(previews[0], previews[1])
 
 
 def test_a_preview_is_the_picture_where_the_velocity_is_constant(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,31 @@
+// The server with OpenAI's npm client: npm install openai; node npm_client.mjs URL (with LOWBIT_API_KEY=a-key in the server).
+import OpenAI, { toFile } from "openai";
+import fs from "node:fs";
+const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "a-key", maxRetries: 0 });
+const is = (what, ok) => { if (!ok) { console.error("FAILED", what); process.exitCode = 1; } else console.log("ok", what); };
+const png = (b64) => Buffer.from(b64, "base64").subarray(1, 4).toString() === "PNG";
+const made = await client.images.generate({ model: "embedded", prompt: "a red circle", n: 2, size: "32x32", seed: 3, num_inference_steps: 2 });
+is("images.generate", made.data.length === 2 && made.data.every((d) => png(d.b64_json)) && made.data[1].seed === 4 && made.size === "32x32");
+const url = await client.images.generate({ prompt: "a red circle", response_format: "url", size: "32x32", num_inference_steps: 2 });
+is("url", (await fetch(url.data[0].url)).headers.get("content-type") === "image/png");
+const events = [];
+for await (const e of await client.images.generate({ prompt: "a red circle", stream: true, partial_images: 2, num_inference_steps: 6 })) events.push(e);
+is("stream", events.map((e) => e.type).join() === "image_generation.partial_image,image_generation.partial_image,image_generation.completed");
+const chat = await client.chat.completions.create({ model: "embedded", messages: [{ role: "user", content: "a red circle" }], num_inference_steps: 2 });
+is("chat", chat.choices[0].message.content[0].image_url.url.startsWith("data:image/png;base64,"));
+const chunks = [];
+for await (const c of await client.chat.completions.create({ model: "embedded", messages: [{ role: "user", content: "a red circle" }], stream: true, num_inference_steps: 2 })) chunks.push(c);
+is("chat stream", chunks.length === 3 && chunks[2].choices[0].finish_reason === "stop");
+is("models", (await client.models.list()).data[0].id === "embedded" && (await client.models.retrieve("embedded")).id === "embedded");
+const fails = async (what, kind, param, work) => { try { await work(); is(what, false); } catch (e) { is(what, e instanceof kind && e.param === param); } };
+await fails("unknown field", OpenAI.BadRequestError, "foo", () => client.images.generate({ prompt: "a", foo: 1 }));
+await fails("edit refused", OpenAI.BadRequestError, "image", async () => client.images.edit({ prompt: "a", image: await toFile(Buffer.from("x"), "a.png", { type: "image/png" }) }));
+await fails("tools refused", OpenAI.BadRequestError, "tools", () => client.chat.completions.create({ model: "embedded", messages: [{ role: "user", content: "x" }], tools: [{ type: "function", function: { name: "f" } }] }));
+await fails("speech", OpenAI.NotFoundError, null, () => client.audio.speech.create({ model: "embedded", voice: "alloy", input: "hi" }));
+await fails("another model", OpenAI.NotFoundError, "model", () => client.images.generate({ prompt: "a", model: "gpt-image-2" }));
+const wrong = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "wrong", maxRetries: 0 });
+await fails("key", OpenAI.AuthenticationError, null, () => wrong.models.list());
+const abort = new AbortController(); setTimeout(() => abort.abort(), 500);
+try { await client.images.generate({ prompt: "a star", num_inference_steps: 200 }, { signal: abort.signal }); is("abort", false); } catch (e) { is("abort", e instanceof OpenAI.APIUserAbortError); }
+await new Promise((r) => setTimeout(r, 1000));
+is("aborted request is gone", /lowbit_running_requests 0.0/.test(await (await fetch(process.argv[2] + "/metrics", { headers: { Authorization: "Bearer a-key" } })).text()));
