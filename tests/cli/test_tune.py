@@ -14,7 +14,7 @@ from lowbit.evaluation.prompts import validation_prompts
 from tools.train_embedded.captions import parse
 
 PROMPT = "a red circle"
-HARSH = '{"method": "int8", "activation_bits": 4, "ignored_layers": ["re:(?!layers.2)"]}'
+HARSH = '{"method": "int8", "activation_bits": 4, "ignored_layers": ["re:(?!layers.3)"]}'
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -45,6 +45,7 @@ def test_tune_writes_a_recipe_that_other_commands_take(
     monkeypatch.setattr(recording, "START_METHOD", "spawn")  # a fork server writes where it was started
     Path("verify.txt").write_text("a blue star\n")
     arguments = ["tune", "-q", HARSH, "--prompt", PROMPT, "--num-inference-steps", "2", "--gate", "psnr_db>=12"]
+    arguments += ["--height", "64", "--width", "64"]
     arguments += ["--verification-prompts-file", "verify.txt", "--budget", "1", "--device", "cpu", "-o", "recipe.json"]
     assert run(arguments, monkeypatch) == 0
     shown = capfd.readouterr().out

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from lowbit.ops import fp8
 from lowbit.ops.cpu import fp8 as cpu_fp8
 from lowbit.ops.cpu import helper
-from tests.support.cpu import selected_isa
 from tests.support.few_rows import GROUPS, UNIT, Linear, make
 from tests.support.four_bits import FORMATS
 
+NEEDS_ISA = "AVX512-BF16"
+REFUSAL = helper.refusal()
+pytestmark = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
+
 KINDS = ["fp8", "fp8 128", *FORMATS, *GROUPS]
-
-
-@pytest.fixture(autouse=True)
-def _isa() -> Iterator[None]:
-    if helper.refusal() is not None:
-        pytest.skip(f"native helper {helper.refusal()}")
-    for _ in selected_isa("AVX512-BF16"):
-        yield
 
 
 def make_layer(kind: str, features: int, columns: int) -> tuple[Linear, torch.Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,17 +9,7 @@ from lowbit.ops.cpu import elementwise, helper, native
 from tests.support.elementwise import DTYPES, angles, exact, is_near
 
 REFUSAL = helper.refusal()
-pytestmark = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
-
-
-@pytest.fixture(params=helper.ISA_NAMES, autouse=True)
-def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    wanted = helper.ISA_NAMES.index(request.param)
-    if helper.select_isa(wanted) != wanted:
-        helper.select_isa(helper.BEST_ISA)
-        pytest.skip(f"the CPU has no {request.param}")
-    yield
-    helper.select_isa(helper.BEST_ISA)
+pytestmark = [pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL)), pytest.mark.usefixtures("isa")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +10,9 @@ import torch
 from lowbit.ops import w4a16, w8a16
 from lowbit.ops.cpu import w4a16 as cpu_w4a16
 from lowbit.ops.cpu import w8a16 as cpu_w8a16
-from tests.support.cpu import at_the_end_of_memory, awkward, selected_isa
+from tests.support.cpu import at_the_end_of_memory, awkward
+
+NEEDS_ISA = "AMX"
 
 MOST_ROWS = 16
 ROWS = {
@@ -24,12 +25,6 @@ KIND = pytest.mark.parametrize("kind", ROWS)
 KIND_AND_ROWS = pytest.mark.parametrize(("kind", "rows"), [(kind, rows) for kind in ROWS for rows in ROWS[kind]])
 SCALE_DTYPES = pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 SMALLEST_LARGEST = 2.0**-95  # activations of units below lose more
-
-
-@pytest.fixture(autouse=True)
-def _isa() -> Iterator[None]:
-    for _ in selected_isa("AMX"):
-        yield
 
 
 @dataclass

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from lowbit.ops import int8
 from lowbit.ops.cpu.int8_weight_only import int8_weight_only_mm
-from tests.support.cpu import at_the_end_of_memory, awkward, selected_isa
+from tests.support.cpu import at_the_end_of_memory, awkward
+
+NEEDS_ISA = "AMX"
 
 MOST_ROWS = 21  # three times as many fill the tiles
 ROWS = pytest.mark.parametrize("rows", [1, 2, 5, 6, 10, 11, 16, MOST_ROWS])
-
-
-@pytest.fixture(autouse=True)
-def _isa() -> Iterator[None]:
-    for _ in selected_isa("AMX"):
-        yield
 
 
 def layer(features: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
