@@ -23,7 +23,7 @@ from lowbit.evaluation.metrics import (
     picture_metrics,
     to_json,
 )
-from lowbit.evaluation.perceptual import PERCEPTUAL_METRICS, lpips_absence, perceptual_metrics
+from lowbit.evaluation.perceptual import PERCEPTUAL_METRICS, absence, check_perceptual, perceptual_metrics
 from lowbit.evaluation.recording import Recording, Side, Task, check_comparable, record
 
 _GENERATION_KEYS = (
@@ -113,7 +113,7 @@ def known_figures(perceptual: bool) -> tuple[str, ...]:
 
 
 def _present_perceptual() -> dict[str, MetricInfo]:
-    return {name: info for name, info in PERCEPTUAL_METRICS.items() if name != "lpips" or lpips_absence() is None}
+    return {name: info for name, info in PERCEPTUAL_METRICS.items() if absence(name) is None}
 
 
 def compare(plan: Plan, work: Path) -> Comparison:
@@ -124,8 +124,11 @@ def compare(plan: Plan, work: Path) -> Comparison:
         work: an existing folder for what they make.
 
     Raises:
-        ConfigError, CheckpointError, UnsupportedError: a side can't be loaded or run, or they are not comparable.
+        ConfigError, CheckpointError, UnsupportedError: a side can't be loaded or run, they are not comparable, or what
+            ``perceptual`` needs is not installed.
     """
+    if plan.perceptual:
+        check_perceptual()
     check_comparable(plan.reference.check(), plan.candidate.check())
     reference = record(plan.reference, plan.task, _subfolder(work, "reference"), layers=plan.layers)
     candidate = record(
@@ -270,8 +273,8 @@ def guidance(perceptual: bool) -> dict[str, Any]:
         thresholds = {preset: getattr(info, preset) for preset in ("smoke", "strict")}
         if thresholds["smoke"] is not None:
             entries[name]["thresholds"] = thresholds
-    if perceptual and (absence := lpips_absence()):
-        entries["lpips"]["absent"] = absence
+    if perceptual and (reason := absence("lpips")):
+        entries["lpips"]["absent"] = reason
     return {
         "scope": "heuristics for the same model, prompt, seed, size, scheduler and steps; look at the pictures too",
         "metrics": entries,

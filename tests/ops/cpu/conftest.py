@@ -25,7 +25,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep every n-th test where the environment asks for it, and one test of a function for what this CPU lacks."""
     sample(items, os.environ.get(SAMPLE_VARIABLE, "1"))
     seen: set[tuple[object, str]] = set()
-    kept, left = [], []
+    kept: list[pytest.Item] = []
+    left: list[pytest.Item] = []
     for item in items:
         lack = lacking(item) if Path(__file__).parent == item.path.parent else None
         function = getattr(item, "function", item)
