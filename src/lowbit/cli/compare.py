@@ -96,13 +96,14 @@ def compare(
     """
     from lowbit.evaluation import comparison
     from lowbit.evaluation.gates import parse_gate
+    from lowbit.evaluation.perceptual import check_perceptual
     from lowbit.evaluation.recording import Side, Task
     from lowbit.evaluation.report import write_report
 
     if task is Kind.t2i and num_frames is not None:
         raise ConfigError("--num-frames is for --task t2v")
     if perceptual:
-        comparison.check_perceptual()
+        check_perceptual()
     conditions = parse_gate(gate, comparison.known_figures(perceptual)) if gate else ()
     json_file = comparison.check_output_file(output_json, "--output-json") if output_json else None
     folder = comparison.check_output_folder(save_output_dir, "--save-output-dir") if save_output_dir else None
