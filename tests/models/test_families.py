@@ -58,21 +58,15 @@ def test_diffusion_transformers(library: str, class_name: str, expected: bool) -
     assert is_diffusion_transformer(library, class_name) is expected
 
 
-def transformers_of_diffusers() -> list[str]:
-    """Classes that can be made without arguments."""
-    names = [name for name in dir(diffusers) if "Transformer" in name and name.endswith("Model")]
-    found = []
-    for name in names:
-        try:
-            linear_layers(name)
-        except (TypeError, ValueError):
-            continue
-        found.append(name)
-    return found
+TRANSFORMERS = [name for name in dir(diffusers) if "Transformer" in name and name.endswith("Model")]
 
 
-@pytest.mark.parametrize("class_name", transformers_of_diffusers())
+@pytest.mark.parametrize("class_name", TRANSFORMERS)
 def test_every_class_of_diffusers_keeps_its_ends_and_quantizes_its_blocks(class_name: str) -> None:
+    try:
+        linear_layers(class_name)
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"{class_name} can't be made without arguments: {error}")
     layers = linear_layers(class_name)
     patterns = [pattern for group in kept_layers(class_name).values() for pattern in group]
     weight_only = {name for name in layers if matches_any(weight_only_layers(class_name), name)}
