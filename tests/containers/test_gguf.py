@@ -19,6 +19,7 @@ from lowbit.containers.gguf import GgufFile, LongArray, open_gguf
 from lowbit.containers.gguf_writer import TensorToWrite, write_gguf
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.ops.gguf import BLOCK_TYPES, gguf_dequantize, gguf_quantize
+from lowbit.ops.gguf_types import block_type
 
 package = pytest.importorskip("gguf")
 
@@ -268,3 +269,36 @@ def test_noise_is_refused(tmp_path: Path) -> None:
     for size in (0, 1, 4, 24, 1000):
         (tmp_path / "noise").write_bytes(b"GGUF\x03\0\0\0"[: size // 2] + generator.randbytes(size))
         assert read_all(tmp_path / "noise") is None
+
+
+def test_what_is_written_is_what_the_gguf_package_writes(tmp_path: Path) -> None:
+    tensors = {
+        "a.weight": ("F32", (3, 7)),
+        "b.weight": ("Q8_0", (5, 64)),
+        "c.bias": ("BF16", (9,)),
+        "d": ("Q4_K", (2, 256)),
+    }
+    ours, raw = [], {}
+    for name, (weight_type, shape) in tensors.items():
+        rows = shape[0] if len(shape) > 1 else 1
+        raw[name] = torch.randint(0, 256, (rows, block_type(weight_type).row_bytes(shape[-1])), dtype=torch.uint8)
+        ours.append(TensorToWrite(name, weight_type, shape, lambda name=name: raw[name]))  # type: ignore[misc]
+    metadata: dict[str, Any] = {
+        "general.architecture": "flux",
+        "general.name": "é",
+        "general.file_type": 7,
+        "x.shape": [3, -7],
+    }
+    write_gguf(tmp_path / "ours.gguf", metadata, ours)
+    theirs = package.GGUFWriter(tmp_path / "theirs.gguf", "flux")
+    theirs.add_string("general.name", "é")
+    theirs.add_uint32("general.file_type", 7)
+    theirs.add_array("x.shape", [3, -7])
+    for name, (weight_type, shape) in tensors.items():
+        data = raw[name].numpy() if len(shape) > 1 else raw[name][0].numpy()
+        theirs.add_tensor(name, data, raw_dtype=package.GGMLQuantizationType[weight_type])
+    theirs.write_header_to_file()
+    theirs.write_kv_data_to_file()
+    theirs.write_tensors_to_file()
+    theirs.close()
+    assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
