@@ -127,6 +127,10 @@ def test_the_document_describes_requests(server: Running) -> None:
         assert set(schema["properties"]) >= set(request.model_fields)
         assert "200" in document["paths"][path]["post"]["responses"]
         assert "422" not in document["paths"][path]["post"]["responses"]
+    assert {"image/png", "image/jpeg", "image/webp", "application/zip", "text/event-stream", "application/json"} == set(
+        document["paths"]["/v1/images/generations"]["post"]["responses"]["200"]["content"]
+    )
+    assert set(document["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
     references = {each.split('"')[0] for each in text.split('"#/components/schemas/')[1:]}
     assert references <= set(document["components"]["schemas"])
 

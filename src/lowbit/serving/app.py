@@ -20,6 +20,7 @@ from lowbit.serving import chat, images
 from lowbit.serving.errors import ApiError, as_api_error, unavailable
 from lowbit.serving.gate import Gate
 from lowbit.serving.metrics import CONTENT_TYPE, Metrics
+from lowbit.serving.pictures import MEDIA_TYPES
 from lowbit.serving.schemas import (
     ChatRequest,
     EditRequest,
@@ -58,7 +59,7 @@ NOT_SERVED: Mapping[str, str] = {
     "/v1/embeddings": "a diffusion model has no embeddings of text",
 }
 
-_ERRORS = (400, 401, 404, 413, 429, 500, 503, 504)
+_STATUSES = (400, 401, 404, 405, 413, 429, 500, 503, 504)
 
 
 def create_app(omni: Omni | AsyncOmni, settings: ServerSettings | None = None) -> FastAPI:
@@ -157,10 +158,21 @@ def _endpoint(service: Service, handler: Handler) -> Callable[[Request], Awaitab
 
 
 def _responses(answer: type[BaseModel] | None) -> dict[int | str, dict[str, Any]]:
-    found: dict[int | str, dict[str, Any]] = {status: {"model": ErrorAnswer} for status in _ERRORS}
-    if answer is not None:
-        found[200] = {"model": answer}
+    """Describe the answers of a POST: pictures as data, as events, and, where ``answer`` holds them, as files."""
+    files = (*MEDIA_TYPES.values(), "application/zip") if answer is not None else ()
+    found = _errors(*_STATUSES)
+    found[200] = _content("text/event-stream", *files) | ({"model": answer} if answer is not None else {})
+    if answer is None:
+        found[200]["content"]["application/json"] = {}
     return found
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorAnswer} for status in statuses}
+
+
+def _content(*media_types: str) -> dict[str, Any]:
+    return {"content": {media_type: {"schema": {"type": "string"}} for media_type in media_types}}
 
 
 def _add_gets(app: FastAPI, service: Service) -> None:
@@ -194,14 +206,18 @@ def _add_gets(app: FastAPI, service: Service) -> None:
     def file(name: str) -> Response:
         return images.stored(service, name)
 
-    errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorAnswer} for status in (400, 401, 404, 413, 503)}
+    errors = _errors(400, 401, 404, 405, 413, 503)
+    plain = errors | {200: _content(CONTENT_TYPE.partition(";")[0])}
+    picture = errors | {200: _content(*MEDIA_TYPES.values())}
     app.get("/v1/models", summary="List the served models", responses=errors)(models)
     app.get("/v1/models/{name:path}", summary="Describe a served model", responses=errors)(model)
     app.get("/health", summary="Whether the engine runs", response_model=None, responses=errors)(health)
     app.get("/ready", summary="Whether a request would be taken", response_model=None, responses=errors)(ready)
     app.get("/version", summary="The version of lowbit", responses=errors)(version)
-    app.get("/metrics", summary="Figures for Prometheus", response_model=None, responses=errors)(metrics)
-    app.get("/files/{name}", summary="A picture of response_format url", response_model=None, responses=errors)(file)
+    app.get("/metrics", summary="Figures for Prometheus", response_class=Response, responses=plain)(metrics)
+    app.get("/files/{name}", summary="A picture of response_format url", response_class=Response, responses=picture)(
+        file
+    )
 
 
 def _add_refusals(app: FastAPI) -> None:
