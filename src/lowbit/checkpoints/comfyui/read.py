@@ -311,7 +311,10 @@ def _block(headers: Mapping[str, TensorHeader]) -> tuple[int, int] | None:
     Raises:
         ConfigError: no usual block gives that many.
     """
-    scale, (rows, columns) = headers.get("weight_scale"), headers["weight"].shape
+    scale, shape = headers.get("weight_scale"), headers["weight"].shape
+    if len(shape) != 2 or 0 in shape:
+        return None  # refused with the tensors
+    rows, columns = shape
     extents = [] if scale is None else [extent for extent in scale.shape if extent != 1]
     if scale is None or len(scale.shape) < 2 or (math.prod(scale.shape) in (1, rows) and scale.shape[0] in (1, rows)):
         return None
